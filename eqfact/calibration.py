@@ -1,0 +1,110 @@
+"""What range does every value take on data? One pass over batches of any size.
+
+Per channel the minimum, maximum, mean and mean square of every value, as sums, so that the statistics of shards add up
+to those of the whole: ``calibrate(g, a) + calibrate(g, b)``. Section 2 of the paper (A and P); all in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eqfact.graph import Data, Graph, walk
+from eqfact.ops.base import Array
+
+
+@dataclass(frozen=True, eq=False)
+class ValueStatistics:
+    """Per-channel statistics ``(C,)`` of one value over ``count`` entries a channel (images times pixels)."""
+
+    count: int
+    min: Array
+    max: Array
+    sum: Array
+    sum_square: Array
+
+    @property
+    def mean(self) -> Array:
+        """Mean of each channel."""
+        return self.sum / self.count
+
+    @property
+    def mean_square(self) -> Array:
+        """Mean of the square of each channel."""
+        return self.sum_square / self.count
+
+    @property
+    def variance(self) -> Array:
+        """Variance of each channel; never negative."""
+        return np.maximum(self.mean_square - self.mean**2, 0)
+
+    @property
+    def max_abs(self) -> Array:
+        """Largest magnitude of each channel."""
+        return np.maximum(np.abs(self.min), np.abs(self.max))
+
+    def __add__(self, other: ValueStatistics) -> ValueStatistics:
+        return ValueStatistics(self.count + other.count, np.minimum(self.min, other.min), np.maximum(self.max, other.max),
+                               self.sum + other.sum, self.sum_square + other.sum_square)
+
+    def rescaled(self, factor: Array) -> ValueStatistics:
+        """The statistics of ``factor * value``, for positive factors ``(C,)``."""
+        return ValueStatistics(self.count, self.min * factor, self.max * factor, self.sum * factor, self.sum_square * factor**2)
+
+
+class Statistics(Mapping[str, ValueStatistics]):
+    """Statistics of every value of a network by name; ``a + b`` merges two runs over different data."""
+
+    def __init__(self, of: Mapping[str, ValueStatistics]) -> None:
+        self._of = dict(of)
+
+    def __getitem__(self, value: str) -> ValueStatistics:
+        try:
+            return self._of[value]
+        except KeyError:
+            raise KeyError(f"no statistics of value '{value}'; calibrate the graph that holds it") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        if set(self) != set(other):
+            raise ValueError(f"statistics of different networks do not add up: values {sorted(set(self) ^ set(other))[:4]} are in one only")
+        return Statistics({name: self[name] + other[name] for name in self})
+
+
+def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
+    """Statistics of every value over ``batches``: one batch ``(N, C, *spatial)``, or any iterable of batches.
+
+    Raises :class:`ValueError` if there is no batch, and as :func:`eqfact.forward` on bad data.
+
+    >>> net = Graph.chain((1,), double=Dense(np.array([[2.0]])))
+    >>> stats = calibrate(net, np.array([[1.0], [-3.0]]))
+    >>> float(stats["double"].min[0]), float(stats["double"].mean[0])
+    (-6.0, -2.0)
+    """
+    total: dict[str, ValueStatistics] = {}
+    for batch in ([batches] if isinstance(batches, (np.ndarray, Mapping)) else batches):  # type: ignore[union-attr]
+        for name, value in walk(graph, batch):
+            of_batch = _reduce(value)
+            total[name] = total[name] + of_batch if name in total else of_batch
+    if not total:
+        raise ValueError("calibration needs at least one batch, got none")
+    for name, of in total.items():
+        if not np.isfinite(of.sum_square).all():
+            raise ValueError(f"value '{name}' overflows on the calibration data (channel {int(np.argmin(np.isfinite(of.sum_square)))})")
+    return Statistics(total)
+
+
+def _reduce(value: Array) -> ValueStatistics:
+    axes: Any = (0, *range(2, value.ndim))
+    channels = value.shape[1]
+    exact = np.ascontiguousarray(np.moveaxis(value, 1, 0), np.float64).reshape(channels, -1)
+    return ValueStatistics(exact.shape[1], value.min(axis=axes).astype(np.float64), value.max(axis=axes).astype(np.float64),
+                           exact.sum(axis=1), np.einsum("ij,ij->i", exact, exact))

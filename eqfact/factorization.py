@@ -1,0 +1,141 @@
+"""What is a factorization? One positive factor for every free channel label; applied, it gives an equivalent network.
+
+Convention: ``x' = f * x``. The op that makes a value is multiplied on its output side, the ops that read it are divided
+on their input side (section 1 of the paper). Factorizations form a group: ``(a @ b).apply(g) == a.apply(b.apply(g))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.calibration import Statistics
+from eqfact.channels import Channels, channels
+from eqfact.graph import Graph
+from eqfact.ops.base import Array, Op
+
+
+@dataclass(frozen=True, eq=False)
+class Factorization(Mapping[str, Array]):
+    """Positive factors ``(C,)`` for every value of a network, equal where channels are tied, 1 where they are pinned.
+
+    Make one with :meth:`of` (from factors by value name), :meth:`identity`, or :func:`eqfact.equalize`.
+    """
+
+    channels: Channels
+    #: One factor for every label; entry 0 is the factor of the pinned channels, 1.
+    by_label: Array
+
+    @classmethod
+    def identity(cls, graph: Graph) -> Factorization:
+        """All factors 1."""
+        resolved = channels(graph)
+        return cls(resolved, np.ones(resolved.degrees_of_freedom + 1))
+
+    @classmethod
+    def of(cls, graph: Graph, factors: Mapping[str, npt.ArrayLike]) -> Factorization:
+        """The factorization with these factors; values tied to a named one follow, all others keep 1.
+
+        Raises :class:`ValueError`, naming value and channel, for factors that are not positive and finite, that differ
+        between tied channels, or that are not 1 where the network pins them.
+
+        >>> net = Graph.chain((1,), fc1=Dense(np.ones((2, 1))), act=ReLU(), fc2=Dense(np.ones((1, 2))))
+        >>> Factorization.of(net, {"act": [2.0, 4.0]}).apply(net)["fc2"].op.weight
+        array([[0.5 , 0.25]])
+        """
+        return cls._gather(channels(graph), factors)
+
+    @classmethod
+    def _gather(cls, resolved: Channels, factors: Mapping[str, npt.ArrayLike]) -> Factorization:
+        by_label = np.ones(resolved.degrees_of_freedom + 1)
+        giver = np.full(len(by_label), "", object)
+        for value, given in factors.items():
+            if value not in resolved.labels:
+                raise ValueError(f"factors are given for '{value}', which is not a value of the network")
+            labels, f = resolved.labels[value], np.asarray(given, np.float64)
+            if f.shape != labels.shape:
+                raise ValueError(f"value '{value}' has {len(labels)} channels, its factors have shape {f.shape}")
+            _refuse(~(np.isfinite(f) & (f > 0)), value, f, "factors must be positive and finite")
+            _refuse((labels == 0) & (f != 1), value, f, "this channel keeps the factor 1", resolved)
+            first = np.zeros(len(by_label))
+            first[labels[::-1]] = f[::-1]
+            known = giver[labels] != ""
+            expected = np.where(known, by_label[labels], first[labels])
+            _refuse((labels > 0) & (f != expected), value, f, lambda i, k=known, e=expected, n=labels: (
+                f"this channel is tied to one of '{giver[n[i]] if k[i] else value}' with factor {e[i]:g}"))
+            by_label[labels], giver[labels] = f, value
+        by_label[0] = 1
+        return cls(resolved, by_label)
+
+    def __getitem__(self, value: str) -> Array:
+        try:
+            return self.by_label[self.channels.labels[value]]
+        except KeyError:
+            raise KeyError(f"'{value}' is not a value of the network of this factorization") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.channels.labels)
+
+    def __len__(self) -> int:
+        return len(self.channels.labels)
+
+    @overload
+    def apply(self, target: Graph) -> Graph: ...
+    @overload
+    def apply(self, target: Statistics) -> Statistics: ...
+
+    def apply(self, target: Graph | Statistics) -> Graph | Statistics:
+        """The equivalent network, or the statistics that it would have.
+
+        Raises :class:`ValueError` if the network has other values or other ties, so that its function would change.
+        """
+        if isinstance(target, Statistics):
+            return Statistics({name: stats.rescaled(self[name]) for name, stats in target.items()})
+        if set(target.shapes) != set(self):
+            raise ValueError(f"this factorization belongs to another network: values {sorted(set(target.shapes) ^ set(self))[:4]} are in one only")
+        agreed = self._gather(channels(target), self)
+        memo: dict[tuple[object, ...], Op] = {}
+        ops = {}
+        for node in target.nodes:
+            f = [agreed[name] for name in (node.name, *node.inputs)]
+            if all(np.all(v == 1) for v in f):
+                continue  # an op that nothing touches is shared, not copied
+            key = (id(node.op), *(v.tobytes() for v in f))  # an op used twice stays one op
+            if key not in memo:
+                try:
+                    memo[key] = node.op.rescale(*f)
+                except ValueError as error:
+                    raise ValueError(f"node '{node.name}': {error}") from error
+            ops[node.name] = memo[key]
+        return target.with_ops(ops)
+
+    def inverse(self) -> Factorization:
+        """The factorization that undoes this one."""
+        return Factorization(self.channels, 1 / self.by_label)
+
+    def __matmul__(self, other: Factorization) -> Factorization:
+        """First ``other``, then this: factors multiply."""
+        if set(self) != set(other):
+            raise ValueError("factorizations of different networks do not compose")
+        return self._gather(self.channels, {value: self[value] * other[value] for value in self})
+
+    def power_of_two(self) -> Factorization:
+        """The nearest factors (in log) that are powers of two: the rescaled network's outputs are bit-identical.
+
+        >>> net = Graph.chain((1,), fc1=Dense(np.ones((2, 1))), act=ReLU(), fc2=Dense(np.ones((1, 2))))
+        >>> Factorization.of(net, {"act": [3.0, 0.7]}).power_of_two()["act"]
+        array([4. , 0.5])
+        """
+        return Factorization(self.channels, np.exp2(np.rint(np.log2(self.by_label))))
+
+
+def _refuse(wrong: npt.NDArray[np.bool_], value: str, f: Array, rule: object, resolved: Channels | None = None) -> None:
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        text = rule(i) if callable(rule) else rule
+        reason = "" if resolved is None else f" ({resolved.reasons[value][i]})"
+        raise ValueError(f"value '{value}', channel {i}: {text}{reason}, got {f[i]:g}")

@@ -1,0 +1,46 @@
+"""The layers, by what they do with a factor: *weighted* ops absorb it, *commuting* ops pass it on, *blocking* ops stop it.
+
+A new layer goes into the module of its family and into ``ALL`` here; a user's own is a subclass anywhere.
+"""
+
+from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Trace, Weighted
+from eqfact.ops.blocking import GELU, HardSwish, Mul, Sigmoid, SiLU, Softmax, Tanh
+from eqfact.ops.commuting import (
+    Add,
+    AvgPool,
+    Clip,
+    Concat,
+    Flatten,
+    GlobalAvgPool,
+    Identity,
+    LeakyReLU,
+    MaxPool,
+    Pad,
+    Permute,
+    PReLU,
+    ReLU,
+    Slice,
+    Upsample,
+)
+from eqfact.ops.weighted import BatchNorm, Conv, ConvTranspose, Dense
+
+
+def ReLU6() -> Clip:
+    """``Clip(0, 6)``: exact under equalization, because its bounds take up the factors.
+
+    >>> ReLU6().high
+    6.0
+    """
+    return Clip(0.0, 6.0)
+
+
+#: Every layer of the library, in the order of their families.
+ALL: tuple[type[Op], ...] = (
+    Dense, Conv, ConvTranspose, BatchNorm,
+    Identity, ReLU, LeakyReLU, PReLU, Clip,
+    MaxPool, AvgPool, GlobalAvgPool, Pad, Upsample,
+    Add, Concat, Flatten, Slice, Permute,
+    Sigmoid, Tanh, SiLU, HardSwish, GELU, Softmax, Mul,
+)
+
+__all__ = ["ALL", "Array", "Blocking", "Commuting", "Op", "ReLU6", "Shape", "Trace", "Weighted", *(op.__name__ for op in ALL)]

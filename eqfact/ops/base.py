@@ -1,0 +1,352 @@
+"""What is an op? Four questions every layer answers, and the families that answer most of them at once.
+
+``forward`` (what do I compute), ``trace`` (which output channel carries whose factor, and what shape comes out),
+``rescale`` (what am I when my inputs and my output are multiplied by factors) and ``magnitude`` (how large can my
+rounding be). The law that binds them, checked for every op, is
+
+    op.rescale(f_out, f_in).forward(f_in * x) == f_out * op.forward(x)
+
+and it holds bit for bit when the factors are powers of two. Values are ``(N, C, *spatial)``; factors are ``(C,)``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating[Any]]
+Labels = npt.NDArray[np.int64]
+Shape = tuple[int, ...]
+T = TypeVar("T", bound=np.generic)
+V = TypeVar("V")
+
+
+class Op(ABC):
+    """A layer: immutable parameters and the four questions.
+
+    Subclass a family (:class:`Weighted`, :class:`Commuting`, :class:`Blocking`) rather than this class; there is no
+    registry, a subclass is all that a new layer needs.
+    """
+
+    @property
+    def roundings(self) -> int:
+        """How many floating-point roundings lie between input and output, for the bound of :func:`eqfact.verify`."""
+        return 4
+
+    @abstractmethod
+    def forward(self, *inputs: Array) -> Array:
+        """Compute the output ``(N, C, *spatial)`` from the inputs."""
+
+    @abstractmethod
+    def output_shape(self, *shapes: Shape) -> Shape:
+        """Shape ``(C, *spatial)`` of the output; :class:`ValueError` with the plain reason if the inputs do not fit."""
+
+    @abstractmethod
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        """Channel labels of the output, of its full shape; ties and pins go to ``trace``."""
+
+    @abstractmethod
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        """Return the op that maps ``f_in * x`` to ``f_out * forward(x)``; all factors are ``(C,)``."""
+
+    @abstractmethod
+    def magnitude(self, *inputs: Array) -> Array:
+        """``|W| m + |b|``: what the op does to magnitudes, so that rounding errors stay below a multiple of it."""
+
+
+class Trace:
+    """What one walk over a graph learns about its channels: labels given out, ties between them, pins with reasons.
+
+    A *label* stands for one unknown factor. An op asks for fresh labels, ties labels whose factors must be equal and
+    pins labels whose factor must be 1. :mod:`eqfact.channels` resolves the ties afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.ties: list[tuple[Labels, Labels]] = []
+        self.pins: list[tuple[Labels, str]] = []
+        self.node = ""
+        self._uses: dict[int, tuple[Labels, Labels]] = {}
+
+    def fresh(self, shape: Shape) -> Labels:
+        """New labels for every channel of a value of this shape."""
+        labels = np.arange(self.size, self.size + shape[0], dtype=np.int64)
+        self.size += shape[0]
+        return spread(labels, shape)
+
+    def tie(self, a: Labels, b: Labels) -> None:
+        """Channel ``i`` of ``a`` and of ``b`` must carry the same factor."""
+        self.ties.append((channel_vector(a), channel_vector(b)))
+
+    def pin(self, labels: Labels, reason: str) -> None:
+        """These channels must keep the factor 1, for this reason."""
+        self.pins.append((channel_vector(labels), reason))
+
+    def absorb(self, op: Weighted, read: Labels, shape: Shape) -> Labels:
+        """Fresh labels for a weighted op; a second use of the same op is tied to the first, on both sides."""
+        made = self.fresh(shape)
+        first_read, first_made = self._uses.setdefault(id(op), (read, made))
+        if first_made is not made:
+            self.tie(first_read, read)
+            self.tie(first_made, made)
+        return made
+
+
+class Weighted(Op):
+    """Ops with weights: they absorb any factor on either side (Dense, Conv, ConvTranspose, BatchNorm).
+
+    ``weight`` is ``(out, in // groups, *kernel)``. :meth:`taps` shows every weighted op in one form, so that rules and
+    solvers never see axes or groups.
+    """
+
+    weight: Array
+    bias: Array | None
+    groups: int = 1
+
+    def taps(self) -> Array:
+        """The weights as ``(groups, out // groups, in // groups, taps)``, a view where possible."""
+        out, inner, *kernel = self.weight.shape
+        return self.weight.reshape(self.groups, out // self.groups, inner, math.prod(kernel))
+
+    def rows(self) -> Array:
+        """The weights that make each output channel, ``(out, -1)``."""
+        groups, out, inner, taps = self.taps().shape
+        return self.taps().reshape(groups * out, inner * taps)
+
+    def columns(self) -> Array:
+        """The weights that read each input channel, ``(in, -1)``."""
+        groups, out, inner, taps = self.taps().shape
+        return self.taps().transpose(0, 2, 1, 3).reshape(groups * inner, out * taps)
+
+    @property
+    def in_channels(self) -> int:
+        """How many input channels the op reads."""
+        return self.groups * int(self.weight.shape[1])
+
+    @property
+    def out_channels(self) -> int:
+        """How many output channels the op makes."""
+        return len(self.weight)
+
+    @property
+    def roundings(self) -> int:
+        """One product and one sum a weight, in each of two networks, and a few for weights and bias themselves."""
+        return 2 * int(self.rows().shape[1]) + 8
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        (x,) = one_input(self, inputs)
+        return trace.absorb(self, x, self.output_shape(x.shape))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Weighted:
+        out, inner, *kernel = self.weight.shape
+        made = np.asarray(f_out, np.float64).reshape(self.groups, -1, 1)
+        read = np.asarray(f_in[0], np.float64).reshape(self.groups, 1, -1)
+        ratio = (made / read).reshape(out, inner, *(1 for _ in kernel))
+        return replace(self, **{  # type: ignore[type-var]  # every final op is a dataclass
+            "weight": scaled(self.weight, ratio, "weight"),
+            "bias": None if self.bias is None else scaled(self.bias, f_out, "bias"),
+        })
+
+    def magnitude(self, *inputs: Array) -> Array:
+        absolute: Weighted = replace(self, **{  # type: ignore[type-var]
+            "weight": read_only(np.abs(self.weight)),
+            "bias": None if self.bias is None else read_only(np.abs(self.bias)),
+        })
+        return absolute.forward(*inputs)
+
+
+class Commuting(Op):
+    """Ops through which a positive factor passes unchanged: ``op(f * x) == f * op(x)``.
+
+    A new one writes ``forward`` and, if channels or sizes change, ``carry`` and ``output_shape``.
+    """
+
+    #: The op only selects or moves entries (or pads with zero), so a quantized input stays on its grid.
+    moves: bool = False
+    #: The op works entry by entry and is fused with the op before it by every integer engine.
+    activation: bool = False
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        return one_input(self, shapes)[0]
+
+    def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
+        """How a vector with one entry per channel passes from the inputs to the output."""
+        return vectors[0]
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        shape = self.output_shape(*(x.shape for x in inputs))
+        return spread(self.carry(*map(channel_vector, inputs)), shape)
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        if not np.array_equal(f_out, self.carry(*f_in)):
+            raise ValueError(f"{type(self).__name__} passes factors on: the factors of its output must be those of its input")
+        return self
+
+    def magnitude(self, *inputs: Array) -> Array:
+        return self.forward(*inputs)
+
+
+class Blocking(Op):
+    """Ops that no factor passes: every channel they read or make is pinned. Entry by entry unless overridden.
+
+    ``lipschitz`` bounds the slope, so that the rounding bound of :func:`eqfact.verify` passes through.
+    """
+
+    lipschitz: float = 1.0
+    reason: str = "is not positively homogeneous"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        return one_input(self, shapes)[0]
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        out = trace.fresh(self.output_shape(*(x.shape for x in inputs)))
+        for labels in (*inputs, out):
+            side = "made" if labels is out else "read"
+            trace.pin(labels, f"{side} by '{trace.node}': {type(self).__name__} {self.reason}")
+        return out
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        for f in (f_out, *f_in):
+            if not np.all(np.asarray(f) == 1):
+                raise ValueError(f"{type(self).__name__} {self.reason}: its factors must be 1, got {np.asarray(f).tolist()[:4]}")
+        return self
+
+    def magnitude(self, *inputs: Array) -> Array:
+        at_zero = self.forward(*(np.zeros_like(m) for m in inputs))
+        result: Array = self.lipschitz * np.maximum.reduce(inputs) + np.abs(at_zero)
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Labels: an int array of the value's full shape (C, *spatial), constant over space, so that it tells shapes too.
+
+def spread(vector: npt.NDArray[T], shape: Shape) -> npt.NDArray[T]:
+    """A vector with one entry per channel, seen with the full shape ``(C, *spatial)`` (a view)."""
+    return np.broadcast_to(along_channels(vector, len(shape)), shape)
+
+
+def channel_vector(labels: npt.NDArray[T]) -> npt.NDArray[T]:
+    """One entry per channel of an array ``(C, *spatial)`` that is constant over space."""
+    first: tuple[Any, ...] = (slice(None), *(0,) * (labels.ndim - 1))
+    return labels[first]
+
+
+def along_channels(vector: npt.NDArray[T], ndim: int) -> npt.NDArray[T]:
+    """Reshape ``(C,)`` to ``(C, 1, ...)`` with ``ndim`` axes, to broadcast against ``(N, C, *spatial)``."""
+    return vector.reshape(-1, *(1,) * (ndim - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parameters: checked once, when an op is made.
+
+def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """The array, locked against writing; copied first unless it is our own and locked already."""
+    if array.flags.owndata and not array.flags.writeable:
+        return array
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def parameter(name: str, value: npt.ArrayLike, ndim: int | None = None, *, finite: bool = True) -> Array:
+    """A read-only floating array, or an error that names the parameter, the rule and what was given.
+
+    >>> parameter("weight", np.ones((2, 3), int))
+    Traceback (most recent call last):
+        ...
+    TypeError: weight must be a floating array (float32 or float64), got int64; convert it with .astype(np.float32)
+    """
+    array = np.asarray(value)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise TypeError(f"{name} must be a floating array (float32 or float64), got {array.dtype}; convert it with .astype(np.float32)")
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes, got shape {array.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"{name} has an axis of size 0: shape {array.shape}")
+    if finite and not np.isfinite(array).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(f"{name} holds {array[where]} at index {where}; weights must be finite")
+    return read_only(array)
+
+
+def scaled(array: Array, factor: Array, name: str) -> Array:
+    """``array * factor`` in float64, rounded once to the array's own dtype; refuses to overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result: Array = (array * np.asarray(factor, np.float64)).astype(array.dtype)
+    if not np.isfinite(result).all():
+        raise ValueError(f"the rescaled {name} overflows {array.dtype}: its largest entry is {np.abs(array).max():.3g}, "
+                         f"the largest factor {np.max(factor):.3g}; use smaller factors")
+    result.flags.writeable = False
+    return result
+
+
+def integers(name: str, value: object, minimum: int) -> int | tuple[int, ...]:
+    """An integer or a sequence of integers (one per spatial axis), each at least ``minimum``."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(int(_integer(name, v, minimum)) for v in value)
+    return _integer(name, value, minimum)
+
+
+def _integer(name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer or one integer per spatial axis, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def per_axis(name: str, value: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """One integer for each of ``ndim`` spatial axes."""
+    if isinstance(value, int):
+        return (value,) * ndim
+    if len(value) != ndim:
+        raise ValueError(f"{name} has {len(value)} entries {value} for {ndim} spatial axes")
+    return value
+
+
+Padding = int | tuple[int | tuple[int, int], ...]
+
+
+def paddings(value: object) -> Padding:
+    """Padding as given, checked: one integer, one per axis, or ``((before, after), ...)``."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        sides: list[int | tuple[int, int]] = []
+        for v in value:
+            side = integers("padding", v, 0)
+            if isinstance(side, tuple) and len(side) != 2:
+                raise ValueError(f"padding of an axis must be one number or (before, after), got {v!r}")
+            sides.append(side if isinstance(side, int) else (side[0], side[1]))
+        return tuple(sides)
+    return _integer("padding", value, 0)
+
+
+def per_side(value: Padding, ndim: int) -> tuple[tuple[int, int], ...]:
+    """``(before, after)`` for each of ``ndim`` spatial axes."""
+    sides = (value,) * ndim if isinstance(value, int) else value
+    if len(sides) != ndim:
+        raise ValueError(f"padding has {len(sides)} entries {value} for {ndim} spatial axes")
+    return tuple((s, s) if isinstance(s, int) else s for s in sides)
+
+
+def one_input(op: Op, inputs: Sequence[V]) -> Sequence[V]:
+    """The inputs, if there is exactly one."""
+    if len(inputs) != 1:
+        raise ValueError(f"{type(op).__name__} reads one value, got {len(inputs)}")
+    return inputs
+
+
+def window_sizes(op: str, sizes: Shape, kernel: Shape, stride: Shape, padding: tuple[tuple[int, int], ...], dilation: Shape) -> Shape:
+    """Output size along each spatial axis of a sliding window: ``(size + padding - dilation * (k - 1) - 1) // stride + 1``."""
+    if len(sizes) != len(kernel):
+        raise ValueError(f"{op} has a kernel over {len(kernel)} spatial axes, its input has {len(sizes)} (spatial shape {sizes})")
+    result = tuple((n + sum(p) - d * (k - 1) - 1) // s + 1
+                   for n, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True))
+    if min(result, default=1) < 1:
+        raise ValueError(f"{op} with kernel {kernel} and dilation {dilation} does not fit into spatial shape {sizes} padded by {padding}")
+    return result

@@ -1,0 +1,120 @@
+"""Which layers let no factor pass? Curves that are not positively homogeneous, Softmax, and products of values.
+
+All that they read and make is pinned to the factor 1. Each states the bound on its slope, for the rounding bound of
+:func:`eqfact.verify`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from eqfact.ops.base import Array, Blocking, Shape, one_input
+from eqfact.ops.commuting import common_shape
+
+
+@dataclass(frozen=True, eq=False)
+class Sigmoid(Blocking):
+    """``y = 1 / (1 + exp(-x))``."""
+
+    lipschitz = 0.25
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = special.expit(inputs[0])
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Tanh(Blocking):
+    """``y = tanh(x)``."""
+
+    def forward(self, *inputs: Array) -> Array:
+        return np.tanh(inputs[0])
+
+
+@dataclass(frozen=True, eq=False)
+class SiLU(Blocking):
+    """``y = x / (1 + exp(-x))`` (swish)."""
+
+    lipschitz = 1.1
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = x * special.expit(x)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class HardSwish(Blocking):
+    """``y = x * min(max(x / 6 + 1/2, 0), 1)``."""
+
+    lipschitz = 1.5
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = x * np.clip(x / 6 + x.dtype.type(0.5), 0, 1)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class GELU(Blocking):
+    """``y = x Phi(x)`` with the normal distribution function, exact (not the tanh approximation)."""
+
+    lipschitz = 1.13
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = x * special.ndtr(x)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax(Blocking):
+    """``y = exp(x) / sum(exp(x))`` along ``axis`` of ``(N, C, *spatial)``, the channels by default.
+
+    >>> Softmax().forward(np.zeros((1, 4)))
+    array([[0.25, 0.25, 0.25, 0.25]])
+    """
+
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axis, (int, np.integer)) or self.axis == 0:
+            raise ValueError(f"Softmax axis must be an integer other than 0 (the batch), got {self.axis!r}")
+        object.__setattr__(self, "axis", int(self.axis))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if not -len(shape) <= self.axis <= len(shape):
+            raise ValueError(f"Softmax axis {self.axis} is none of a value (N, {', '.join(map(str, shape))})")
+        return tuple(shape)
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = special.softmax(inputs[0], axis=self.axis)
+        return y
+
+    def magnitude(self, *inputs: Array) -> Array:
+        (m,) = inputs
+        # |dy_i| <= y_i (|dx_i| + max |dx|) <= 2 max |dx|
+        return np.broadcast_to(2 * m.max(axis=self.axis, keepdims=True) + 1, m.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Mul(Blocking):
+    """Product of two values, entry by entry; a spatial axis of size 1 is broadcast (squeeze and excite)."""
+
+    reason = "multiplies two values, whose factors would multiply too"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        return common_shape(self, shapes)
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = math.prod(inputs[1:], start=inputs[0])
+        return y
+
+    def magnitude(self, *inputs: Array) -> Array:
+        # a product takes the relative errors of all its inputs
+        return len(inputs) * self.forward(*inputs)
