@@ -54,6 +54,8 @@ def channels(graph: Graph, *, hold: Mapping[str, str] | None = None) -> Channels
     traced = graph.traced
     pins = [*traced.pins]
     for value, reason in (hold or {}).items():
+        if value not in graph.labels:
+            raise ValueError(f"'{value}' is to be held, but is not a value of the network")
         pins.append((channel_vector(graph.labels[value]), reason))
     component = _components(traced.size, traced.ties)
     count = int(component.max()) + 1

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.graph import Graph
-from eqfact.ops.base import Array, Op
+from eqfact.ops.base import Array, Op, read_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,15 @@ class Factorization(Mapping[str, Array]):
     channels: Channels
     #: One factor for every label; entry 0 is the factor of the pinned channels, 1.
     by_label: Array
+
+    def __post_init__(self) -> None:
+        by_label = read_only(np.asarray(self.by_label, np.float64))
+        assert len(by_label) == self.channels.degrees_of_freedom + 1 and by_label[0] == 1, "one factor a label, 1 for the pinned"
+        wrong = ~(np.isfinite(by_label) & (by_label > 0))
+        if wrong.any():
+            for value, labels in self.channels.labels.items():
+                _refuse(wrong[labels], value, by_label[labels], "factors must be positive and finite")
+        object.__setattr__(self, "by_label", by_label)
 
     @classmethod
     def identity(cls, graph: Graph) -> Factorization:
@@ -65,8 +74,8 @@ class Factorization(Mapping[str, Array]):
             first[labels[::-1]] = f[::-1]
             known = giver[labels] != ""
             expected = np.where(known, by_label[labels], first[labels])
-            _refuse((labels > 0) & (f != expected), value, f, lambda i, k=known, e=expected, n=labels: (
-                f"this channel is tied to one of '{giver[n[i]] if k[i] else value}' with factor {e[i]:g}"))
+            _refuse((labels > 0) & (f != expected), value, f, lambda i, v=value, k=known, e=expected, n=labels: (
+                f"this channel is tied to one of '{giver[n[i]] if k[i] else v}' with factor {e[i]:g}"))
             by_label[labels], giver[labels] = f, value
         by_label[0] = 1
         return cls(resolved, by_label)
@@ -96,7 +105,8 @@ class Factorization(Mapping[str, Array]):
         if isinstance(target, Statistics):
             return Statistics({name: stats.rescaled(self[name]) for name, stats in target.items()})
         if set(target.shapes) != set(self):
-            raise ValueError(f"this factorization belongs to another network: values {sorted(set(target.shapes) ^ set(self))[:4]} are in one only")
+            others = sorted(set(target.shapes) ^ set(self))
+            raise ValueError(f"this factorization belongs to another network: values {others[:4]} are in one only")
         agreed = self._gather(channels(target), self)
         memo: dict[tuple[object, ...], Op] = {}
         ops = {}
@@ -115,7 +125,8 @@ class Factorization(Mapping[str, Array]):
 
     def inverse(self) -> Factorization:
         """The factorization that undoes this one."""
-        return Factorization(self.channels, 1 / self.by_label)
+        with np.errstate(over="ignore"):  # refused, with the value's name
+            return Factorization(self.channels, 1 / self.by_label)
 
     def __matmul__(self, other: Factorization) -> Factorization:
         """First ``other``, then this: factors multiply."""
@@ -130,7 +141,8 @@ class Factorization(Mapping[str, Array]):
         >>> Factorization.of(net, {"act": [3.0, 0.7]}).power_of_two()["act"]
         array([4. , 0.5])
         """
-        return Factorization(self.channels, np.exp2(np.rint(np.log2(self.by_label))))
+        with np.errstate(over="ignore"):
+            return Factorization(self.channels, np.exp2(np.rint(np.log2(self.by_label))))
 
 
 def _refuse(wrong: npt.NDArray[np.bool_], value: str, f: Array, rule: object, resolved: Channels | None = None) -> None:

@@ -23,11 +23,15 @@ Data = npt.ArrayLike | Mapping[str, npt.ArrayLike]
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One use of an op: the value ``name`` is ``op`` of the values ``inputs``. One op object may serve several nodes."""
+    """One use of an op: the value ``name`` is ``op`` of the values ``inputs``. One op object may serve several nodes.
+
+    ``origin`` is what an importer wants to remember of the file that the node came from; nothing else looks at it.
+    """
 
     name: str
     op: Op
     inputs: tuple[str, ...]
+    origin: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -132,6 +136,9 @@ class Graph:
 
     def with_ops(self, ops: Mapping[str, Op]) -> Graph:
         """The same graph with other ops at the named nodes."""
+        for name in ops:
+            if name not in {node.name for node in self.nodes}:
+                raise ValueError(f"no node is called '{name}'; nodes are {_some(n.name for n in self.nodes)}")
         return replace(self, nodes=tuple(replace(n, op=ops[n.name]) if n.name in ops else n for n in self.nodes))
 
 
@@ -192,10 +199,12 @@ def _checked_input(name: str, value: npt.ArrayLike, shape: Shape, dtype: np.dtyp
         raise ValueError(f"input '{name}' must be (N, {', '.join(map(str, shape))}), got {array.shape}")
     if not len(array):
         raise ValueError(f"input '{name}' is an empty batch: shape {array.shape}")
-    if not np.isfinite(array).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"input '{name}' holds {array[where]} at index {where}; data must be finite")
-    return array if dtype is None else array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # what overflows is found below
+        converted = array if dtype is None else array.astype(dtype, copy=False)
+    if not np.isfinite(converted).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(converted))[0])
+        raise ValueError(f"input '{name}' holds {array[where]} at index {where}; data must be finite (in {converted.dtype})")
+    return converted
 
 
 def _input_shape(name: str, shape: Sequence[int]) -> Shape:

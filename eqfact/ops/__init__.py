@@ -4,7 +4,7 @@ A new layer goes into the module of its family and into ``ALL`` here; a user's o
 """
 
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Trace, Weighted
-from eqfact.ops.blocking import GELU, HardSwish, Mul, Sigmoid, SiLU, Softmax, Tanh
+from eqfact.ops.blocking import GELU, Erf, HardSigmoid, HardSwish, Mul, Sigmoid, SiLU, Softmax, Tanh
 from eqfact.ops.commuting import (
     Add,
     AvgPool,
@@ -20,6 +20,8 @@ from eqfact.ops.commuting import (
     PReLU,
     ReLU,
     Slice,
+    Transpose,
+    Unflatten,
     Upsample,
 )
 from eqfact.ops.weighted import BatchNorm, Conv, ConvTranspose, Dense
@@ -39,8 +41,15 @@ ALL: tuple[type[Op], ...] = (
     Dense, Conv, ConvTranspose, BatchNorm,
     Identity, ReLU, LeakyReLU, PReLU, Clip,
     MaxPool, AvgPool, GlobalAvgPool, Pad, Upsample,
-    Add, Concat, Flatten, Slice, Permute,
-    Sigmoid, Tanh, SiLU, HardSwish, GELU, Softmax, Mul,
+    Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute,
+    Sigmoid, HardSigmoid, Tanh, SiLU, HardSwish, Erf, GELU, Softmax, Mul,
 )
 
-__all__ = ["ALL", "Array", "Blocking", "Commuting", "Op", "ReLU6", "Shape", "Trace", "Weighted", *(op.__name__ for op in ALL)]
+__all__ = [  # noqa: RUF022  # by family; names written out, so that type checkers see them
+    "ALL", "Array", "Blocking", "Commuting", "Op", "ReLU6", "Shape", "Trace", "Weighted",
+    "Dense", "Conv", "ConvTranspose", "BatchNorm",
+    "Identity", "ReLU", "LeakyReLU", "PReLU", "Clip",
+    "MaxPool", "AvgPool", "GlobalAvgPool", "Pad", "Upsample",
+    "Add", "Concat", "Flatten", "Slice", "Permute",
+    "Sigmoid", "Tanh", "SiLU", "HardSwish", "GELU", "Softmax", "Mul",
+]

@@ -151,6 +151,7 @@ class Weighted(Op):
         return replace(self, **{  # type: ignore[type-var]  # every final op is a dataclass
             "weight": scaled(self.weight, ratio, "weight"),
             "bias": None if self.bias is None else scaled(self.bias, f_out, "bias"),
+            "grid": None,
         })
 
     def magnitude(self, *inputs: Array) -> Array:
@@ -167,8 +168,11 @@ class Commuting(Op):
     A new one writes ``forward`` and, if channels or sizes change, ``carry`` and ``output_shape``.
     """
 
-    #: The op only selects or moves entries (or pads with zero), so a quantized input stays on its grid.
-    moves: bool = False
+    @property
+    def moves(self) -> bool:
+        """The op only selects or moves entries (or adds zeros), so a quantized input stays on its grid."""
+        return False
+
     #: The op works entry by entry and is fused with the op before it by every integer engine.
     activation: bool = False
 
@@ -234,7 +238,8 @@ def spread(vector: npt.NDArray[T], shape: Shape) -> npt.NDArray[T]:
 def channel_vector(labels: npt.NDArray[T]) -> npt.NDArray[T]:
     """One entry per channel of an array ``(C, *spatial)`` that is constant over space."""
     first: tuple[Any, ...] = (slice(None), *(0,) * (labels.ndim - 1))
-    return labels[first]
+    vector: npt.NDArray[T] = labels[first]
+    return vector
 
 
 def along_channels(vector: npt.NDArray[T], ndim: int) -> npt.NDArray[T]:
@@ -246,8 +251,8 @@ def along_channels(vector: npt.NDArray[T], ndim: int) -> npt.NDArray[T]:
 # Parameters: checked once, when an op is made.
 
 def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
-    """The array, locked against writing; copied first unless it is our own and locked already."""
-    if array.flags.owndata and not array.flags.writeable:
+    """The array, locked against writing; copied first unless it is our own, in C order, and locked already."""
+    if array.flags.owndata and array.flags.c_contiguous and not array.flags.writeable:
         return array
     array = array.copy()
     array.flags.writeable = False

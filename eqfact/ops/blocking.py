@@ -60,14 +60,58 @@ class HardSwish(Blocking):
 
 
 @dataclass(frozen=True, eq=False)
-class GELU(Blocking):
-    """``y = x Phi(x)`` with the normal distribution function, exact (not the tanh approximation)."""
+class HardSigmoid(Blocking):
+    """``y = min(max(alpha * x + beta, 0), 1)``; the defaults are those of ONNX, PyTorch has ``alpha = 1/6``.
+
+    >>> HardSigmoid().forward(np.array([[-3.0, 0.0, 1.0]]))
+    array([[0. , 0.5, 0.7]])
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"HardSigmoid {name} must be finite, got {getattr(self, name)}")
+
+    @property
+    def lipschitz(self) -> float:  # type: ignore[override]
+        """The slope between the two limits."""
+        return abs(self.alpha)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = np.clip(x * x.dtype.type(self.alpha) + x.dtype.type(self.beta), 0, 1)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Erf(Blocking):
+    """``y = erf(x)``, out of which exporters build GELU."""
 
     lipschitz = 1.13
 
     def forward(self, *inputs: Array) -> Array:
+        y: Array = special.erf(inputs[0])
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class GELU(Blocking):
+    """``y = x Phi(x)`` with the normal distribution function, or its approximation by ``tanh`` if ``approximate``."""
+
+    approximate: bool = False
+    lipschitz = 1.13
+
+    def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
-        y: Array = x * special.ndtr(x)
+        if not self.approximate:
+            y: Array = x * special.ndtr(x)
+            return y
+        inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
+        y = x.dtype.type(0.5) * x * (1 + np.tanh(inner))
         return y
 
 

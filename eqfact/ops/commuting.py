@@ -22,12 +22,14 @@ from eqfact.ops.base import (
     T,
     Trace,
     along_channels,
+    channel_vector,
     integers,
     one_input,
     paddings,
     parameter,
     per_axis,
     per_side,
+    spread,
     window_sizes,
 )
 from eqfact.ops.convolution import Sides, channels_first, channels_last, tap_windows
@@ -111,7 +113,8 @@ class PReLU(Commuting):
 
     def magnitude(self, *inputs: Array) -> Array:
         (m,) = inputs
-        return m * along_channels(np.maximum(np.abs(self.slope), 1), m.ndim - 1)
+        result: Array = m * along_channels(np.maximum(np.abs(self.slope), 1), m.ndim - 1)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +159,8 @@ class Clip(Commuting):
         return tuple(shape)
 
     def _on(self, x: Array, bound: float | Array) -> Array:
-        return along_channels(np.asarray(bound, x.dtype), x.ndim - 1)
+        with np.errstate(over="ignore"):  # a bound beyond the largest float32 leaves its side open
+            return along_channels(np.asarray(bound).astype(x.dtype), x.ndim - 1)
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
@@ -179,6 +183,14 @@ class Clip(Commuting):
 
 
 # --------------------------------------------------------------------------------------------- over space
+
+
+def spatial_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
+    """The shape of the one input, if it has spatial axes."""
+    (shape,) = one_input(op, shapes)
+    if len(shape) < 2:
+        raise ValueError(f"{type(op).__name__} needs spatial axes, got a value of shape {shape}")
+    return shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +218,7 @@ class _Pool(Commuting):
         return kernel, stride, padding
 
     def output_shape(self, *shapes: Shape) -> Shape:
-        (shape,) = one_input(self, shapes)
-        if len(shape) < 2:
-            raise ValueError(f"{type(self).__name__} needs spatial axes, got a value of shape {shape}")
+        shape = spatial_shape(self, shapes)
         kernel, stride, padding = self._geometry(len(shape) - 1)
         return (shape[0], *window_sizes(type(self).__name__, shape[1:], kernel, stride, padding, (1,) * len(kernel)))
 
@@ -276,9 +286,7 @@ class GlobalAvgPool(Commuting):
         return 128
 
     def output_shape(self, *shapes: Shape) -> Shape:
-        (shape,) = one_input(self, shapes)
-        if len(shape) < 2:
-            raise ValueError(f"GlobalAvgPool needs spatial axes, got a value of shape {shape}")
+        shape = spatial_shape(self, shapes)
         return (shape[0], *(1 for _ in shape[1:]))
 
     def forward(self, *inputs: Array) -> Array:
@@ -297,7 +305,6 @@ class Pad(Commuting):
 
     padding: Padding
     value: float = 0.0
-    moves = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "padding", paddings(self.padding))
@@ -306,8 +313,12 @@ class Pad(Commuting):
             raise ValueError("Pad value must not be NaN")
 
     def output_shape(self, *shapes: Shape) -> Shape:
-        (shape,) = one_input(self, shapes)
+        shape = spatial_shape(self, shapes)
         return (shape[0], *(n + sum(p) for n, p in zip(shape[1:], per_side(self.padding, len(shape) - 1), strict=True)))
+
+    @property
+    def moves(self) -> bool:
+        return self.value == 0
 
     @property
     def _transparent(self) -> bool:
@@ -346,7 +357,7 @@ class Upsample(Commuting):
         object.__setattr__(self, "factor", integers("Upsample factor", self.factor, 1))
 
     def output_shape(self, *shapes: Shape) -> Shape:
-        (shape,) = one_input(self, shapes)
+        shape = spatial_shape(self, shapes)
         return (shape[0], *(n * k for n, k in zip(shape[1:], per_axis("factor", self.factor, len(shape) - 1), strict=True)))
 
     def forward(self, *inputs: Array) -> Array:
@@ -445,6 +456,92 @@ class Flatten(Commuting):
 
 
 @dataclass(frozen=True, eq=False)
+class Unflatten(Commuting):
+    """``(N, C * pixels)`` to ``(N, C, *spatial)``: the entries that become one channel must share one factor.
+
+    >>> Unflatten((2, 2)).forward(np.array([[1.0, 2.0, 3.0, 4.0]]))
+    array([[[1., 2.],
+            [3., 4.]]])
+    """
+
+    shape: Shape
+    moves = True
+
+    def __post_init__(self) -> None:
+        shape = integers("Unflatten shape", tuple(self.shape), 1)
+        if not isinstance(shape, tuple) or len(shape) < 2:
+            raise ValueError(f"Unflatten needs a shape (C, *spatial), got {self.shape!r}")
+        object.__setattr__(self, "shape", shape)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if shape != (math.prod(self.shape),):
+            raise ValueError(f"Unflatten to {self.shape} reads (N, {math.prod(self.shape)}), got a value of shape {shape}")
+        return self.shape
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        self.output_shape(*(x.shape for x in inputs))
+        return _tied_over_space(trace, inputs[0].reshape(self.shape))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        return super().rescale(np.repeat(f_out, len(f_in[0]) // len(f_out)), *f_in)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return x.reshape(len(x), *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(Commuting):
+    """Axis ``i`` of the output's ``(C, *spatial)`` is axis ``axes[i]`` of the input's (0 is the channels).
+
+    If the channels change their place, all of them must share one factor.
+
+    >>> Transpose((1, 0)).forward(np.array([[[1.0, 2.0]]]))
+    array([[[1.],
+            [2.]]])
+    """
+
+    axes: tuple[int, ...]
+    moves = True
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != list(range(len(self.axes))):
+            raise ValueError(f"Transpose axes must name every axis of (C, *spatial) from 0 to {len(self.axes) - 1} once, got {self.axes}")
+        object.__setattr__(self, "axes", tuple(int(a) for a in self.axes))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if len(shape) != len(self.axes):
+            raise ValueError(f"Transpose orders {len(self.axes)} axes, got a value of shape {shape}")
+        return tuple(shape[a] for a in self.axes)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        self.output_shape(*(x.shape for x in inputs))
+        return _tied_over_space(trace, inputs[0].transpose(self.axes))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        if self.axes[0] == 0:
+            return super().rescale(f_out, *f_in)
+        if not (np.all(f_out == f_out[0]) and np.all(f_in[0] == f_out[0])):
+            raise ValueError(f"Transpose {self.axes} moves the channels: all channels of its input and output must share one factor")
+        return self
+
+    def forward(self, *inputs: Array) -> Array:
+        return np.transpose(inputs[0], (0, *(a + 1 for a in self.axes)))
+
+
+def _tied_over_space(trace: Trace, labels: Labels) -> Labels:
+    """Labels ``(C, *spatial)`` that may differ over space, with those of each channel tied; the first stands for the channel."""
+    first = channel_vector(labels)
+    pairs = np.stack([np.repeat(first, labels[0].size), labels.reshape(-1)])
+    pairs = np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
+    if pairs.size:
+        trace.tie(pairs[0], pairs[1])
+    return spread(first, labels.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class Slice(Commuting):
     """Channels ``start`` to ``stop`` (exclusive); counted from the end if negative, as in Python.
 
@@ -488,6 +585,8 @@ class Permute(Commuting):
     moves = True
 
     def __post_init__(self) -> None:
+        if not all(isinstance(i, (int, np.integer)) for i in self.order):
+            raise TypeError(f"Permute order must hold integers, got {self.order!r}")
         order = tuple(int(i) for i in self.order)
         if sorted(order) != list(range(len(order))):
             raise ValueError(f"Permute order must name every channel from 0 to {len(order) - 1} once, got {order}")

@@ -39,7 +39,8 @@ def channels_last(x: Array, padding: Sides = (), value: float = 0.0) -> Array:
 def over_space(array: Array, slices: Iterable[slice]) -> Array:
     """A view of ``(N, *spatial, C)``, sliced along its spatial axes."""
     index: tuple[Any, ...] = (slice(None), *slices)
-    return array[index]
+    view: Array = array[index]
+    return view
 
 
 def channels_first(y: Array) -> Array:
@@ -73,8 +74,9 @@ def _depthwise(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilati
     dtype = np.result_type(padded, weight)
     result = np.empty((len(padded), *sizes, channels, multiplier), dtype)
     taps = weight.reshape(channels, multiplier, -1)
-    # one weight per entry of a row of pixels: the inner loop of numpy then runs over a whole row
-    windows = [(np.broadcast_to(taps[..., t], (sizes[-1], channels, multiplier)).copy(), window[..., None])
+    # one weight per entry of a row of pixels: the inner loop of numpy then runs over a whole row (in 1d a row is a pixel)
+    row_shape = (*sizes[1:][-1:], channels, multiplier)
+    windows = [(np.broadcast_to(taps[..., t], row_shape).copy(), window[..., None])
                for t, window in enumerate(tap_windows(padded, sizes, weight.shape[2:], stride, dilation))]
     step = max(1, DEPTHWISE_BLOCK // math.prod(result.shape[2:]))
     scratch = np.empty((min(step, sizes[0]), *result.shape[2:]), dtype)

@@ -29,6 +29,7 @@ from eqfact.ops.base import (
     window_sizes,
 )
 from eqfact.ops.convolution import Sides, convolve, convolve_transposed
+from eqfact.ops.grid import Grid
 
 
 def _store(op: Op, **values: object) -> None:
@@ -67,6 +68,8 @@ class Dense(Weighted):
 
     weight: Array
     bias: Array | None = None
+    _: KW_ONLY
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         weight, bias = _weight_and_bias("Dense", self.weight, self.bias, 1)
@@ -95,6 +98,7 @@ class _Convolution(Weighted):
     padding: Padding = 0
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__

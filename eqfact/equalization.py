@@ -1,0 +1,350 @@
+"""How does a rule become an equivalent network? One loop: labels, ranges, rule, factors, until nothing moves.
+
+The loop owns the order (blocks in the order of their first maker), the sweeps, the bounds and the verdict; the rule is a
+value passed in (:mod:`eqfact.rules`). Between blocks the weights stay as they are: only factors are updated, and ranges
+are read off ``|W| f_out / f_in``. Sections 2 to 4 and 7 of PAPER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.calibration import Statistics
+from eqfact.channels import Channels, channels
+from eqfact.factorization import Factorization
+from eqfact.graph import Graph
+from eqfact.ops.base import Commuting, Weighted, channel_vector
+from eqfact.ops.commuting import Concat
+from eqfact.rules import MAX_FACTOR, Block, Maker, Rule, Vector, cross_layer, one_step, two_step
+
+Indices = npt.NDArray[np.int64]
+
+#: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
+#: factors of 1e8 blow up its bias (PAPER 9: EfficientNet-Lite0).
+CROSS_LAYER_MAX_FACTOR = 1024.0
+
+
+@dataclass(frozen=True, eq=False)
+class EqualizeResult:
+    """What :func:`equalize` found. Field names follow ``scipy.optimize.OptimizeResult``."""
+
+    graph: Graph
+    factorization: Factorization
+    success: bool
+    message: str
+    iterations: int
+    #: Largest change ``|log f|`` of any factor, sweep by sweep.
+    residual: tuple[float, ...]
+    #: Why channels of a value keep the factor 1, for every value with such a channel.
+    pinned: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weighted op as the loop sees it: magnitudes, and the labels of the channels that it makes and reads."""
+
+    op: Weighted
+    #: Names of the values that it makes (several if the op is used several times).
+    values: tuple[str, ...]
+    #: Largest magnitude over the taps, ``(groups, out // groups, in // groups)``.
+    magnitude: npt.NDArray[np.float64]
+    made: Indices
+    read: Indices
+    #: Memory for products, shared by all layers: a sweep allocates nothing.
+    scratch: npt.NDArray[np.float64]
+
+    def made_range(self, f: Vector) -> Vector:
+        """Largest weight magnitude of every output channel, ``(out,)``."""
+        groups, _, inner = self.magnitude.shape
+        np.multiply(self.magnitude, (1 / f[self.read]).reshape(groups, 1, inner), out=self.scratch)
+        largest: Vector = self.scratch.max(axis=2).reshape(-1) * f[self.made]
+        return largest
+
+    def read_range(self, f: Vector) -> Vector:
+        """Largest weight magnitude of every input channel, ``(in,)``."""
+        groups, out, _ = self.magnitude.shape
+        np.multiply(self.magnitude, f[self.made].reshape(groups, out, 1), out=self.scratch)
+        largest: Vector = self.scratch.max(axis=1).reshape(-1) / f[self.read]
+        return largest
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Which labels a block holds, which layers make and read them, and whether a layer does both."""
+
+    labels: Indices
+    makers: tuple[Layer, ...]
+    readers: tuple[Layer, ...]
+    #: The label's place in ``labels``, or ``len(labels)`` for labels of other blocks.
+    place: Indices
+    reads_itself: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads_itself", bool(set(map(id, self.makers)) & set(map(id, self.readers))))
+
+    def largest(self, layers: Iterable[Layer], labels: Callable[[Layer], Indices], ranges: Callable[[Layer], Vector]) -> Vector:
+        """The maximum of per-channel ranges over layers, for each label of the block."""
+        result = np.zeros(len(self.labels) + 1)
+        for layer in layers:
+            np.maximum.at(result, self.place[labels(layer)], ranges(layer))
+        return result[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """Ranges of what a layer makes, after and before its activation, from the statistics, ``(out,)``."""
+
+    after: Vector
+    before: Vector
+    mates: float
+
+
+def layers(graph: Graph, resolved: Channels) -> tuple[Layer, ...]:
+    """The weighted ops of a network, each once, in dependency order."""
+    uses: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        if isinstance(node.op, Weighted):
+            uses.setdefault(id(node.op), []).append(node.name)
+    first = [graph[names[0]] for names in uses.values()]
+    magnitudes = [np.abs(node.op.taps()).max(axis=3).astype(np.float64) for node in first if isinstance(node.op, Weighted)]
+    scratch = np.empty(max((m.size for m in magnitudes), default=0))
+    return tuple(Layer(node.op, tuple(names), magnitude, resolved.labels[node.name], resolved.labels[node.inputs[0]],
+                       scratch[:magnitude.size].reshape(magnitude.shape))
+                 for node, names, magnitude in zip(first, uses.values(), magnitudes, strict=True) if isinstance(node.op, Weighted))
+
+
+def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
+    """Group the free labels: what one layer makes belongs together, and so do layers that share a label."""
+    block_of = np.full(resolved.degrees_of_freedom + 1, -1)
+    members: list[list[Layer]] = []
+    for layer in found:
+        free = layer.made[layer.made > 0]
+        touched = sorted(set(block_of[free].tolist()) - {-1})
+        target = touched[0] if touched else len(members)
+        if not touched:
+            members.append([])
+        for other in touched[1:]:
+            members[target] += members[other]
+            members[other] = []
+            block_of[block_of == other] = target
+        members[target].append(layer)
+        block_of[free] = target
+    plans = []
+    for index, makers in enumerate(members):
+        labels = np.flatnonzero(block_of == index)
+        if len(labels):
+            place = np.full(len(block_of), len(labels))
+            place[labels] = np.arange(len(labels))
+            readers = tuple(layer for layer in found if (place[layer.read] < len(labels)).any())
+            plans.append(BlockPlan(labels, tuple(makers), readers, place))
+    return tuple(plans)
+
+
+def activation_of(graph: Graph, value: str) -> str:
+    """The value after the activations that directly follow: what an integer engine stores for this layer.
+
+    Activations are followed while each value has exactly one reader and is not an output.
+    """
+    readers = graph.readers
+    while len(readers[value]) == 1 and value not in graph.outputs:
+        (reader,) = readers[value]
+        if not (isinstance(reader.op, Commuting) and reader.op.activation):
+            break
+        value = reader.name
+    return value
+
+
+def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:
+    """A, P and the concat mates' A of every layer (PAPER 2 and 4)."""
+    missing = sorted(set(graph.shapes) - set(stats))
+    if missing:
+        raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
+    for name, shape in graph.shapes.items():
+        if stats[name].max.shape != shape[:1]:
+            raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
+        if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
+            raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
+    largest = {}
+    for layer in found:
+        after = np.maximum.reduce([stats[activation_of(graph, v)].max_abs for v in layer.values])
+        before = np.maximum.reduce([np.maximum(-stats[v].min, 0) for v in layer.values])
+        largest[id(layer.op)] = Activation(after, before, 0.0)
+    for node in graph.nodes:
+        if isinstance(node.op, Concat):
+            inside = set(channel_vector(graph.labels[node.name]).tolist())
+            mates = [layer for layer in found if any(inside & set(channel_vector(graph.labels[v]).tolist()) for v in layer.values)]
+            top = max((float(largest[id(m.op)].after.max()) for m in mates), default=0.0)
+            for mate in mates:
+                old = largest[id(mate.op)]
+                largest[id(mate.op)] = replace(old, mates=max(old.mates, top))
+    return largest
+
+
+def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statistics | None = None, max_factor: float | None = None,
+             preactivation: bool = False, tol: float = 1e-3, max_iter: int = 1000, include: Collection[str] | None = None,
+             exclude: Collection[str] = (), exact: bool = False) -> EqualizeResult:
+    """Find factors by a method and return the equivalent network.
+
+    ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
+    graph), ``"cross_layer"`` (Nagel et al. 2019; swept until no ``|log f|`` moves by more than ``tol``, at most
+    ``max_iter`` sweeps), or a rule of your own, swept likewise. ``max_factor`` bounds the factors: the paper's 16 for its two
+    rules (amplification; a concat lift comes on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's
+    optional limit ``max(A / P_i, 1)``. ``include`` and ``exclude`` name values whose channels alone may, or may not, get factors.
+    ``exact`` rounds the factors to powers of two: outputs are then bit-identical.
+
+    Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
+    Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.
+
+    >>> net = Graph.chain((1,), fc1=Dense(np.array([[4.0], [1.0]])), act=ReLU(), fc2=Dense(np.array([[1.0, 4.0]])))
+    >>> equalize(net).factorization["act"]
+    array([0.5, 2. ])
+    """
+    rule, passes, bound = _method(method, max_factor, max_iter)
+    if passes == 1 and stats is None:
+        raise ValueError(f"method {method!r} needs the ranges of activations: give stats=calibrate(graph, batches)")
+    resolved = channels(graph, hold=_held(graph, include, exclude))
+    found = layers(graph, resolved)
+    plans = blocks(found, resolved)
+    activations = _activations(graph, found, stats) if stats is not None and method != "cross_layer" else {}
+    neighbours = _neighbours(plans)
+    f = np.ones(resolved.degrees_of_freedom + 1)
+    residual: list[float] = []
+    everything = set(range(len(plans)))
+    due = everything  # blocks with a neighbour that moved; the last sweep looks at all again
+    while len(residual) < passes:
+        whole, moved = due == everything, 0.0
+        pending = set()
+        for index, plan in enumerate(plans):
+            if index not in due and index not in pending:
+                continue
+            pending.discard(index)
+            step = _checked(rule(_block(plan, f, activations, preactivation)), graph, plan)
+            if plan.reads_itself and passes > 1:
+                step = np.sqrt(step)  # both sides move at once: half the step in log keeps it from swinging
+            old = f[plan.labels]
+            f[plan.labels] = np.clip(old * step, 1 / bound, bound)
+            change = float(np.abs(np.log(f[plan.labels] / old)).max())
+            moved = max(moved, change)
+            if change > tol:
+                pending |= neighbours[index]
+        residual.append(moved)
+        if whole and moved <= tol:
+            break
+        due = pending or everything
+    factorization = Factorization(resolved, f)
+    if exact:
+        factorization = factorization.power_of_two()
+    success = passes == 1 or residual[-1] <= tol
+    message = _message(method, success, residual, tol, bound, f, plans, resolved)
+    return EqualizeResult(factorization.apply(graph), factorization, success, message, len(residual), tuple(residual), resolved.pinned)
+
+
+def _neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
+    """Which blocks share a layer with each block, so that a move of the one may move the other."""
+    users: dict[int, set[int]] = {}
+    for index, plan in enumerate(plans):
+        for layer in (*plan.makers, *plan.readers):
+            users.setdefault(id(layer), set()).add(index)
+    return [set().union(*(users[id(layer)] for layer in (*plan.makers, *plan.readers))) - (set() if plan.reads_itself else {index})
+            for index, plan in enumerate(plans)]
+
+
+def _method(method: str | Rule, max_factor: float | None, max_iter: int) -> tuple[Rule, int, float]:
+    """The rule, the number of sweeps, and the bound that the loop itself puts on factors."""
+    if max_factor is not None and not (np.isfinite(max_factor) and max_factor >= 1):
+        raise ValueError(f"max_factor must be a finite number of at least 1, got {max_factor}")
+    if not isinstance(max_iter, (int, np.integer)) or max_iter < 1:
+        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
+    paper = {"one_step": one_step, "two_step": two_step}
+    if isinstance(method, str) and method in paper:
+        return partial(paper[method], max_factor=MAX_FACTOR if max_factor is None else max_factor), 1, np.inf
+    bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
+    if method == "cross_layer":
+        return cross_layer, int(max_iter), bound
+    if callable(method):
+        return method, int(max_iter), bound
+    raise ValueError(f"unknown method {method!r}: use 'one_step', 'two_step', 'cross_layer', or a rule (see eqfact.rules)")
+
+
+def _held(graph: Graph, include: Collection[str] | None, exclude: Collection[str]) -> dict[str, str]:
+    """Values that the caller wants pinned."""
+    for argument, names in (("include", include or ()), ("exclude", exclude)):
+        if isinstance(names, str):
+            raise TypeError(f"{argument} must be a list of value names, got the string {names!r}")
+        for name in names:
+            if name not in graph.shapes:
+                raise ValueError(f"{argument} names '{name}', which is not a value of the network")
+    held = {name: f"excluded by the caller ('{name}')" for name in exclude}
+    if include is not None:
+        chosen = {label for name in include for label in channels(graph).labels[name].tolist()}
+        for name, labels in channels(graph).labels.items():
+            if not chosen.issuperset(labels.tolist()):
+                held.setdefault(name, "not among the values that the caller includes")
+    return held
+
+
+def _block(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
+    """The ranges of a block with the factors chosen so far."""
+    made_of = {id(layer): layer.made_range(f) for layer in plan.makers}
+    read_of = {id(layer): layer.read_range(f) for layer in plan.readers}
+    makers = []
+    for layer in plan.makers:
+        place = plan.place[layer.made]
+        mine = place < len(plan.labels)
+        kernel = made_of[id(layer)]
+        maker = Maker(place[mine], kernel[mine], held_kernel=float(kernel[~mine].max(initial=0.0)))
+        if (seen := activations.get(id(layer.op))) is not None:
+            # the statistics were taken once; the factors chosen so far scale what this layer puts out
+            after = seen.after * f[layer.made]
+            maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)), mates_activation=seen.mates,
+                            preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
+        makers.append(maker)
+    return Block(
+        tuple(makers),
+        made=plan.largest(plan.makers, lambda layer: layer.made, lambda layer: made_of[id(layer)]),
+        read=plan.largest(plan.readers, lambda layer: layer.read, lambda layer: read_of[id(layer)]),
+        consumed=plan.largest(plan.readers, lambda layer: layer.read,
+                              lambda layer: read_of[id(layer)] / (read_of[id(layer)].max() or 1.0)),
+    )
+
+
+def _checked(step: Vector, graph: Graph, plan: BlockPlan) -> Vector:
+    """The rule's factors, if they are usable."""
+    place = plan.makers[0].values[0]
+    step = np.asarray(step, np.float64)
+    if step.shape != plan.labels.shape:
+        raise ValueError(f"value '{place}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
+    wrong = ~(np.isfinite(step) & (step > 0))
+    if wrong.any():
+        raise ValueError(f"value '{place}', channel {int(np.argmax(wrong))}: the rule returned {step[wrong][0]}; "
+                         "factors must be positive and finite, return 1 for channels that it cannot judge")
+    return step
+
+
+def _message(method: str | Rule, success: bool, residual: list[float], tol: float, bound: float, f: Vector,
+             plans: Sequence[BlockPlan], resolved: Channels) -> str:
+    """What happened, in a sentence or two."""
+    name = method if isinstance(method, str) else getattr(method, "__name__", "the rule")
+    if not plans:
+        return f"{name}: no channel is free, the network is returned as it is"
+    sweeps = f"{len(residual)} sweep{'s' if len(residual) != 1 else ''}"
+    verdict = f"{name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
+    if not success:
+        verdict = f"{name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {tol:g}); raise max_iter"
+    ones = np.ones_like(f)
+    dead = at_bound = 0
+    for plan in plans:
+        block = _block(plan, ones, {}, False)
+        alive = (block.made > 0) & (block.read > 0)
+        dead += int((~alive).sum())
+        at_bound += int((alive & ((f[plan.labels] >= bound) | (f[plan.labels] <= 1 / bound))).sum())
+    if dead:
+        verdict += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
+    if at_bound:
+        verdict += f"; {at_bound} nearly dead channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
+    return verdict

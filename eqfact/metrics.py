@@ -1,0 +1,187 @@
+"""How good is a quantized network, and is a rewritten one the same function?
+
+:func:`sqnr` is the signal-to-noise ratio in decibels. :func:`verify` compares two networks on data against the bound
+``c u (|W_L| ... |W_1| |x|)`` on rounding errors, propagated through the graph (PAPER 8). Where the two share a value by name up to
+one positive factor a channel, the walk starts afresh from it: so the bound stays as sharp as one layer's, however deep the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.channels import channels
+from eqfact.graph import Data, Graph, Node, checked_inputs, values
+from eqfact.ops.base import Array, Shape, along_channels
+
+
+def sqnr(reference: Data, test: Data) -> float:
+    """``10 log10(sum(reference**2) / sum((reference - test)**2))`` in dB, over all entries (of all outputs, for dicts).
+
+    Infinite where the two are equal; minus infinity where the reference is 0 and the test is not.
+
+    >>> sqnr(np.array([10.0, 0.0]), np.array([10.0, 1.0]))
+    20.0
+    """
+    if isinstance(reference, Mapping) != isinstance(test, Mapping):
+        raise TypeError("sqnr compares two arrays or two dicts of arrays")
+    if isinstance(reference, Mapping) and isinstance(test, Mapping):
+        if set(reference) != set(test):
+            raise ValueError(f"sqnr needs the same names on both sides, got {sorted(reference)} and {sorted(test)}")
+        pairs = [(np.asarray(reference[name], np.float64), np.asarray(test[name], np.float64)) for name in reference]
+    else:
+        pairs = [(np.asarray(reference, np.float64), np.asarray(test, np.float64))]
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise ValueError(f"sqnr needs equal shapes, got {a.shape} and {b.shape}")
+    noise = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
+    signal = sum(float((a**2).sum()) for a, _ in pairs)
+    if np.isnan(noise) or np.isnan(signal):
+        raise ValueError("sqnr needs finite arrays, got NaN")
+    if noise == 0:
+        return np.inf
+    return float(10 * np.log10(signal / noise)) if signal > 0 else -np.inf
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict of :func:`verify`. True in a condition if the networks are equal."""
+
+    equal: bool
+    #: Largest error at the worst value, and the bound on it; the worst value is the one whose error is largest against its bound.
+    max_error: float
+    bound: float
+    worst: str
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+
+def verify(a: Graph, b: Graph, x: Data) -> Verification:
+    """Are two networks the same function on this data, up to rounding?
+
+    Both run on ``x``; the error at a value may be ``c u m``, where ``u`` is the unit roundoff of the coarser network, ``m`` the magnitudes
+    ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
+    may differ by factors, one for each channel label of ``b``, read off the data: a witness factorization. Outputs may not differ.
+    Where a value agrees, both walks start afresh from it.
+
+    If an inner value of the same name does not agree, the outputs decide, as long as the bound there is below a hundredth of the
+    output; otherwise the answer is no. Raises :class:`ValueError` if inputs or outputs have other names or shapes.
+
+    >>> net = Graph.chain((1,), fc1=Dense(np.array([[1.0], [3.0]])), act=ReLU(), fc2=Dense(np.array([[2.0, 1.0]])))
+    >>> bool(verify(net, Factorization.of(net, {"act": [3.0, 0.1]}).apply(net), np.array([[0.5], [-1.0]])))
+    True
+    """
+    for what, of_a, of_b in (("inputs", dict(a.inputs), dict(b.inputs)), ("outputs", _outputs(a), _outputs(b))):
+        if of_a != of_b:
+            raise ValueError(f"networks to compare need the same {what}, got {of_a} and {of_b}")
+    truth = values(a, x)
+    shared = {name for name, shape in b.shapes.items() if a.shapes.get(name) == shape}
+    found = _compare(a, b, truth, x, shared)
+    parted = [name for name, value in found.items() if value.excess > 1]
+    if not parted:
+        worst = max(found, key=lambda name: found[name].excess)
+        return _verdict(True, found, worst, f"equal: largest error {found[worst].error:.3g} within {found[worst].bound:.3g}, at '{worst}'")
+    inner = [name for name in parted if name not in b.outputs]
+    outputs = _compare(a, b, truth, x, shared - set(inner)) if inner else found
+    worst = max(b.outputs, key=lambda name: outputs[name].excess)
+    sharp = all(outputs[name].bound <= 0.01 * float(np.abs(truth[name]).max()) for name in b.outputs)
+    if outputs[worst].excess <= 1 and sharp:
+        return _verdict(True, outputs, worst, f"equal at the outputs: largest error {outputs[worst].error:.3g} within {outputs[worst].bound:.3g}; "
+                        f"inner values of the same name differ, first '{inner[0]}'")
+    return _verdict(False, outputs, worst, f"not equal: they part at '{parted[0]}', by {found[parted[0]].error:.3g} where rounding explains "
+                    f"{found[parted[0]].bound:.3g}; output '{worst}' differs by {outputs[worst].error:.3g}")
+
+
+@dataclass(frozen=True)
+class _Agreement:
+    """The entry of a value where the error is largest against its bound; ``excess`` is their ratio."""
+
+    error: float
+    bound: float
+    excess: float
+
+
+class _Roundings:
+    """Bounds on rounding errors along a walk: magnitudes ``m``, and errors ``e`` in units of ``u`` (never below ``m``)."""
+
+    def __init__(self) -> None:
+        self.m: dict[str, Array] = {}
+        self.e: dict[str, Array] = {}
+
+    def start(self, name: str, value: Array, doubt: Array | float = 0.0) -> None:
+        """A value taken as it is, up to its own rounding and a doubt, both in units of ``u``."""
+        self.m[name] = np.abs(value)
+        self.e[name] = (self.m[name] + doubt).astype(value.dtype)
+
+    def step(self, node: Node) -> Array:
+        """The bound at the output of a node, from those at its inputs."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            m = node.op.magnitude(*(self.m[i] for i in node.inputs))
+            e = node.op.magnitude(*(self.e[i] for i in node.inputs)) + node.op.roundings * m
+        # beyond overflow nothing is bounded, not even 0 * inf
+        self.m[node.name], self.e[node.name] = (np.where(np.isnan(v), np.inf, v) if np.isnan(v.max()) else v for v in (m, e))
+        return self.e[node.name]
+
+
+def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str]) -> dict[str, _Agreement]:
+    """Walk both networks, and compare and start afresh at every shared value."""
+    rounding_a, rounding_b, errors_a = _Roundings(), _Roundings(), {}
+    env = dict(checked_inputs(b, x))
+    for name in env:
+        rounding_a.start(name, truth[name])
+        rounding_b.start(name, env[name])
+    for node in a.nodes:
+        errors_a[node.name] = rounding_a.step(node)
+        if node.name in shared:
+            rounding_a.start(node.name, truth[node.name])
+    u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
+    resolved = channels(b)
+    factor = np.ones(resolved.degrees_of_freedom + 1)
+    uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
+    uncertainty[0] = 0
+    found = {}
+    for node in b.nodes:
+        name = node.name
+        env[name] = node.op.forward(*(env[i] for i in node.inputs))
+        error_b = rounding_b.step(node)
+        if name not in shared:
+            continue
+        labels, axes = resolved.labels[name], (0, *range(2, env[name].ndim))
+        new = np.flatnonzero(uncertainty[labels] < 0)
+        if len(new):
+            size_a, size_b = (np.abs(v).sum(axis=axes, dtype=np.float64)[new] for v in (truth[name], env[name]))
+            known = (size_a > 0) & (size_b > 0)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                ratio = np.where(known, size_b / size_a, 1.0)
+                unsure = (errors_a[name].sum(axis=axes, dtype=np.float64)[new] / size_a
+                          + error_b.sum(axis=axes, dtype=np.float64)[new] / size_b).clip(max=1 / u)  # beyond, nothing is known
+            factor[labels[new]] = np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+            uncertainty[labels[new]] = np.where(known, unsure, -1.0)
+        f, unsure = (along_channels(v, env[name].ndim - 1) for v in (factor[labels], np.maximum(uncertainty[labels], 0)))
+        expected = truth[name] * f
+        doubt = np.abs(expected) * unsure
+        bound = errors_a[name] * f + error_b + doubt
+        found[name] = _worst(np.abs(env[name] - expected), u * bound)
+        env[name] = expected.astype(env[name].dtype)
+        rounding_b.start(name, env[name], np.minimum(doubt, bound))
+    return found
+
+
+def _worst(error: npt.NDArray[np.float64], bound: npt.NDArray[np.float64]) -> _Agreement:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.where(error > 0, error / bound, 0.0)
+    where = np.unravel_index(int(excess.argmax()), excess.shape)
+    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]))
+
+
+def _outputs(graph: Graph) -> dict[str, Shape]:
+    return {name: graph.shapes[name] for name in sorted(graph.outputs)}
+
+
+def _verdict(equal: bool, found: dict[str, _Agreement], worst: str, message: str) -> Verification:
+    return Verification(equal, found[worst].error, found[worst].bound, worst, message)

@@ -1,0 +1,232 @@
+"""How do numbers get onto a grid, and what does a network compute with numbers on grids?
+
+``q = clip(round(x / scale) + zero_point, qmin, qmax)`` and back, ``scale * (q - zero_point)`` (PAPER 5 and 6). A
+:class:`UniformQuantizer` says which grids there are, :class:`Grid` is one with its numbers, :class:`FakeQuantize` the op that
+rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.calibration import Statistics
+from eqfact.graph import Graph, Node
+from eqfact.ops.base import Array, Blocking, Commuting, Shape, Weighted, along_channels, one_input
+from eqfact.ops.grid import ROUNDINGS, Grid
+from eqfact.ops.weighted import BatchNorm
+
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+
+
+@dataclass(frozen=True)
+class UniformQuantizer:
+    """A family of uniform grids: how many bits, symmetric or affine, and which entries share a grid.
+
+    ``bits`` from 2 to 16. ``symmetric``: the range is ``[-a, a]`` and zero sits in the middle; else *affine*: the range is
+    ``[min, max]``, widened to hold zero. ``signed`` by default if symmetric, unsigned if affine. ``granularity`` is
+    ``"per_tensor"``, ``"per_channel"`` (weights: output channels) or ``"per_group"`` (weights: runs of ``group_size`` input
+    channels of every output channel). ``narrow_range`` leaves out the lowest number, so that a signed grid is symmetric.
+    ``rounding`` is ``"half_even"``, ``"half_away"``, ``"half_up"`` or ``"floor"``. Zero is always on the grid exactly; a range of 0 gets
+    scale 1.
+
+    >>> UniformQuantizer(bits=8).grid(-1.0, 0.5).fake_quantize(np.array([-1.0, 0.0]))
+    array([-1.,  0.])
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: str = "per_tensor"
+    signed: bool | None = None
+    narrow_range: bool = False
+    rounding: str = "half_even"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, np.integer)) or not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be an integer from 2 to 16, got {self.bits!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {GRANULARITIES}, got {self.granularity!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {ROUNDINGS}, got {self.rounding!r}")
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise ValueError(f"group_size goes with granularity 'per_group', got {self.group_size} with {self.granularity!r}")
+        if self.group_size is not None and (not isinstance(self.group_size, (int, np.integer)) or self.group_size < 1):
+            raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest whole number of the grid."""
+        lowest = -(1 << (self.bits - 1)) if self._signed else 0
+        return lowest + int(self.narrow_range)
+
+    @property
+    def qmax(self) -> int:
+        """Largest whole number of the grid."""
+        return (1 << (self.bits - 1)) - 1 if self._signed else (1 << self.bits) - 1
+
+    @property
+    def _signed(self) -> bool:
+        return self.symmetric if self.signed is None else self.signed
+
+    def grid(self, low: npt.ArrayLike, high: npt.ArrayLike) -> Grid:
+        """The grid for values from ``low`` to ``high`` (arrays: one grid an entry).
+
+        Symmetric: ``scale = max(|low|, |high|) / n`` with ``n`` the steps from the zero point to ``qmax``, so that the largest
+        magnitude is on the grid. Affine: ``scale = (high - low) / (qmax - qmin)``.
+        """
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise ValueError("a range to quantize must be finite, got NaN or infinity")
+        if (low > high).any():
+            raise ValueError(f"a range to quantize must not be empty, got low {low.max():g} above high {high.min():g}")
+        if self.symmetric:
+            zero = 0 if self._signed else 1 << (self.bits - 1)
+            scale = np.maximum(np.abs(low), np.abs(high)) / (self.qmax - zero)
+            zero_point = np.full_like(scale, zero)
+        else:
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+            scale = high / (self.qmax - self.qmin) - low / (self.qmax - self.qmin)
+            exact = np.divide(low, scale, out=np.zeros_like(scale), where=scale > 0)
+            zero_point = np.clip(np.rint(self.qmin - exact), self.qmin, self.qmax)
+        # a range of 0 (or so small that a step underflows) holds zero alone
+        return Grid(np.where(scale > np.finfo(np.float64).tiny, scale, 1.0), zero_point, self.qmin, self.qmax, self.rounding)
+
+    def weight_grid(self, op: Weighted) -> Grid:
+        """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
+        w = op.weight
+        if self.granularity == "per_group":
+            assert self.group_size is not None
+            starts = np.arange(0, w.shape[1], self.group_size)
+            axes: Any = tuple(range(2, w.ndim))
+            group = np.arange(w.shape[1]) // self.group_size
+            low, high = (extreme.reduceat(extreme.reduce(w, axis=axes, keepdims=True), starts, axis=1)[:, group]
+                         for extreme in (np.minimum, np.maximum))
+        else:
+            axes = tuple(range(w.ndim)) if self.granularity == "per_tensor" else tuple(range(1, w.ndim))
+            low, high = w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True)
+        return self.grid(low, high)
+
+    def activation_grid(self, low: Array, high: Array) -> Grid:
+        """The grid for an activation with these ranges ``(C,)``: one for the tensor, or ``(C,)`` of them."""
+        if self.granularity == "per_group":
+            raise ValueError("granularity 'per_group' is for weights; quantize activations per_tensor or per_channel")
+        if self.granularity == "per_tensor":
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        return self.grid(low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class FakeQuantize(Blocking):
+    """Round a value to a grid, ``scale`` and ``zero_point`` one for the tensor or ``(C,)``; pins what it touches.
+
+    >>> FakeQuantize(UniformQuantizer(bits=2, symmetric=False).grid([0.0], [3.0])).forward(np.array([[0.6, 9.0]]))
+    array([[1., 3.]])
+    """
+
+    grid: Grid
+    reason = "has a fixed grid"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if self.grid.scale.shape not in ((1,), (shape[0],)):
+            raise ValueError(f"FakeQuantize has scales of shape {self.grid.scale.shape} for {shape[0]} channels")
+        return tuple(shape)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
+        return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x)
+
+
+def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,
+             stats: Statistics | None = None, biases: bool = True, outputs: bool = False) -> Graph:
+    """The network with weights on grids and fake-quantized activations, as an integer engine would compute it.
+
+    ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
+    whose extrema give the ranges. Every value that an engine stores is rounded: inputs, and the values of layers after
+    their activation; ops that only select or move entries stay on the grid of their input; network outputs are rounded with
+    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. ``biases``: to whole
+    multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations).
+
+    Fold BatchNorm first: one that is left is computed in float.
+    """
+    if activations is not None and stats is None:
+        raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
+    nodes: list[Node] = []
+    grids: dict[str, Grid] = {}
+    rename: dict[str, str] = {}
+    stored = set(stored_values(graph, outputs=outputs)) if activations is not None else set()
+
+    def store(value: str) -> None:
+        assert activations is not None and stats is not None
+        if value not in stats:
+            raise ValueError(f"the statistics lack value '{value}': calibrate this graph, after folding and equalizing")
+        of = stats[value]
+        if of.min.shape != graph.shapes[value][:1]:
+            raise ValueError(f"the statistics of value '{value}' have {of.min.size} channels, the network has {graph.shapes[value][0]}")
+        grids[value] = activations.activation_grid(of.min, of.max)
+
+    for value in graph.inputs:
+        if value in stored:
+            store(value)
+            nodes.append(Node(f"{value}.quantized", FakeQuantize(grids[value]), (value,)))
+            rename[value] = f"{value}.quantized"
+    for node in graph.nodes:
+        op = node.op
+        if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
+            op = _on_grid(op, weights, grids.get(node.inputs[0]) if biases else None)
+        elif isinstance(op, Commuting) and op.moves and node.inputs[0] in grids:
+            grids[node.name] = grids[node.inputs[0]]
+        name = f"{node.name}.float" if node.name in stored else node.name
+        nodes.append(replace(node, name=name, op=op, inputs=tuple(rename.get(i, i) for i in node.inputs)))
+        if node.name in stored:
+            store(node.name)
+            nodes.append(Node(node.name, FakeQuantize(grids[node.name]), (name,)))
+    return replace(graph, nodes=tuple(nodes))
+
+
+def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
+    """The values that an integer engine rounds and stores, in dependency order.
+
+    Not stored are: a value whose only reader is an activation (it is fused with it), what ops that only move entries make
+    (it is on its input's grid already), and, unless ``outputs``, network outputs that no node reads.
+
+    >>> net = Graph.chain((1,), fc1=Dense(np.ones((3, 1))), act=ReLU(), fc2=Dense(np.ones((1, 3))))
+    >>> stored_values(net)
+    ['x', 'act']
+    """
+    readers = graph.readers
+    moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves}
+
+    def fused(value: str) -> bool:
+        (reader,) = readers[value] if len(readers[value]) == 1 else (None,)
+        return reader is not None and isinstance(reader.op, Commuting) and reader.op.activation
+
+    return [value for value in graph.shapes if value not in moved and (
+        (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or not fused(value))]
+
+
+def _on_grid(op: Weighted, quantizer: UniformQuantizer, input_grid: Grid | None) -> Weighted:
+    """The op with its weights on a grid, and its bias on the grid of its accumulator if the input has one."""
+    grid = quantizer.weight_grid(op)
+    bias = op.bias
+    if bias is not None and input_grid is not None and input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight)):
+        step = input_grid.scale.reshape(()) * grid.scale.reshape(-1)
+        bias = Grid(np.broadcast_to(step, bias.shape), np.zeros(bias.shape), -(2**31), 2**31 - 1, quantizer.rounding).fake_quantize(bias)
+    return replace(op, weight=grid.fake_quantize(op.weight), bias=bias, grid=grid)  # type: ignore[type-var]
+
+
+def effective_bits(ranges: Array, bits: int) -> Array:
+    """How many of a tensor's bits each channel gets, ``bits - log2(largest range / range)``; minus infinity for dead channels.
+
+    >>> effective_bits(np.array([1.0, 0.25]), 8)
+    array([8., 6.])
+    """
+    top = float(np.max(ranges, initial=0.0))
+    with np.errstate(divide="ignore"):
+        return bits + np.log2(ranges / top) if top > 0 else np.full(len(ranges), -math.inf)

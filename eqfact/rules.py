@@ -1,0 +1,129 @@
+"""What factor should a channel get? The rules of the paper and of its best-known follower, from ranges alone.
+
+A rule sees one :class:`Block`, the channels that one weighted op makes together with all that are tied to them, as
+arrays with one entry per channel; it never sees a graph, an axis or a group. ``one_step`` is section 2 of PAPER, ``two_step``
+section 3, the residual and concat rules section 4, ``cross_layer`` the rule of Nagel et al. (ICCV 2019). A dead channel
+(some range of it is 0) gets the factor 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+#: The paper's bound on amplification (section 2).
+MAX_FACTOR = 16.0
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """One weighted op that makes channels of a block, and the ranges of what it makes."""
+
+    #: Which channels of the block it makes.
+    channels: npt.NDArray[np.int64]
+    #: ``K_i``: largest weight magnitude of each, with the factors chosen so far.
+    kernel: Vector
+    #: ``A_i``: largest magnitude of each after the activation, on the calibration data.
+    activation: Vector | None = None
+    #: ``P_i``: magnitude of the smallest value of each before the activation; the paper's optional limit.
+    preactivation: Vector | None = None
+    #: The same maxima over the op's pinned channels, which keep the factor 1; 0 if none is pinned.
+    held_kernel: float = 0.0
+    held_activation: float = 0.0
+    #: Largest activation of all ops whose outputs meet this one's in a concat; 0 if there is no concat.
+    mates_activation: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Channels that are made together: their makers, and how the weights that read them range, with the factors chosen so far."""
+
+    makers: tuple[Maker, ...]
+    #: Largest weight magnitude that makes each channel, over all makers, ``(C,)``.
+    made: Vector
+    #: Largest weight magnitude that reads each channel, over all readers, ``(C,)``.
+    read: Vector
+    #: ``m_i``: the same relative to the largest weight of each reader, in [0, 1], ``(C,)``.
+    consumed: Vector
+
+
+#: From a block to the factors ``(C,)`` by which its channels shall be multiplied.
+Rule = Callable[[Block], Vector]
+
+
+def one_step(block: Block, *, max_factor: float = MAX_FACTOR) -> Vector:
+    """``f_i = min(K / K_i, min(A / A_i, 16), max(A / P_i, 1))``: amplify until kernel or activation reach the layer's range (PAPER 2).
+
+    >>> maker = Maker(np.arange(2), np.array([1.0, 0.25]), np.array([2.0, 1.0]))
+    >>> one_step(Block((maker,), maker.kernel, np.ones(2), np.array([1.0, 0.5])))
+    array([1., 2.])
+    """
+    return _equalize(block, np.ones(len(block.made)), max_factor)
+
+
+def two_step(block: Block, *, max_factor: float = MAX_FACTOR) -> Vector:
+    """As one_step, after channel i is attenuated by ``m_i``, so that its readers just reach their own range (PAPER 3).
+
+    >>> maker = Maker(np.arange(2), np.array([1.0, 0.25]), np.array([2.0, 1.0]))
+    >>> two_step(Block((maker,), maker.kernel, np.ones(2), np.array([0.5, 1.0])))
+    array([0.5, 1. ])
+    """
+    return _equalize(block, block.consumed, max_factor)
+
+
+def cross_layer(block: Block) -> Vector:
+    """``f_i = sqrt(read_i / made_i)``: makes the weights that make and that read channel i range alike (Nagel et al. 2019).
+
+    >>> maker = Maker(np.arange(1), np.array([0.5]))
+    >>> cross_layer(Block((maker,), maker.kernel, np.array([2.0]), np.ones(1)))
+    array([2.])
+    """
+    live = (block.made > 0) & (block.read > 0)
+    # two roots, because the quotient of a huge and a subnormal range would overflow
+    return np.where(live, np.sqrt(block.read) / np.sqrt(np.where(live, block.made, 1.0)), 1.0)
+
+
+def _equalize(block: Block, m: Vector, max_factor: float) -> Vector:
+    candidates = np.full((len(block.makers), len(m)), np.inf)
+    for row, maker in zip(candidates, block.makers, strict=True):
+        row[maker.channels] = _amplify(maker, m[maker.channels], max_factor)
+    if len(block.makers) > 1:
+        candidates = _share(candidates, m)
+    f = candidates.min(axis=0)
+    dead = ~np.isfinite(f) | (block.made == 0) | (block.read == 0)
+    f = np.where(dead, 1.0, f)
+    return f * _lift(block, f)
+
+
+def _amplify(maker: Maker, m: Vector, max_factor: float) -> Vector:
+    """The formula of PAPER 2 and 3 for one layer; infinite for dead channels, which limit nobody."""
+    assert maker.activation is not None, "the loop gives activations to rules that need them"
+    k, a = maker.kernel, maker.activation
+    largest_k = max((k * m).max(), maker.held_kernel)
+    largest_a = max((a * m).max(), maker.held_activation)
+    live = (k > 0) & (a > 0)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        f = np.minimum(largest_k / k, np.minimum(largest_a / a, max_factor))
+        if maker.preactivation is not None:
+            f = np.minimum(f, np.maximum(largest_a / maker.preactivation, 1.0))
+    return np.where(live, f, np.inf)
+
+
+def _share(candidates: npt.NDArray[np.float64], m: Vector) -> npt.NDArray[np.float64]:
+    """Residual rule (PAPER 4): every candidate is divided by its own minimum; the elementwise minimum follows, floored by ``m``."""
+    smallest = candidates.min(axis=1, keepdims=True)
+    return np.maximum(candidates / np.where(np.isfinite(smallest), smallest, 1.0), m)
+
+
+def _lift(block: Block, f: Vector) -> float:
+    """Concat rule (PAPER 4): lift the whole layer until its activations range as those of its concat mates, after the bound."""
+    lifts = [maker.mates_activation / reached for maker in block.makers if maker.mates_activation
+             and maker.activation is not None and (reached := float((f[maker.channels] * maker.activation).max())) > 0]
+    if not lifts or any(maker.held_kernel for maker in block.makers):
+        return 1.0  # no concat, or pinned channels, which a lift would leave behind
+    return max(min(lifts), 1.0)
