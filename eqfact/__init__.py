@@ -10,6 +10,7 @@ from eqfact.channels import Channels, channels, degrees_of_freedom
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.factorization import Factorization
 from eqfact.folding import fold_batchnorm, folding_obstacles
+from eqfact.gradients import Gradients, backward
 from eqfact.graph import Graph, Node, forward, values
 from eqfact.metrics import Verification, sqnr, verify
 from eqfact.ops import *  # noqa: F403
@@ -20,9 +21,9 @@ from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize
 __version__ = "0.1.0"
 
 __all__ = [
-    "Channels", "EqualizeResult", "Factorization", "FakeQuantize", "Graph", "Grid", "Node", "Statistics", "UniformQuantizer",
+    "Channels", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node", "Statistics", "UniformQuantizer",
     "ValueStatistics", "Verification",
-    "calibrate", "channels", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "quantize", "sqnr",
+    "backward", "calibrate", "channels", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "quantize", "sqnr",
     "values", "verify",
     *_ops,
 ]

@@ -19,7 +19,7 @@ from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
 from eqfact.ops.base import Commuting, Weighted, channel_vector
-from eqfact.ops.commuting import Concat
+from eqfact.ops.joining import Concat
 from eqfact.rules import MAX_FACTOR, Block, Maker, Rule, Vector, cross_layer, one_step, two_step
 
 Indices = npt.NDArray[np.int64]

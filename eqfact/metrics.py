@@ -41,6 +41,15 @@ def sqnr(reference: Data, test: Data) -> float:
     signal = sum(float((a**2).sum()) for a, _ in pairs)
     if np.isnan(noise) or np.isnan(signal):
         raise ValueError("sqnr needs finite arrays, got NaN")
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)``, of sums of squares; infinite without noise, else minus infinity without signal.
+
+    >>> decibels(100.0, 1.0)
+    20.0
+    """
     if noise == 0:
         return np.inf
     return float(10 * np.log10(signal / noise)) if signal > 0 else -np.inf

@@ -208,11 +208,14 @@ def _graph(document: dict[str, Any], arrays: dict[str, AnyArray], max_channels: 
 
     def enter(value: str, shape: Shape) -> None:
         nonlocal room
-        shapes[value] = np.broadcast_to(np.int64(0), shape).shape  # one entry seen so often; an error if no array can be so large
+        try:
+            shapes[value] = np.broadcast_to(np.int64(0), shape).shape  # one entry, seen so often
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"value '{value}' of shape {reprlib.repr(shape)} is more than an array can be: {error}") from None
         room -= shape[0]
         if room < 0:
-            raise ValueError(f"with shape {shape} the values have more than max_channels={max_channels} channels together; "
-                             "raise this limit of load if you trust the file")
+            raise ValueError(f"up to value '{value}' of shape {shape}, there are more than max_channels={max_channels} channels; "
+                             "give load a larger limit if you trust the file")
 
     for name, shape in _entry(document, "inputs", dict).items():
         if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
@@ -229,9 +232,10 @@ def _graph(document: dict[str, Any], arrays: dict[str, AnyArray], max_channels: 
             for read in reads:
                 if read not in shapes:
                     raise ValueError(f"reads '{read}', which is no input and no node before it")
-            enter(name, op.output_shape(*(shapes[read] for read in reads)))
+            shape = op.output_shape(*(shapes[read] for read in reads))
         except _REFUSALS as error:
             raise ValueError(f"node '{name}': {error}") from error
+        enter(name, shape)
         ops[name] = op
         nodes.append(Node(name, op, reads))
     if arrays:

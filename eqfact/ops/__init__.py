@@ -5,25 +5,9 @@ A new layer goes into the module of its family and into ``ALL`` here; a user's o
 
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Trace, Weighted
 from eqfact.ops.blocking import GELU, Erf, HardSigmoid, HardSwish, Mul, Sigmoid, SiLU, Softmax, Tanh
-from eqfact.ops.commuting import (
-    Add,
-    AvgPool,
-    Clip,
-    Concat,
-    Flatten,
-    GlobalAvgPool,
-    Identity,
-    LeakyReLU,
-    MaxPool,
-    Pad,
-    Permute,
-    PReLU,
-    ReLU,
-    Slice,
-    Transpose,
-    Unflatten,
-    Upsample,
-)
+from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
+from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
+from eqfact.ops.space import AvgPool, GlobalAvgPool, MaxPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, ConvTranspose, Dense
 
 
@@ -50,6 +34,6 @@ __all__ = [  # noqa: RUF022  # by family; names written out, so that type checke
     "Dense", "Conv", "ConvTranspose", "BatchNorm",
     "Identity", "ReLU", "LeakyReLU", "PReLU", "Clip",
     "MaxPool", "AvgPool", "GlobalAvgPool", "Pad", "Upsample",
-    "Add", "Concat", "Flatten", "Slice", "Permute",
-    "Sigmoid", "Tanh", "SiLU", "HardSwish", "GELU", "Softmax", "Mul",
+    "Add", "Concat", "Flatten", "Unflatten", "Transpose", "Slice", "Permute",
+    "Sigmoid", "HardSigmoid", "Tanh", "SiLU", "HardSwish", "Erf", "GELU", "Softmax", "Mul",
 ]

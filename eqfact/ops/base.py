@@ -59,6 +59,10 @@ class Op(ABC):
     def magnitude(self, *inputs: Array) -> Array:
         """``|W| m + |b|``: what the op does to magnitudes, so that rounding errors stay below a multiple of it."""
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        """The cotangents of the inputs, ``J.T @ cotangent`` each; only gradient-based sensitivities ask for them."""
+        raise TypeError(f"{type(self).__name__} has no vjp, so gradients do not pass; write one, or use sensitivities that need none")
+
 
 class Trace:
     """What one walk over a graph learns about its channels: labels given out, ties between them, pins with reasons.
@@ -113,6 +117,10 @@ class Weighted(Op):
         """The weights as ``(groups, out // groups, in // groups, taps)``, a view where possible."""
         out, inner, *kernel = self.weight.shape
         return self.weight.reshape(self.groups, out // self.groups, inner, math.prod(kernel))
+
+    @abstractmethod
+    def weight_vjp(self, cotangent: Array, x: Array) -> Array:
+        """The cotangent of ``weight``, summed over the batch."""
 
     def rows(self) -> Array:
         """The weights that make each output channel, ``(out, -1)``."""

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from eqfact.ops.base import Array, Blocking, Shape, one_input
-from eqfact.ops.commuting import common_shape
+from eqfact.ops.joining import common_shape, unbroadcast
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,10 @@ class Sigmoid(Blocking):
         y: Array = special.expit(inputs[0])
         return y
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        y = self.forward(*inputs)
+        return (cotangent * y * (1 - y),)
+
 
 @dataclass(frozen=True, eq=False)
 class Tanh(Blocking):
@@ -33,6 +37,9 @@ class Tanh(Blocking):
 
     def forward(self, *inputs: Array) -> Array:
         return np.tanh(inputs[0])
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * (1 - self.forward(*inputs) ** 2),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,10 @@ class SiLU(Blocking):
         y: Array = x * special.expit(x)
         return y
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        s = special.expit(inputs[0])
+        return (cotangent * s * (1 + inputs[0] * (1 - s)),)
+
 
 @dataclass(frozen=True, eq=False)
 class HardSwish(Blocking):
@@ -57,6 +68,10 @@ class HardSwish(Blocking):
         (x,) = inputs
         y: Array = x * np.clip(x / 6 + x.dtype.type(0.5), 0, 1)
         return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        return (cotangent * np.where(x >= 3, 1, np.where(x <= -3, 0, x / 3 + x.dtype.type(0.5))),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +101,10 @@ class HardSigmoid(Blocking):
         y: Array = np.clip(x * x.dtype.type(self.alpha) + x.dtype.type(self.beta), 0, 1)
         return y
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        y = self.forward(*inputs)
+        return (cotangent * inputs[0].dtype.type(self.alpha) * ((y > 0) & (y < 1)),)
+
 
 @dataclass(frozen=True, eq=False)
 class Erf(Blocking):
@@ -96,6 +115,9 @@ class Erf(Blocking):
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.erf(inputs[0])
         return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * inputs[0].dtype.type(2 / math.sqrt(math.pi)) * np.exp(-(inputs[0] ** 2)),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +135,16 @@ class GELU(Blocking):
         inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
         y = x.dtype.type(0.5) * x * (1 + np.tanh(inner))
         return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        if not self.approximate:
+            density = np.exp(-(x**2) / 2) * x.dtype.type(1 / math.sqrt(2 * math.pi))
+            return (cotangent * (special.ndtr(x) + x * density),)
+        root = x.dtype.type(math.sqrt(2 / math.pi))
+        t = np.tanh(root * (x + x.dtype.type(0.044715) * x * x * x))
+        slope = (1 + t) / 2 + x / 2 * (1 - t * t) * root * (1 + x.dtype.type(3 * 0.044715) * x * x)
+        return (cotangent * slope,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +172,10 @@ class Softmax(Blocking):
         y: Array = special.softmax(inputs[0], axis=self.axis)
         return y
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        weighted = cotangent * (y := self.forward(*inputs))
+        return (weighted - y * weighted.sum(axis=self.axis, keepdims=True),)
+
     def magnitude(self, *inputs: Array) -> Array:
         (m,) = inputs
         # |dy_i| <= y_i (|dx_i| + max |dx|) <= 2 max |dx|
@@ -158,6 +194,10 @@ class Mul(Blocking):
     def forward(self, *inputs: Array) -> Array:
         y: Array = math.prod(inputs[1:], start=inputs[0])
         return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        others = (math.prod((v for j, v in enumerate(inputs) if j != i), start=cotangent) for i in range(len(inputs)))
+        return tuple(unbroadcast(product, x.shape) for product, x in zip(others, inputs, strict=True))
 
     def magnitude(self, *inputs: Array) -> Array:
         # a product takes the relative errors of all its inputs

@@ -116,12 +116,44 @@ def _im2col(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilation:
 def convolve_transposed(x: Array, weight: Array, sizes: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int) -> Array:
     """The adjoint walk: every pixel spreads its products over the taps; ``weight`` is ``(out, in // groups, *kernel)``."""
     out, inner, *kernel = weight.shape
-    pixels = channels_last(x).reshape(-1, groups, inner).transpose(1, 0, 2)
-    reach = tuple((n - 1) * s + d * (k - 1) + 1
-                  for n, s, k, d in zip(x.shape[2:], stride, kernel, dilation, strict=True))
+    pixels = channels_last(x).reshape(-1, x.shape[1])
+    reach = ((n - 1) * s + d * (k - 1) + 1 for n, s, k, d in zip(x.shape[2:], stride, kernel, dilation, strict=True))
     full = tuple(max(r, n + sum(p)) for r, n, p in zip(reach, sizes, padding, strict=True))
     result = np.zeros((len(x), *full, out), np.result_type(x, weight))
-    matrices = weight.reshape(groups, out // groups, inner, -1).transpose(3, 0, 2, 1)
-    for matrix, window in zip(matrices, tap_windows(result, x.shape[2:], tuple(kernel), stride, dilation), strict=True):
-        window += (pixels @ matrix).transpose(1, 0, 2).reshape(window.shape)
+    taps = np.moveaxis(weight.reshape(out, inner, -1), -1, 0)
+    for tap, window in zip(taps, tap_windows(result, x.shape[2:], tuple(kernel), stride, dilation), strict=True):
+        window += _mix(pixels, tap, groups).reshape(window.shape)
     return channels_first(over_space(result, (slice(before, before + n) for n, (before, _) in zip(sizes, padding, strict=True))))
+
+
+def correlate_taps(x: Array, cotangent: Array, shape: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int) -> Array:
+    """The cotangent ``(out, in // groups, *kernel)`` of a convolution's weights: output and input pixels, correlated tap by tap."""
+    out, inner, *kernel = shape
+    made = channels_last(cotangent).reshape(-1, groups, out // groups)
+    result = np.empty((math.prod(kernel), groups, out // groups, inner), np.result_type(x, cotangent))
+    windows = tap_windows(channels_last(x, padding), cotangent.shape[2:], tuple(kernel), stride, dilation)
+    for tap, window in zip(result, windows, strict=True):
+        read = window.reshape(-1, groups, inner)
+        if out == inner * groups == groups:  # depthwise: one product a pixel
+            np.einsum("pg,pg->g", made[..., 0], read[..., 0], out=tap[:, 0, 0])
+        else:
+            np.matmul(made.transpose(1, 2, 0), read.transpose(1, 0, 2), out=tap)
+    return np.moveaxis(result.reshape(-1, out, inner), 0, -1).reshape(shape)
+
+
+def swap_channels(weight: Array, groups: int) -> Array:
+    """``(out, in // groups, *kernel)`` as ``(in, out // groups, *kernel)``: the weights of the adjoint, group by group."""
+    out, inner, *kernel = weight.shape
+    grouped = weight.reshape(groups, out // groups, inner, *kernel).swapaxes(1, 2)
+    return np.ascontiguousarray(grouped).reshape(groups * inner, out // groups, *kernel)
+
+
+def _mix(pixels: Array, matrix: Array, groups: int) -> Array:
+    """Pixels ``(P, in)`` times a matrix ``(out, in // groups)``, group by group."""
+    out, inner = matrix.shape
+    if groups == 1:
+        return pixels @ matrix.T
+    if out == groups and inner == 1:
+        return pixels * matrix[:, 0]
+    grouped = pixels.reshape(-1, groups, inner).transpose(1, 0, 2) @ matrix.reshape(groups, out // groups, inner).transpose(0, 2, 1)
+    return grouped.transpose(1, 0, 2).reshape(-1, out)

@@ -28,7 +28,7 @@ from eqfact.ops.base import (
     scaled,
     window_sizes,
 )
-from eqfact.ops.convolution import Sides, convolve, convolve_transposed
+from eqfact.ops.convolution import Sides, convolve, convolve_transposed, correlate_taps, swap_channels
 from eqfact.ops.grid import Grid
 
 
@@ -86,6 +86,12 @@ class Dense(Weighted):
     def forward(self, *inputs: Array) -> Array:
         return _add_bias(inputs[0] @ self.weight.T, self.bias)
 
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent @ self.weight,)
+
+    def weight_vjp(self, cotangent: Array, x: Array) -> Array:
+        return cotangent.T @ x
+
 
 @dataclass(frozen=True, eq=False)
 class _Convolution(Weighted):
@@ -114,6 +120,10 @@ class _Convolution(Weighted):
         """Stride, padding and dilation, one entry for each spatial axis."""
         axes = self.weight.ndim - 2
         return per_axis("stride", self.stride, axes), per_side(self.padding, axes), per_axis("dilation", self.dilation, axes)
+
+    def _adjoint(self) -> Array:
+        """The weights with the roles of input and output swapped, ``(in, out // groups, *kernel)``."""
+        return swap_channels(self.weight, self.groups)
 
     def _input(self, shapes: Sequence[Shape]) -> Shape:
         """Spatial shape of the input, after a look at its channels."""
@@ -146,6 +156,12 @@ class Conv(_Convolution):
         (x,) = inputs
         sizes = self.output_shape(x.shape[1:])[1:]
         return _add_bias(convolve(x, self.weight, sizes, *self._geometry(), self.groups), self.bias)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (convolve_transposed(cotangent, self._adjoint(), inputs[0].shape[2:], *self._geometry(), self.groups),)
+
+    def weight_vjp(self, cotangent: Array, x: Array) -> Array:
+        return correlate_taps(x, cotangent, self.weight.shape, *self._geometry(), self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +198,22 @@ class ConvTranspose(_Convolution):
         (x,) = inputs
         sizes = self.output_shape(x.shape[1:])[1:]
         return _add_bias(convolve_transposed(x, self.weight, sizes, *self._geometry(), self.groups), self.bias)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (convolve(cotangent, self._adjoint(), inputs[0].shape[2:], *self._whole(inputs[0].shape[1:]), self.groups),)
+
+    def weight_vjp(self, cotangent: Array, x: Array) -> Array:
+        shape = self._adjoint().shape
+        swapped = correlate_taps(cotangent, x, shape, *self._whole(x.shape[1:]), self.groups)
+        return swap_channels(swapped, self.groups)
+
+    def _whole(self, shape: Shape) -> tuple[Shape, Sides, Shape]:
+        """The geometry of the adjoint convolution: its padding restores what this one crops, and no more than it reaches."""
+        stride, padding, dilation = self._geometry()
+        sizes = self.output_shape(shape)[1:]
+        sides = tuple((before, max((n - 1) * s + d * (k - 1) + 1 - size - before, 0)) for n, s, d, k, size, (before, _) in zip(
+            shape[1:], stride, dilation, self.weight.shape[2:], sizes, padding, strict=True))
+        return stride, sides, dilation
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +270,15 @@ class BatchNorm(Weighted):
         y = x - along_channels(self.mean, x.ndim - 1)
         y *= along_channels(self.weight, x.ndim - 1)
         return _add_bias(y, self.beta)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * along_channels(self.weight, cotangent.ndim - 1),)
+
+    def weight_vjp(self, cotangent: Array, x: Array) -> Array:
+        """The cotangent of the slope ``gamma / sqrt(var + eps)`` at fixed beta and mean."""
+        product = cotangent * (x - along_channels(self.mean, x.ndim - 1))
+        slope: Array = product.sum(axis=(0, *range(2, x.ndim)))
+        return slope[:, None]
 
     def rescale(self, f_out: Array, *f_in: Array) -> BatchNorm:
         # eps and var stay: scaling var by f_in**2 would have to scale eps too

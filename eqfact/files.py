@@ -1,0 +1,185 @@
+"""Which files does the command line read and write? Networks by suffix (``.npz``, ``.onnx``), images and factors as ``.npz``.
+
+Nothing is unpickled, nothing larger than ``MAX_BYTES`` is read, and several outputs appear together or not at all. Whatever
+a file has wrong is a :class:`ValueError` that starts with its name; what the disk has wrong stays an :class:`OSError`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact import serialization
+from eqfact.factorization import Factorization
+from eqfact.graph import Graph, checked_inputs
+from eqfact.ops.base import Array
+
+NETWORKS = (".npz", ".onnx")
+#: The most that the arrays of a file of images or factors may hold together.
+MAX_BYTES = 2**32
+#: Batches are cut so that the values of a network on one of them have about this many entries (128 MiB in float32).
+BATCH_ENTRIES = 2**25
+#: What stands in for images if there are none: this many, standard normal, from a generator with seed 0.
+RANDOM_IMAGES = 4
+
+
+def load_network(path: str) -> Graph:
+    """Read a network, native or ONNX."""
+    if network_kind(path) == ".npz":
+        return serialization.load(path)
+    graph: Graph = _onnx().load(path)
+    return graph
+
+
+def save_network(path: str, graph: Graph, *, quantized: bool = False) -> None:
+    """Write a network; a ``quantized`` one to ONNX with QuantizeLinear and DequantizeLinear."""
+    if network_kind(path) == ".npz":
+        serialization.save(path, graph)
+    else:
+        (_onnx().save_qdq if quantized else _onnx().save)(path, graph)
+
+
+def network_kind(path: str) -> str:
+    """The suffix of a network's file name, with all that it takes at hand, or :class:`ValueError`."""
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in NETWORKS:
+        raise ValueError(f"'{path}': the name of a network must end in {' or '.join(NETWORKS)}")
+    if kind == ".onnx":
+        _onnx()
+    return kind
+
+
+def _onnx() -> ModuleType:
+    try:
+        import onnx  # noqa: F401  # to tell a missing extra from a fault of ours
+    except ImportError:
+        raise ValueError("ONNX files need the package onnx: pip install 'eqfact[onnx]'") from None
+    import eqfact.onnx
+    return eqfact.onnx
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Inputs of a network by name, each ``(N, C, *spatial)``, and in words where they come from."""
+
+    arrays: Mapping[str, Array]
+    source: str
+    #: Images in a batch.
+    size: int
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def batches(self) -> list[dict[str, Array]]:
+        """The images in batches (views)."""
+        return [{name: a[i:i + self.size] for name, a in self.arrays.items()} for i in range(0, len(self), self.size)]
+
+    def first(self, count: int) -> Images:
+        """At most the first ``count`` images."""
+        if count >= len(self):
+            return self
+        return Images({name: a[:count] for name, a in self.arrays.items()}, f"the first {count} of {self.source}", self.size)
+
+
+def load_images(path: str, graph: Graph) -> Images:
+    """The images in an ``.npz``: one array for each input by name, or (one input) a single array, or one called ``images``."""
+    found = _arrays(path)
+    (first, *others) = graph.inputs
+    if not set(graph.inputs) <= set(found):
+        name = "images" if "images" in found else next(iter(found), "")
+        if others or (len(found) != 1 and name != "images"):
+            raise ValueError(f"'{path}' must hold one array for each input ({', '.join(graph.inputs)})"
+                             f"{'' if others else ', a single array, or an array called images'}, got {', '.join(sorted(found)) or 'none'}")
+        found = {first: found[name]}
+    try:
+        arrays = checked_inputs(graph, {name: found[name] for name in graph.inputs})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}': {error}") from error
+    return _images(arrays, f"{len(arrays[first])} images of {os.path.basename(path)}", graph)
+
+
+def random_images(graph: Graph) -> Images:
+    """Standard normal numbers, the same every time."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((RANDOM_IMAGES, *shape)).astype(graph.dtype or np.float64) for name, shape in graph.inputs.items()}
+    return _images(arrays, f"{RANDOM_IMAGES} inputs of random numbers (seed 0)", graph)
+
+
+def _images(arrays: Mapping[str, Array], source: str, graph: Graph) -> Images:
+    entries = sum(prod(shape) for shape in graph.shapes.values())
+    return Images(arrays, source, max(1, BATCH_ENTRIES // entries))
+
+
+def load_factors(path: str, graph: Graph) -> Factorization:
+    """The factorization of a network whose factors :func:`save_factors` wrote."""
+    factors = _arrays(path)
+    try:
+        return Factorization.of(graph, factors)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}' does not fit the network: {error}") from error
+
+
+def save_factors(path: str, factorization: Factorization) -> None:
+    """Write the factors of every value, ``(C,)`` each, under its name."""
+    with zipfile.ZipFile(path, "w") as archive:  # not numpy.savez, to which a value called "file" would be an argument
+        for value, factors in factorization.items():
+            with archive.open(f"{value}.npy", "w") as member:
+                np.lib.format.write_array(member, factors, allow_pickle=False)
+
+
+def _arrays(path: str) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an ``.npz`` file."""
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                claimed = sum(info.file_size for info in archive.infolist())
+                if claimed > MAX_BYTES:
+                    raise ValueError(f"its arrays have {claimed} bytes, more than {MAX_BYTES}")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: _array(name, arrays[name]) for name in arrays.files}
+        except (ValueError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{path}' is not a readable .npz file: {error}") from error
+
+
+def _array(name: str, value: object) -> npt.NDArray[Any]:
+    if not isinstance(value, np.ndarray):  # numpy hands members that are no arrays over as bytes
+        raise ValueError(f"its member {name} is no array")
+    return value
+
+
+def check_outputs(paths: Iterable[str | None]) -> None:
+    """Refuse outputs that cannot be written, before any work is done for them."""
+    given = [os.path.realpath(path) for path in paths if path is not None]
+    for path in given:
+        if not os.path.isdir(os.path.dirname(path)):
+            raise FileNotFoundError(f"cannot write '{path}': there is no folder '{os.path.dirname(path)}'")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"cannot write '{path}': this is a folder or a device; give the name of a file")
+        if given.count(path) > 1:
+            raise ValueError(f"cannot write '{path}' twice: two outputs have this name")
+
+
+def write_all(writers: Mapping[str | None, Callable[[str], object]]) -> None:
+    """Write several files, all of them or none; an output called None is not wanted."""
+    with ExitStack() as stack:
+        written = {}
+        for path, write in writers.items():
+            if path is not None:
+                target = os.path.realpath(path)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".eqfact-", dir=os.path.dirname(target)))
+                written[target] = os.path.join(folder, os.path.basename(target))
+                write(written[target])
+        for target, temporary in written.items():
+            os.replace(temporary, target)

@@ -1,0 +1,184 @@
+"""Which layers work entry by entry and let a positive factor pass, ``op(f * x) == f * op(x)``?
+
+The homogeneous activations of section 1 of the paper; and Clip, whose bounds take the factor up, so that ReLU6 is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from eqfact.ops.base import (
+    Array,
+    Commuting,
+    Op,
+    Shape,
+    along_channels,
+    one_input,
+    parameter,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Commuting):
+    """``y = x`` (also Dropout at inference)."""
+
+    moves = True
+
+    def forward(self, *inputs: Array) -> Array:
+        return inputs[0]
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent,)
+
+
+@dataclass(frozen=True, eq=False)
+class ReLU(Commuting):
+    """``y = max(x, 0)``."""
+
+    activation = True
+
+    def forward(self, *inputs: Array) -> Array:
+        return np.maximum(inputs[0], 0)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * (inputs[0] > 0),)
+
+
+@dataclass(frozen=True, eq=False)
+class LeakyReLU(Commuting):
+    """``y = x`` where positive, ``slope * x`` elsewhere; one slope for all channels.
+
+    >>> LeakyReLU(0.1).forward(np.array([[-1.0, 2.0]]))
+    array([[-0.1,  2. ]])
+    """
+
+    slope: float = 0.01
+    activation = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slope", float(self.slope))
+        if not math.isfinite(self.slope):
+            raise ValueError(f"LeakyReLU slope must be finite, got {self.slope}")
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return np.where(x > 0, x, x * x.dtype.type(self.slope))
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        return (np.where(x > 0, cotangent, cotangent * x.dtype.type(self.slope)),)
+
+    def magnitude(self, *inputs: Array) -> Array:
+        m: Array = max(1.0, abs(self.slope)) * inputs[0]
+        return m
+
+
+@dataclass(frozen=True, eq=False)
+class PReLU(Commuting):
+    """LeakyReLU with a slope for every channel, ``(C,)``, or one for all.
+
+    >>> PReLU(np.array([0.5, 0.25])).forward(np.array([[-1.0, -1.0]]))
+    array([[-0.5 , -0.25]])
+    """
+
+    slope: Array
+    activation = True
+
+    def __post_init__(self) -> None:
+        slope = np.asarray(self.slope)
+        if isinstance(self.slope, (int, float)):
+            slope = slope.astype(np.float64)
+        if slope.ndim > 1:
+            raise ValueError(f"PReLU slope must be one number or (C,), got shape {slope.shape}")
+        object.__setattr__(self, "slope", parameter("PReLU slope", slope))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if self.slope.size not in (1, shape[0]):
+            raise ValueError(f"PReLU has {self.slope.size} slopes for {shape[0]} channels")
+        return tuple(shape)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return np.where(x > 0, x, x * along_channels(self.slope, x.ndim - 1).astype(x.dtype, copy=False))
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        return (np.where(x > 0, cotangent, cotangent * along_channels(self.slope, x.ndim - 1).astype(x.dtype, copy=False)),)
+
+    def magnitude(self, *inputs: Array) -> Array:
+        (m,) = inputs
+        result: Array = m * along_channels(np.maximum(np.abs(self.slope), 1), m.ndim - 1)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(Commuting):
+    """``y = min(max(x, low), high)`` with bounds for all channels or one a channel, ``(C,)``; ``-inf`` and ``inf`` leave a side open.
+
+    The bounds take up the factor: ``f * clip(x, low, high) == clip(f * x, f * low, f * high)``.
+
+    >>> Clip(0, 6).rescale(np.array([1.0, 0.5]), np.array([1.0, 0.5])).high
+    array([6., 3.])
+    """
+
+    low: float | Array
+    high: float | Array
+    activation = True
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            object.__setattr__(self, name, self._bound(name, getattr(self, name)))
+        if len({np.size(self.low), np.size(self.high)} - {1}) > 1:
+            raise ValueError(f"Clip has {np.size(self.low)} low bounds and {np.size(self.high)} high ones")
+        if np.any(np.asarray(self.low) > np.asarray(self.high)):
+            raise ValueError(f"Clip needs low <= high, got low {self.low} and high {self.high}")
+
+    @staticmethod
+    def _bound(name: str, value: float | Array) -> float | Array:
+        bound: float | Array
+        if isinstance(value, (int, float, np.floating, np.integer)) or np.ndim(value) == 0:
+            bound = float(value)
+        else:
+            bound = parameter(f"Clip {name}", value, 1, finite=False)
+        if np.isnan(bound).any():
+            raise ValueError(f"Clip {name} holds NaN")
+        return bound
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        for name in ("low", "high"):
+            size = np.size(getattr(self, name))
+            if size not in (1, shape[0]):
+                raise ValueError(f"Clip {name} has {size} bounds for {shape[0]} channels")
+        return tuple(shape)
+
+    def _on(self, x: Array, bound: float | Array) -> Array:
+        with np.errstate(over="ignore"):  # a bound beyond the largest float32 leaves its side open
+            return along_channels(np.asarray(bound).astype(x.dtype), x.ndim - 1)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = np.maximum(x, self._on(x, self.low))
+        return np.minimum(y, self._on(x, self.high), out=y)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        return (cotangent * ((x > self._on(x, self.low)) & (x < self._on(x, self.high))),)
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        super().rescale(f_out, *f_in)
+        if np.all(f_out == f_out[0]) and isinstance(self.low, float) and isinstance(self.high, float):
+            f_out = f_out[0]  # one bound for all channels stays one bound
+        return replace(self, low=self.low * f_out, high=self.high * f_out)
+
+    def magnitude(self, *inputs: Array) -> Array:
+        # an error passes unclipped; a saturated channel takes the rounding of its bound
+        (m,) = inputs
+        for bound in (self.low, self.high):
+            finite = np.where(np.isfinite(bound), np.abs(bound), 0)
+            m = np.maximum(m, self._on(m, finite))
+        return m

@@ -1,0 +1,293 @@
+"""Which layers join, select or move channels, and pass each channel's factor on with it?
+
+Add ties the factors of its inputs (the residual rule of PAPER 4 follows from that), Concat and Slice carry them along, Flatten repeats
+each over its pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.ops.base import (
+    Array,
+    Commuting,
+    Labels,
+    Op,
+    Shape,
+    T,
+    Trace,
+    channel_vector,
+    integers,
+    one_input,
+    spread,
+)
+
+
+def common_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
+    """The shape of values joined entry by entry: equal channels, spatial axes equal or 1."""
+    name = type(op).__name__
+    if len(shapes) < 2:
+        raise ValueError(f"{name} reads two values or more, got {len(shapes)}")
+    if len({s[0] for s in shapes}) > 1:
+        raise ValueError(f"{name} needs equal channel counts, got {' and '.join(str(s[0]) for s in shapes)}")
+    if len({len(s) for s in shapes}) > 1:
+        raise ValueError(f"{name} needs values with equally many axes, got shapes {' and '.join(map(str, shapes))}")
+    try:
+        return tuple(np.broadcast_shapes(*shapes))
+    except ValueError:
+        raise ValueError(f"{name} needs equal spatial shapes, got {' and '.join(str(s[1:]) for s in shapes)}") from None
+
+
+def unbroadcast(cotangent: Array, shape: Shape) -> Array:
+    """Sum a cotangent over the axes along which a value of this shape was broadcast."""
+    axes = tuple(i for i, (n, m) in enumerate(zip(cotangent.shape, shape, strict=True)) if n != m)
+    result: Array = cotangent.sum(axis=axes, keepdims=True)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Commuting):
+    """Sum of two or more values of equal channels; a spatial axis of size 1 is broadcast. Ties its inputs' factors."""
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        return common_shape(self, shapes)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        labels = super().trace(trace, *inputs)
+        for x in inputs[1:]:
+            trace.tie(inputs[0], x)
+        return labels
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        for f in f_in:
+            super().rescale(f_out, f)
+        return self
+
+    def forward(self, *inputs: Array) -> Array:
+        y = inputs[0] + inputs[1]
+        for x in inputs[2:]:
+            y = y + x
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return tuple(unbroadcast(cotangent, x.shape) for x in inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Commuting):
+    """Join values along the channels.
+
+    >>> Concat().forward(np.zeros((1, 1)), np.ones((1, 2)))
+    array([[0., 1., 1.]])
+    """
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        if not shapes:
+            raise ValueError("Concat reads at least one value")
+        if len({s[1:] for s in shapes}) > 1:
+            raise ValueError(f"Concat needs equal spatial shapes, got {' and '.join(str(s[1:]) for s in shapes)}")
+        return (sum(s[0] for s in shapes), *shapes[0][1:])
+
+    def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
+        return np.concatenate(vectors)
+
+    def forward(self, *inputs: Array) -> Array:
+        return np.concatenate(inputs, axis=1)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        ends = np.cumsum([x.shape[1] for x in inputs])[:-1]
+        return tuple(np.split(cotangent, ends, axis=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(Commuting):
+    """``(N, C, *spatial)`` to ``(N, C * pixels)``, channel by channel: each channel's factor is repeated over its pixels."""
+
+    moves = True
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        return (math.prod(shape),)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        (x,) = one_input(self, inputs)
+        labels: Labels = x.reshape(-1)
+        return labels
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        return super().rescale(f_out, np.repeat(f_in[0], len(f_out) // len(f_in[0])))
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return x.reshape(len(x), -1)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent.reshape(inputs[0].shape),)
+
+
+@dataclass(frozen=True, eq=False)
+class Unflatten(Commuting):
+    """``(N, C * pixels)`` to ``(N, C, *spatial)``: the entries that become one channel must share one factor.
+
+    >>> Unflatten((2, 2)).forward(np.array([[1.0, 2.0, 3.0, 4.0]]))
+    array([[[1., 2.],
+            [3., 4.]]])
+    """
+
+    shape: Shape
+    moves = True
+
+    def __post_init__(self) -> None:
+        shape = integers("Unflatten shape", tuple(self.shape), 1)
+        if not isinstance(shape, tuple) or len(shape) < 2:
+            raise ValueError(f"Unflatten needs a shape (C, *spatial), got {self.shape!r}")
+        object.__setattr__(self, "shape", shape)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if shape != (math.prod(self.shape),):
+            raise ValueError(f"Unflatten to {self.shape} reads (N, {math.prod(self.shape)}), got a value of shape {shape}")
+        return self.shape
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        self.output_shape(*(x.shape for x in inputs))
+        return _tied_over_space(trace, inputs[0].reshape(self.shape))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        return super().rescale(np.repeat(f_out, len(f_in[0]) // len(f_out)), *f_in)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return x.reshape(len(x), *self.shape)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent.reshape(inputs[0].shape),)
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(Commuting):
+    """Axis ``i`` of the output's ``(C, *spatial)`` is axis ``axes[i]`` of the input's (0 is the channels).
+
+    If the channels change their place, all of them must share one factor.
+
+    >>> Transpose((1, 0)).forward(np.array([[[1.0, 2.0]]]))
+    array([[[1.],
+            [2.]]])
+    """
+
+    axes: tuple[int, ...]
+    moves = True
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != list(range(len(self.axes))):
+            raise ValueError(f"Transpose axes must name every axis of (C, *spatial) from 0 to {len(self.axes) - 1} once, got {self.axes}")
+        object.__setattr__(self, "axes", tuple(int(a) for a in self.axes))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if len(shape) != len(self.axes):
+            raise ValueError(f"Transpose orders {len(self.axes)} axes, got a value of shape {shape}")
+        return tuple(shape[a] for a in self.axes)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        self.output_shape(*(x.shape for x in inputs))
+        return _tied_over_space(trace, inputs[0].transpose(self.axes))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        if self.axes[0] == 0:
+            return super().rescale(f_out, *f_in)
+        if not (np.all(f_out == f_out[0]) and np.all(f_in[0] == f_out[0])):
+            raise ValueError(f"Transpose {self.axes} moves the channels: all channels of its input and output must share one factor")
+        return self
+
+    def forward(self, *inputs: Array) -> Array:
+        return np.transpose(inputs[0], (0, *(a + 1 for a in self.axes)))
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (np.transpose(cotangent, (0, *(int(a) + 1 for a in np.argsort(self.axes)))),)
+
+
+def _tied_over_space(trace: Trace, labels: Labels) -> Labels:
+    """Labels ``(C, *spatial)`` that may differ over space, with those of each channel tied; the first stands for the channel."""
+    first = channel_vector(labels)
+    pairs = np.stack([np.repeat(first, labels[0].size), labels.reshape(-1)])
+    pairs = np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
+    if pairs.size:
+        trace.tie(pairs[0], pairs[1])
+    return spread(first, labels.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Commuting):
+    """Channels ``start`` to ``stop`` (exclusive); counted from the end if negative, as in Python.
+
+    >>> Slice(1, 3).forward(np.array([[0.0, 1.0, 2.0, 3.0]]))
+    array([[1., 2.]])
+    """
+
+    start: int
+    stop: int
+    moves = True
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            if not isinstance(getattr(self, name), (int, np.integer)):
+                raise TypeError(f"Slice {name} must be an integer, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, int(getattr(self, name)))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        first, last, _ = slice(self.start, self.stop).indices(shape[0])
+        if last <= first or max(self.stop, -self.start) > shape[0]:
+            raise ValueError(f"Slice({self.start}, {self.stop}) does not fit {shape[0]} channels")
+        return (last - first, *shape[1:])
+
+    def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
+        return vectors[0][self.start:self.stop]
+
+    def forward(self, *inputs: Array) -> Array:
+        return inputs[0][:, self.start:self.stop]
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        whole = np.zeros_like(inputs[0])
+        whole[:, self.start:self.stop] = cotangent
+        return (whole,)
+
+
+@dataclass(frozen=True, eq=False)
+class Permute(Commuting):
+    """Channel ``i`` of the output is channel ``order[i]`` of the input (channel shuffle).
+
+    >>> Permute((2, 0, 1)).forward(np.array([[0.0, 1.0, 2.0]]))
+    array([[2., 0., 1.]])
+    """
+
+    order: tuple[int, ...]
+    moves = True
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(i, (int, np.integer)) for i in self.order):
+            raise TypeError(f"Permute order must hold integers, got {self.order!r}")
+        order = tuple(int(i) for i in self.order)
+        if sorted(order) != list(range(len(order))):
+            raise ValueError(f"Permute order must name every channel from 0 to {len(order) - 1} once, got {order}")
+        object.__setattr__(self, "order", order)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if shape[0] != len(self.order):
+            raise ValueError(f"Permute orders {len(self.order)} channels, got {shape[0]}")
+        return tuple(shape)
+
+    def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
+        return vectors[0][list(self.order)]
+
+    def forward(self, *inputs: Array) -> Array:
+        return inputs[0][:, list(self.order)]
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent[:, np.argsort(self.order)],)

@@ -1,0 +1,255 @@
+"""Which layers work over space, each channel by itself, and let a positive factor pass? Pooling, padding, upsampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass, replace
+
+import numpy as np
+
+from eqfact.ops.base import (
+    Array,
+    Commuting,
+    Labels,
+    Op,
+    Padding,
+    Shape,
+    Trace,
+    integers,
+    one_input,
+    paddings,
+    per_axis,
+    per_side,
+    window_sizes,
+)
+from eqfact.ops.convolution import Sides, channels_first, channels_last, over_space, tap_windows
+
+
+def spatial_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
+    """The shape of the one input, if it has spatial axes."""
+    (shape,) = one_input(op, shapes)
+    if len(shape) < 2:
+        raise ValueError(f"{type(op).__name__} needs spatial axes, got a value of shape {shape}")
+    return shape
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool(Commuting):
+    """What the sliding-window pools share: kernel, stride (the kernel's, unless given) and padding."""
+
+    kernel: int | tuple[int, ...]
+    _: KW_ONLY
+    stride: int | tuple[int, ...] | None = None
+    padding: Padding = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "kernel", integers(f"{name} kernel", self.kernel, 1))
+        object.__setattr__(self, "stride", None if self.stride is None else integers(f"{name} stride", self.stride, 1))
+        object.__setattr__(self, "padding", paddings(self.padding))
+
+    def _geometry(self, ndim: int) -> tuple[Shape, Shape, Sides]:
+        kernel = per_axis("kernel", self.kernel, ndim)
+        stride = kernel if self.stride is None else per_axis("stride", self.stride, ndim)
+        padding = per_side(self.padding, ndim)
+        for k, sides in zip(kernel, padding, strict=True):
+            if max(sides) >= k:
+                raise ValueError(f"{type(self).__name__} padding {padding} must be smaller than the kernel {kernel}")
+        return kernel, stride, padding
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        shape = spatial_shape(self, shapes)
+        kernel, stride, padding = self._geometry(len(shape) - 1)
+        return (shape[0], *window_sizes(type(self).__name__, shape[1:], kernel, stride, padding, (1,) * len(kernel)))
+
+    def _windows(self, x: Array, fill: float) -> list[Array]:
+        kernel, stride, padding = self._geometry(x.ndim - 2)
+        sizes = self.output_shape(x.shape[1:])[1:]
+        return list(tap_windows(channels_last(x, padding, fill), sizes, kernel, stride, (1,) * len(kernel)))
+
+
+    def _spread(self, x: Array, shares: list[Array]) -> Array:
+        """The adjoint of :meth:`_windows`: add what each tap's entries get."""
+        kernel, stride, padding = self._geometry(x.ndim - 2)
+        padded = np.zeros_like(channels_last(x, padding))
+        sizes = self.output_shape(x.shape[1:])[1:]
+        for window, share in zip(tap_windows(padded, sizes, kernel, stride, (1,) * len(kernel)), shares, strict=True):
+            window += share
+        inside = (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], padding, strict=True))
+        return channels_first(over_space(padded, inside))
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(_Pool):
+    """Largest entry of each window; padding counts as minus infinity.
+
+    >>> MaxPool(2).forward(np.array([[[1.0, 3.0, 2.0, 0.0]]]))
+    array([[[3., 2.]]])
+    """
+
+    moves = True
+
+    def forward(self, *inputs: Array) -> Array:
+        first, *others = self._windows(inputs[0], -math.inf)
+        y = first.copy()
+        for window in others:
+            np.maximum(y, window, out=y)
+        return channels_first(y)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        left = channels_last(cotangent).copy()
+        y = channels_last(self.forward(x))
+
+        def share(window: Array) -> Array:
+            """The cotangent of a window goes to its first largest entry."""
+            hit: Array = np.where(window == y, left, 0)
+            left[hit != 0] = 0
+            return hit
+
+        return (self._spread(x, [share(w) for w in self._windows(x, -math.inf)]),)
+
+
+@dataclass(frozen=True, eq=False)
+class AvgPool(_Pool):
+    """Mean of each window; ``count_include_pad`` says whether padding counts as zeros or not at all.
+
+    >>> AvgPool(3, stride=1, padding=1, count_include_pad=False).forward(np.array([[[1.0, 2.0, 3.0]]]))
+    array([[[1.5, 2. , 2.5]]])
+    """
+
+    _: KW_ONLY
+    count_include_pad: bool = True
+
+    @property
+    def roundings(self) -> int:
+        """One sum an entry of the window (of at most three axes), in each of two networks."""
+        return 4 + 2 * (self.kernel**3 if isinstance(self.kernel, int) else math.prod(self.kernel))
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        first, *others = self._windows(x, 0.0)
+        y = first.copy()
+        for window in others:
+            y += window
+        y /= self._counts(x)
+        return channels_first(y)
+
+    def _counts(self, x: Array) -> Array:
+        """How many entries each window counts."""
+        if self.count_include_pad:
+            return np.asarray(math.prod(per_axis("kernel", self.kernel, x.ndim - 2)), x.dtype)
+        counts: Array = sum(self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0.0))  # type: ignore[assignment]
+        return counts
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        share = channels_last(cotangent) / self._counts(x)
+        return (self._spread(x, [share] * len(self._windows(x, 0.0))),)
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalAvgPool(Commuting):
+    """Mean over all of space; keeps the axes: ``(N, C, 1, ...)``."""
+
+    @property
+    def roundings(self) -> int:
+        """numpy sums pairwise, in blocks of 128 with 8 partial sums: fewer than 16 + 3 + log2 of the pixels, in each network."""
+        return 128
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        shape = spatial_shape(self, shapes)
+        return (shape[0], *(1 for _ in shape[1:]))
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        y: Array = np.ascontiguousarray(x).mean(axis=tuple(range(2, x.ndim)), keepdims=True)
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        pixels = x.dtype.type(math.prod(x.shape[2:]))
+        return (np.broadcast_to(cotangent / pixels, x.shape),)
+
+
+@dataclass(frozen=True, eq=False)
+class Pad(Commuting):
+    """Constant padding over space, ``padding`` as for Conv. Zero (and infinity) is transparent; another constant pins its channels.
+
+    >>> Pad(((1, 0),)).forward(np.array([[[5.0]]]))
+    array([[[0., 5.]]])
+    """
+
+    padding: Padding
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "padding", paddings(self.padding))
+        object.__setattr__(self, "value", float(self.value))
+        if math.isnan(self.value):
+            raise ValueError("Pad value must not be NaN")
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        shape = spatial_shape(self, shapes)
+        return (shape[0], *(n + sum(p) for n, p in zip(shape[1:], per_side(self.padding, len(shape) - 1), strict=True)))
+
+    @property
+    def moves(self) -> bool:
+        return self.value == 0
+
+    @property
+    def _transparent(self) -> bool:
+        return self.value == 0 or math.isinf(self.value)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        if not self._transparent:
+            trace.pin(inputs[0], f"read by '{trace.node}': Pad with the constant {self.value:g} would have to pad {self.value:g} * f")
+        return super().trace(trace, *inputs)
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        if not self._transparent and np.any(f_out != 1):
+            raise ValueError(f"Pad with the constant {self.value:g} is not positively homogeneous: its factors must be 1")
+        return super().rescale(f_out, *f_in)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return channels_first(channels_last(x, per_side(self.padding, x.ndim - 2), self.value))
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        sides = per_side(self.padding, x.ndim - 2)
+        inside = (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], sides, strict=True))
+        return (channels_first(over_space(np.moveaxis(cotangent, 1, -1), inside)),)
+
+    def magnitude(self, *inputs: Array) -> Array:
+        return replace(self, value=abs(self.value)).forward(*inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Upsample(Commuting):
+    """Nearest-neighbour upsampling by whole ``factor``s, one for all spatial axes or one an axis.
+
+    >>> Upsample(2).forward(np.array([[[1.0, 2.0]]]))
+    array([[[1., 1., 2., 2.]]])
+    """
+
+    factor: int | tuple[int, ...]
+    moves = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", integers("Upsample factor", self.factor, 1))
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        shape = spatial_shape(self, shapes)
+        return (shape[0], *(n * k for n, k in zip(shape[1:], per_axis("factor", self.factor, len(shape) - 1), strict=True)))
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        for axis, k in enumerate(per_axis("factor", self.factor, x.ndim - 2), 2):
+            x = np.repeat(x, k, axis=axis)
+        return x
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        for axis, k in enumerate(per_axis("factor", self.factor, cotangent.ndim - 2), 2):
+            cotangent = cotangent.reshape(*cotangent.shape[:axis], -1, k, *cotangent.shape[axis + 1:]).sum(axis=axis + 1)
+        return (cotangent,)

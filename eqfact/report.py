@@ -1,0 +1,116 @@
+"""Where does a network lose precision? One row for each tensor: its range ratio, its weakest channel, its noise, its pins.
+
+Per-tensor quantization gives every channel the step of the largest one; a channel whose range is ``r`` times smaller loses
+``log2(r)`` bits (section 1 of the paper). Pure functions from networks to rows; a range is the largest magnitude of a channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.calibration import Statistics
+from eqfact.channels import channels
+from eqfact.graph import Data, Graph, walk
+from eqfact.metrics import Verification, decibels, sqnr, verify
+from eqfact.ops import BatchNorm, Weighted
+from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_values
+
+Ranges = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """How well one tensor, the weights of a layer or a value that an engine stores, keeps its channels apart from zero."""
+
+    name: str
+    #: ``"weight"`` or ``"value"``.
+    kind: str
+    channels: int
+    #: Channels whose range is 0.
+    dead: int
+    #: Largest range over smallest, of the channels that are not dead.
+    range_ratio: float
+    #: Bits that the weakest live channel gets of the tensor's bits, if all channels share one step.
+    weakest_bits: float
+    #: Signal to quantization noise in dB: of the weights themselves, or of the value in the quantized network.
+    sqnr: float | None = None
+    #: Why channels of a value keep the factor 1.
+    pinned: str | None = None
+
+
+def range_ratio(ranges: Ranges) -> float:
+    """The largest of the ranges over the smallest that is not 0.
+
+    >>> range_ratio(np.array([4.0, 0.0, 0.5]))
+    8.0
+    """
+    live = ranges[ranges > 0]
+    return float(live.max() / live.min()) if live.size else 1.0
+
+
+def weight_ranges(graph: Graph) -> dict[str, Ranges]:
+    """Range of every output channel of every layer with weights, BatchNorms apart, by node.
+
+    >>> from eqfact.ops import Dense
+    >>> weight_ranges(Graph.chain((1,), fc=Dense(np.array([[4.0], [-0.5]]))))
+    {'fc': array([4. , 0.5])}
+    """
+    return {name: np.abs(op.rows()).max(axis=1).astype(np.float64) for name, op in _layers(graph).items()}
+
+
+def _layers(graph: Graph) -> dict[str, Weighted]:
+    return {node.name: node.op for node in graph.nodes if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm)}
+
+
+def value_ranges(graph: Graph, stats: Statistics) -> dict[str, Ranges]:
+    """Range of every channel of every value that an integer engine stores."""
+    return {value: stats[value].max_abs for value in stored_values(graph, outputs=True)}
+
+
+def largest_ratio(ranges: Mapping[str, Ranges]) -> float:
+    """The range ratio of the tensor with the largest."""
+    return max(map(range_ratio, ranges.values()), default=1.0)
+
+
+def weight_report(graph: Graph, quantizer: UniformQuantizer) -> list[Tensor]:
+    """A row for the weights of every layer, BatchNorms apart."""
+    float_layers, layers = _layers(graph), _layers(quantize(graph, weights=quantizer))
+    return [_tensor(name, "weight", ranges, quantizer.bits, sqnr(float_layers[name].weight, layers[name].weight))
+            for name, ranges in weight_ranges(graph).items()]
+
+
+def value_report(graph: Graph, quantized: Graph, stats: Statistics, batches: Iterable[Data], bits: int) -> list[Tensor]:
+    """A row for every value that an integer engine stores, with the noise that it has in a quantized form of the network."""
+    noise = local_sqnr(graph, quantized, batches)
+    pinned = channels(graph).pinned
+    return [_tensor(name, "value", ranges, bits, noise[name], pinned.get(name)) for name, ranges in value_ranges(graph, stats).items()]
+
+
+def _tensor(name: str, kind: str, ranges: Ranges, bits: int, noise: float, pinned: str | None = None) -> Tensor:
+    live = ranges > 0
+    weakest = float(effective_bits(ranges, bits)[live].min()) if live.any() else -math.inf
+    return Tensor(name, kind, len(ranges), int((~live).sum()), range_ratio(ranges), weakest, noise, pinned)
+
+
+def local_sqnr(graph: Graph, quantized: Graph, batches: Iterable[Data]) -> dict[str, float]:
+    """SQNR in dB of every value that the two networks share by name, over all batches."""
+    signal = dict.fromkeys((name for name in graph.shapes if name in quantized.shapes), 0.0)
+    noise = dict(signal)
+    for x in batches:
+        truth = {name: value for name, value in walk(graph, x) if name in signal}
+        for name, value in walk(quantized, x):
+            if name in signal:
+                exact = truth.pop(name).astype(np.float64)
+                signal[name] += float((exact**2).sum())
+                noise[name] += float(((exact - value) ** 2).sum())
+    return {name: decibels(signal[name], noise[name]) for name in signal}
+
+
+def verify_batches(a: Graph, b: Graph, batches: Iterable[Data]) -> Verification:
+    """The verdict of :func:`eqfact.verify` over batches: that of the batch whose error is largest against its bound."""
+    return max((verify(a, b, x) for x in batches), key=lambda v: (not v.equal, v.max_error / v.bound if v.bound else v.max_error))

@@ -1,0 +1,357 @@
+"""The table of ops: one row an op and an option. Every law of ops runs on every row; add a row and it is covered.
+
+Expected values come from elsewhere: ONNX's reference evaluator, scipy.signal, or loops and closed formulas written
+differently from the library's. They are computed in float64 from the very parameters given to the op.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from scipy import signal
+
+import eqfact as eq
+
+Expected = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    name: str
+    op: eq.Op
+    shapes: tuple[tuple[int, ...], ...]
+    expected: Expected
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}"
+
+    @property
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(zlib.crc32(self.name.encode()))
+
+    def inputs(self, batch: int = 3) -> list[np.ndarray]:
+        rng = self.rng
+        return [(2 * rng.normal(size=(batch, *shape))).astype(self.dtype) for shape in self.shapes]
+
+    def framed(self) -> eq.Graph:
+        """The op between batch normalizations, which absorb any factor: its labels are then those that the op itself demands."""
+        rng = self.rng
+
+        def frame(channels):
+            gamma, var = rng.uniform(0.5, 2, (2, channels)).astype(self.dtype)
+            beta, mean = rng.uniform(-0.5, 0.5, (2, channels)).astype(self.dtype)
+            return eq.BatchNorm(gamma, beta, mean, var)
+
+        inputs = {f"x{i}": shape for i, shape in enumerate(self.shapes)}
+        nodes = [eq.Node(f"in{i}", frame(shape[0]), [f"x{i}"]) for i, shape in enumerate(self.shapes)]
+        nodes.append(eq.Node("op", self.op, [node.name for node in nodes]))
+        nodes.append(eq.Node("out", frame(self.op.output_shape(*self.shapes)[0]), ["op"]))
+        return eq.Graph(inputs, nodes, ["out"])
+
+    def data(self) -> dict[str, np.ndarray]:
+        """Input of the framed graph, enough to reach every side of a limit."""
+        return {f"x{i}": x for i, x in enumerate(self.inputs(batch=12))}
+
+    def factors(self, *, powers_of_two: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Random factors of output and inputs that the op's labels allow."""
+        resolved = eq.channels(self.framed())
+        exponents = self.rng.uniform(-4, 4, resolved.degrees_of_freedom + 1)
+        by_label = np.exp2(np.rint(exponents) if powers_of_two else exponents)
+        by_label[0] = 1
+        f = eq.Factorization(resolved, by_label)
+        return f["op"], [f[f"in{i}"] for i in range(len(self.shapes))]
+
+
+# ------------------------------------------------------------------------------------------------ where expected values come from
+
+
+def onnx(kind: str, *constants: Any, opset: int = 20, **attributes: Any) -> Expected:
+    """ONNX's reference evaluator on one node: inputs first, then constants; in double precision."""
+
+    def run(*inputs):
+        values = {f"x{i}": np.float64(x) for i, x in enumerate(inputs)}
+        tensors = {f"c{i}": np.asarray(c) for i, c in enumerate(constants)}
+        tensors = {key: c.astype(np.float64) if c.dtype in (np.float32, np.float16) else c for key, c in tensors.items()}
+        if kind == "Resize":  # scales are single precision by definition
+            tensors["c1"] = tensors["c1"].astype(np.float32)
+        node = helper.make_node(kind, [*values, *tensors], ["y"], **attributes)
+        graph = helper.make_graph(
+            [node], "one", [helper.make_tensor_value_info(key, TensorProto.DOUBLE, x.shape) for key, x in values.items()],
+            [helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)],
+            [numpy_helper.from_array(c, key) for key, c in tensors.items()])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        return ReferenceEvaluator(model).run(None, values)[0]
+
+    return run
+
+
+def transposed(weight: np.ndarray, groups: int = 1) -> np.ndarray:
+    """From ``(out, in // groups, *kernel)`` to ONNX's ``(in, out // groups, *kernel)``, entry by entry."""
+    out, inner, *kernel = weight.shape
+    per_group = out // groups
+    result = np.empty((groups * inner, per_group, *kernel), weight.dtype)
+    for o, i in np.ndindex(out, inner):
+        result[o // per_group * inner + i, o % per_group] = weight[o, i]
+    return result
+
+
+def correlated(weight: np.ndarray, bias: np.ndarray | None = None) -> Expected:
+    """scipy.signal.correlate, image by image, for a convolution without options."""
+
+    def run(x):
+        w = np.float64(weight)
+        y = np.stack([[sum(signal.correlate(channel, kernel, mode="valid", method="direct") for channel, kernel in zip(image, row, strict=True))
+                       for row in w] for image in np.float64(x)])
+        return y if bias is None else y + bias.reshape(-1, *[1] * (y.ndim - 2))
+
+    return run
+
+
+def looped(weight: np.ndarray, bias: np.ndarray | None, stride: Any, before: Any, dilation: Any, groups: int, sizes: Any) -> Expected:
+    """A convolution by its definition, output entry by output entry."""
+
+    def run(x):
+        out, inner, *kernel = weight.shape
+        y = np.zeros((len(x), out, *sizes))
+        for n, o in np.ndindex(len(x), out):
+            for at in np.ndindex(*sizes):
+                total = 0.0 if bias is None else float(bias[o])
+                for i in range(inner):
+                    channel = o // (out // groups) * inner + i
+                    for tap in np.ndindex(*kernel):
+                        where = [a * s + t * d - b for a, s, t, d, b in zip(at, stride, tap, dilation, before, strict=True)]
+                        if all(0 <= w < size for w, size in zip(where, x.shape[2:], strict=True)):
+                            total += float(weight[(o, i, *tap)]) * float(x[(n, channel, *where)])
+                y[(n, o, *at)] = total
+        return y
+
+    return run
+
+
+def spread_loops(weight: np.ndarray, bias: np.ndarray | None, stride: Any, before: Any, dilation: Any, groups: int, sizes: Any) -> Expected:
+    """A transposed convolution by its definition: every input entry is spread over the kernel."""
+
+    def run(x):
+        out, inner, *kernel = weight.shape
+        y = np.zeros((len(x), out, *sizes))
+        for n, o, i in np.ndindex(len(x), out, inner):
+            channel = o // (out // groups) * inner + i
+            for at, tap in itertools.product(np.ndindex(*x.shape[2:]), np.ndindex(*kernel)):
+                where = [a * s + t * d - b for a, s, t, d, b in zip(at, stride, tap, dilation, before, strict=True)]
+                if all(0 <= w < size for w, size in zip(where, sizes, strict=True)):
+                    y[(n, o, *where)] += float(weight[(o, i, *tap)]) * float(x[(n, channel, *at)])
+        return y if bias is None else y + bias.reshape(-1, *[1] * (y.ndim - 2))
+
+    return run
+
+
+def entrywise(function: Callable[[float], float]) -> Expected:
+    """A function of one Python float, entry by entry."""
+    return lambda x: np.vectorize(function, otypes=[np.float64])(np.float64(x))
+
+
+def by_channel(function: Callable[[float, int], float]) -> Expected:
+    """A function of one entry and its channel."""
+
+    def run(x):
+        y = np.empty(x.shape)
+        for index in np.ndindex(*x.shape):
+            y[index] = function(float(x[index]), index[1])
+        return y
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def table(dtype: Any) -> list[Case]:
+    dtype = np.dtype(dtype)
+    rng = np.random.default_rng(2019)
+    rows: list[Case] = []
+
+    def a(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(dtype)
+
+    def row(name: str, op: eq.Op, *shapes: tuple[int, ...], expected: Expected) -> None:
+        rows.append(Case(name, op, shapes, expected, dtype))
+
+    # Dense
+    w, b = a(4, 3), a(4)
+    row("dense", eq.Dense(w, b), (3,), expected=onnx("Gemm", w, b, transB=1))
+    row("dense without bias", eq.Dense(w), (3,), expected=lambda x, w=w: np.einsum("ni,oi->no", np.float64(x), w))
+
+    # Conv: 1d, 2d, 3d; stride, padding, dilation, groups
+    w, b = a(3, 2, 3), a(3)
+    row("conv 1d", eq.Conv(w, b), (2, 7), expected=correlated(w, b))
+    w = a(4, 2, 3)
+    row("conv 1d, all options", eq.Conv(w, stride=2, padding=((2, 0),), dilation=2, groups=2), (4, 9),
+        expected=onnx("Conv", w, strides=[2], pads=[2, 0], dilations=[2], group=2))
+    w, b = a(4, 3, 3, 2), a(4)
+    row("conv 2d", eq.Conv(w, b), (3, 5, 4), expected=correlated(w, b))
+    row("conv 2d without bias", eq.Conv(w), (3, 5, 4), expected=correlated(w))
+    row("conv 2d, stride and padding", eq.Conv(w, b, stride=2, padding=1), (3, 5, 6), expected=onnx("Conv", w, b, strides=[2, 2], pads=[1] * 4))
+    row("conv 2d, options an axis", eq.Conv(w, b, stride=(2, 1), padding=(1, 2), dilation=(1, 3)), (3, 5, 6),
+        expected=onnx("Conv", w, b, strides=[2, 1], pads=[1, 2, 1, 2], dilations=[1, 3]))
+    row("conv 2d, asymmetric padding", eq.Conv(w, b, padding=((0, 2), (1, 0))), (3, 4, 5), expected=onnx("Conv", w, b, pads=[0, 1, 2, 0]))
+    row("conv 2d, padding of both kinds", eq.Conv(w, b, padding=(1, (0, 2))), (3, 4, 5), expected=onnx("Conv", w, b, pads=[1, 0, 1, 2]))
+    row("conv 2d, dilation", eq.Conv(w, b, dilation=2), (3, 7, 6), expected=onnx("Conv", w, b, dilations=[2, 2]))
+    row("conv 2d, one output pixel", eq.Conv(w, b), (3, 3, 2), expected=lambda x, w=w, b=b: (
+        np.tensordot(np.float64(x), w, ([1, 2, 3], [1, 2, 3])) + b)[:, :, None, None])
+    w, b = a(6, 2, 3, 3), a(6)
+    row("conv 2d, groups", eq.Conv(w, b, groups=3, padding=1), (6, 4, 3), expected=onnx("Conv", w, b, group=3, pads=[1] * 4))
+    row("conv 2d, groups, by definition", eq.Conv(w, b, groups=3, stride=(1, 2), padding=((1, 0), (2, 1)), dilation=(2, 1)), (6, 5, 3),
+        expected=looped(w, b, (1, 2), (1, 2), (2, 1), 3, (2, 2)))
+    w, b = a(6, 1, 1, 1), a(6)
+    row("conv 2d, pointwise groups", eq.Conv(w, b, groups=3), (3, 2, 2), expected=lambda x, w=w, b=b: (
+        np.repeat(np.float64(x), 2, axis=1) * w[:, 0] + b[:, None, None]))
+    w, b = a(5, 3, 1, 1), a(5)
+    row("conv 2d, pointwise", eq.Conv(w, b), (3, 4, 2), expected=lambda x, w=w, b=b: (
+        np.einsum("nihw,oi->nohw", np.float64(x), w[:, :, 0, 0]) + b[:, None, None]))
+    row("conv 2d, pointwise, stride and padding", eq.Conv(w, b, stride=2, padding=((1, 0), (0, 1))), (3, 4, 4),
+        expected=onnx("Conv", w, b, strides=[2, 2], pads=[1, 0, 0, 1]))
+    w, b = a(3, 1, 3, 3), a(3)
+    row("conv 2d, depthwise", eq.Conv(w, b, groups=3, padding=1), (3, 5, 4), expected=onnx("Conv", w, b, group=3, pads=[1] * 4))
+    w, b = a(6, 1, 3, 2), a(6)
+    row("conv 2d, depthwise, multiplier, all options", eq.Conv(w, b, groups=3, stride=(2, 1), padding=((2, 1), (0, 1)), dilation=(1, 2)),
+        (3, 5, 4), expected=looped(w, b, (2, 1), (2, 0), (1, 2), 3, (3, 3)))
+    row("conv 2d, one input channel", eq.Conv(w, b, padding=1), (1, 3, 4), expected=onnx("Conv", w, b, pads=[1] * 4))
+    w = a(4, 1, 3)
+    row("conv 1d, depthwise, multiplier", eq.Conv(w, groups=2, padding=1, stride=2), (2, 6),
+        expected=onnx("Conv", w, group=2, pads=[1, 1], strides=[2]))
+    w, b = a(3, 2, 2, 1, 3), a(3)
+    row("conv 3d", eq.Conv(w, b), (2, 3, 2, 4), expected=correlated(w, b))
+    row("conv 3d, all options", eq.Conv(w, b, stride=(1, 2, 1), padding=((1, 0), (0, 0), (0, 2)), dilation=(2, 1, 1)), (2, 3, 3, 3),
+        expected=onnx("Conv", w, b, strides=[1, 2, 1], pads=[1, 0, 0, 0, 0, 2], dilations=[2, 1, 1]))
+    w = a(4, 1, 2, 2, 2)
+    row("conv 3d, depthwise", eq.Conv(w, groups=4), (4, 3, 2, 2), expected=onnx("Conv", w, group=4))
+
+    # ConvTranspose
+    w, b = a(4, 3, 3, 2), a(4)
+    row("conv transpose 2d", eq.ConvTranspose(w, b), (3, 3, 4), expected=onnx("ConvTranspose", transposed(w), b))
+    row("conv transpose 2d, output padding", eq.ConvTranspose(w, b, stride=2, padding=1, output_padding=1), (3, 4, 3),
+        expected=onnx("ConvTranspose", transposed(w), b, strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]))
+    row("conv transpose 2d, output padding of one axis", eq.ConvTranspose(w, stride=(3, 1), output_padding=(2, 0)), (3, 2, 3),
+        expected=onnx("ConvTranspose", transposed(w), strides=[3, 1], output_padding=[2, 0]))
+    row("conv transpose 2d, output padding beyond the kernel", eq.ConvTranspose(w, b, stride=5, output_padding=4), (3, 2, 2),
+        expected=spread_loops(w, b, (5, 5), (0, 0), (1, 1), 1, (12, 11)))
+    w, b = a(4, 2, 3, 2), a(4)
+    row("conv transpose 2d, groups", eq.ConvTranspose(w, b, groups=2), (4, 3, 2), expected=spread_loops(w, b, (1, 1), (0, 0), (1, 1), 2, (5, 3)))
+    row("conv transpose 2d, all options",
+        eq.ConvTranspose(w, b, stride=(2, 1), padding=((1, 0), (0, 1)), output_padding=(1, 0), dilation=(1, 2), groups=2), (4, 3, 4),
+        expected=spread_loops(w, b, (2, 1), (1, 0), (1, 2), 2, (7, 5)))
+    w = a(3, 1, 2, 2)
+    row("conv transpose 2d, depthwise", eq.ConvTranspose(w, stride=2, groups=3), (3, 2, 3),
+        expected=spread_loops(w, None, (2, 2), (0, 0), (1, 1), 3, (4, 6)))
+    w, b = a(2, 4, 3), a(2)
+    row("conv transpose 1d", eq.ConvTranspose(w, b, stride=3, output_padding=2), (4, 4),
+        expected=onnx("ConvTranspose", transposed(w), b, strides=[3], output_padding=[2]))
+    w = a(2, 3, 2, 2, 2)
+    row("conv transpose 3d", eq.ConvTranspose(w, stride=2), (3, 2, 2, 3), expected=onnx("ConvTranspose", transposed(w), strides=[2] * 3))
+
+    # BatchNorm
+    gamma, beta, mean, var = a(3), a(3), a(3), np.abs(a(3))
+    for spatial in ((), (4,), (2, 3), (2, 1, 2)):
+        row(f"batchnorm {len(spatial)}d", eq.BatchNorm(gamma, beta, mean, var, eps=2.0**-10), (3, *spatial),
+            expected=onnx("BatchNormalization", gamma, beta, mean, var, epsilon=2.0**-10))
+    row("batchnorm, default eps", eq.BatchNorm(gamma, beta, mean, var), (3, 2), expected=by_channel(
+        lambda x, c, g=gamma, b=beta, m=mean, v=var: float(b[c]) + (x - float(m[c])) * float(g[c]) / math.sqrt(float(v[c]) + 1e-5)))
+
+    # entry by entry
+    row("identity", eq.Identity(), (3, 2), expected=onnx("Identity"))
+    row("relu", eq.ReLU(), (3, 4), expected=onnx("Relu"))
+    row("leaky relu", eq.LeakyReLU(0.25), (3, 4), expected=onnx("LeakyRelu", alpha=0.25))
+    row("leaky relu, negative slope", eq.LeakyReLU(-0.5), (3, 4), expected=entrywise(lambda x: x if x >= 0 else -0.5 * x))
+    row("leaky relu, steep", eq.LeakyReLU(2.0), (3, 4), expected=entrywise(lambda x: min(x, 2 * x)))
+    slope = a(3)
+    row("prelu a channel", eq.PReLU(slope), (3, 2, 2), expected=onnx("PRelu", slope[:, None, None]))
+    row("prelu, one slope", eq.PReLU(0.25), (3, 4), expected=onnx("PRelu", np.array([0.25])))
+    row("prelu, one slope in an array", eq.PReLU(slope[:1]), (3,), expected=onnx("PRelu", slope[:1]))
+    low, high = -0.25 - np.abs(a(3)), 0.25 + np.abs(a(3))
+    row("clip", eq.Clip(-0.5, 0.75), (3, 4), expected=onnx("Clip", np.float64(-0.5), np.float64(0.75)))
+    row("relu6", eq.ReLU6(), (3, 4), expected=entrywise(lambda x: sorted([0.0, x, 6.0])[1]))
+    row("clip a channel", eq.Clip(low, high), (3, 2, 2), expected=by_channel(lambda x, c, l=low, h=high: sorted([float(l[c]), x, float(h[c])])[1]))
+    row("clip, one bound a channel", eq.Clip(low, 0.5), (3, 2), expected=by_channel(lambda x, c, l=low: sorted([float(l[c]), x, 0.5])[1]))
+    row("clip, one bound in an array", eq.Clip(low[:1], high), (3, 2), expected=by_channel(lambda x, c, l=low, h=high: sorted([float(l[0]), x, float(h[c])])[1]))
+    row("clip, open above", eq.Clip(-0.5, math.inf), (3, 4), expected=entrywise(lambda x: max(x, -0.5)))
+    row("clip, open below", eq.Clip(-math.inf, high), (3, 4), expected=by_channel(lambda x, c, h=high: min(x, float(h[c]))))
+
+    # over space
+    row("maxpool", eq.MaxPool(2), (3, 4, 5), expected=onnx("MaxPool", kernel_shape=[2, 2], strides=[2, 2]))
+    row("maxpool, all options", eq.MaxPool((3, 2), stride=(2, 1), padding=((1, 2), (0, 1))), (3, 5, 4),
+        expected=onnx("MaxPool", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 2, 1]))
+    row("maxpool 1d", eq.MaxPool(3, stride=2, padding=1), (3, 7), expected=onnx("MaxPool", kernel_shape=[3], strides=[2], pads=[1, 1]))
+    row("maxpool 3d", eq.MaxPool(2, stride=1), (2, 3, 2, 4), expected=onnx("MaxPool", kernel_shape=[2] * 3, strides=[1] * 3))
+    for count in (True, False):
+        said = "padding counted" if count else "padding not counted"
+        row(f"avgpool, {said}", eq.AvgPool((3, 2), stride=(2, 1), padding=((1, 2), (0, 1)), count_include_pad=count), (3, 5, 4),
+            expected=onnx("AveragePool", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 2, 1], count_include_pad=int(count)))
+        row(f"avgpool 1d, {said}", eq.AvgPool(3, stride=2, padding=((2, 1),), count_include_pad=count), (3, 7),
+            expected=onnx("AveragePool", kernel_shape=[3], strides=[2], pads=[2, 1], count_include_pad=int(count)))
+        row(f"avgpool 3d, {said}", eq.AvgPool(2, stride=1, padding=1, count_include_pad=count), (2, 3, 2, 2),
+            expected=onnx("AveragePool", kernel_shape=[2] * 3, strides=[1] * 3, pads=[1] * 6, count_include_pad=int(count)))
+    row("avgpool, default stride", eq.AvgPool(2), (3, 4, 5), expected=lambda x: (
+        np.float64(x)[:, :, :4, :4].reshape(-1, 3, 2, 2, 2, 2).sum(axis=(3, 5)) / 4))
+    for spatial in ((5,), (3, 4), (2, 3, 2)):
+        row(f"global avgpool {len(spatial)}d", eq.GlobalAvgPool(), (3, *spatial), expected=onnx("GlobalAveragePool"))
+    row("pad with zero", eq.Pad(((1, 0), (0, 2))), (3, 4, 2), expected=onnx("Pad", np.array([0, 0, 1, 0, 0, 0, 0, 2])))
+    row("pad with a constant", eq.Pad(((1, 0), (0, 2)), 1.5), (3, 4, 2), expected=onnx("Pad", np.array([0, 0, 1, 0, 0, 0, 0, 2]), np.float64(1.5)))
+    row("pad all around", eq.Pad(1, -0.5), (2, 3), expected=lambda x: np.pad(np.float64(x), ((0, 0), (0, 0), (1, 1)), constant_values=-0.5))
+    row("upsample", eq.Upsample(2), (2, 2, 3), expected=lambda x: np.kron(np.float64(x), np.ones((1, 1, 2, 2))))
+    row("upsample, a factor an axis", eq.Upsample((2, 3)), (2, 2, 3), expected=onnx(
+        "Resize", np.zeros(0, np.float32), np.array([1, 1, 2, 3], np.float32), mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor"))
+
+    # joining and moving channels
+    row("add", eq.Add(), (3, 2), (3, 2), expected=onnx("Add"))
+    row("add three", eq.Add(), (3, 2), (3, 2), (3, 2), expected=onnx("Sum"))
+    row("add over space", eq.Add(), (3, 4, 1), (3, 1, 2), expected=onnx("Add"))
+    row("concat", eq.Concat(), (2, 3), (1, 3), (3, 3), expected=onnx("Concat", axis=1))
+    row("concat of one", eq.Concat(), (2, 3), expected=onnx("Identity"))
+    row("concat without space", eq.Concat(), (2,), (3,), expected=onnx("Concat", axis=1))
+    row("flatten", eq.Flatten(), (3, 2, 4), expected=onnx("Flatten"))
+    row("flatten flat", eq.Flatten(), (3,), expected=onnx("Flatten"))
+    row("unflatten", eq.Unflatten((3, 2, 2)), (12,), expected=lambda x: (
+        np.stack([np.stack([np.float64(x)[:, 4 * c:4 * c + 2], np.float64(x)[:, 4 * c + 2:4 * c + 4]], axis=1) for c in range(3)], axis=1)))
+    row("transpose of space", eq.Transpose((0, 2, 1)), (3, 2, 4), expected=onnx("Transpose", perm=[0, 1, 3, 2]))
+    row("transpose, channels last", eq.Transpose((1, 2, 0)), (3, 2, 4), expected=onnx("Transpose", perm=[0, 2, 3, 1]))
+    row("transpose in 1d", eq.Transpose((1, 0)), (3, 2), expected=lambda x: np.einsum("ncl->nlc", np.float64(x)))
+    for start, stop in ((1, 3), (0, 4), (-3, -1), (1, -1), (-2, 4)):
+        row(f"slice {start}:{stop}", eq.Slice(start, stop), (4, 2), expected=onnx("Slice", *(np.array([i]) for i in (start, stop, 1))))
+    row("permute", eq.Permute((2, 0, 3, 1)), (4, 2), expected=onnx("Gather", np.array([2, 0, 3, 1]), axis=1))
+    row("permute, channel shuffle", eq.Permute((0, 3, 1, 4, 2, 5)), (6, 2), expected=lambda x: (
+        np.float64(x).reshape(-1, 2, 3, 2).transpose(0, 2, 1, 3).reshape(-1, 6, 2)))
+
+    # blocking
+    row("sigmoid", eq.Sigmoid(), (3, 4), expected=entrywise(lambda x: (1 + math.tanh(x / 2)) / 2))
+    row("tanh", eq.Tanh(), (3, 4), expected=entrywise(lambda x: math.sinh(x) / math.cosh(x)))
+    row("silu", eq.SiLU(), (3, 4), expected=entrywise(lambda x: x / (1 + math.exp(-x))))
+    row("hardswish", eq.HardSwish(), (3, 4), expected=entrywise(lambda x: 0 if x <= -3 else x if x >= 3 else x * (x + 3) / 6))
+    row("gelu", eq.GELU(), (3, 4), expected=entrywise(lambda x: x * math.erfc(-x / math.sqrt(2)) / 2))
+    row("gelu, approximate", eq.GELU(approximate=True), (3, 4), expected=entrywise(
+        lambda x: x / (1 + math.exp(-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)))))
+    row("erf", eq.Erf(), (3, 4), expected=entrywise(math.erf))
+    row("hardsigmoid", eq.HardSigmoid(), (3, 4), expected=entrywise(lambda x: sorted([0, 0.2 * x + 0.5, 1])[1]))
+    row("hardsigmoid, alpha and beta", eq.HardSigmoid(0.125, 0.25), (3, 4), expected=onnx("HardSigmoid", alpha=0.125, beta=0.25))
+    for axis in (1, 2, -1):
+        row(f"softmax over axis {axis}", eq.Softmax(axis), (3, 2, 4), expected=onnx("Softmax", axis=axis))
+    row("softmax without space", eq.Softmax(), (4,), expected=onnx("Softmax", axis=1))
+    row("mul", eq.Mul(), (3, 2), (3, 2), expected=onnx("Mul"))
+    row("mul three", eq.Mul(), (3,), (3,), (3,), expected=lambda x, y, z: np.exp(
+        np.log(np.abs(np.float64(x))) + np.log(np.abs(y)) + np.log(np.abs(z))) * np.sign(x) * np.sign(y) * np.sign(z))
+    row("mul over space", eq.Mul(), (3, 2, 4), (3, 1, 1), expected=onnx("Mul"))
+    return rows
+
+
+CASES = [*table(np.float32), *table(np.float64)]
+IN_FLOAT64 = [case for case in CASES if case.dtype == np.float64]
+WEIGHTED = [case for case in CASES if isinstance(case.op, eq.Weighted)]
