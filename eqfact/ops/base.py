@@ -218,9 +218,10 @@ class Blocking(Op):
 
     def trace(self, trace: Trace, *inputs: Labels) -> Labels:
         out = trace.fresh(self.output_shape(*(x.shape for x in inputs)))
-        for labels in (*inputs, out):
-            side = "made" if labels is out else "read"
-            trace.pin(labels, f"{side} by '{trace.node}': {type(self).__name__} {self.reason}")
+        read, made = (f"{side} by '{trace.node}': {type(self).__name__} {self.reason}" for side in ("read", "made"))
+        for labels in inputs:
+            trace.pin(labels, read)
+        trace.pin(out, made)
         return out
 
     def rescale(self, f_out: Array, *f_in: Array) -> Op:

@@ -213,12 +213,14 @@ class Transpose(Commuting):
 
 def _tied_over_space(trace: Trace, labels: Labels) -> Labels:
     """Labels ``(C, *spatial)`` that may differ over space, with those of each channel tied; the first stands for the channel."""
+    shape = labels.shape
+    labels = labels[tuple(slice(None if step else 1) for step in labels.strides)]  # an axis of stride 0 repeats one entry
     first = channel_vector(labels)
     pairs = np.stack([np.repeat(first, labels[0].size), labels.reshape(-1)])
     pairs = np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
     if pairs.size:
         trace.tie(pairs[0], pairs[1])
-    return spread(first, labels.shape)
+    return spread(first, shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,853 @@
+"""The loop: the paper's rules on whole networks, cross_layer at convergence, and what is said about what was left alone.
+
+Expected values come from loops of our own over the weights; PAPER 4 lists the faults of the authors' script that these tests exclude.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import handmade
+import numpy as np
+import pytest
+from handmade import Maker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS as TABLE
+
+import eqfact as eq
+from eqfact.testing.strategies import batches, factorizations, networks
+
+METHODS = ("one_step", "two_step", "cross_layer")
+DTYPES = ("float32", "float64")
+#: No factor exceeds what the rules promise: 16, times 1024 for a residual or a concat; cross_layer within [1/1024, 1024].
+LARGEST = {"one_step": 16 * 1024, "two_step": 16 * 1024, "cross_layer": 1024}
+SMALLEST = {"one_step": 1, "two_step": 1 / 1024, "cross_layer": 1 / 1024}
+
+each_method = pytest.mark.parametrize("method", METHODS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_net = pytest.mark.parametrize("build", handmade.NETS, ids=lambda f: f.__name__)
+
+
+def equalized(graph, x, method, **options):
+    return eq.equalize(graph, method, stats=None if method == "cross_layer" else eq.calibrate(graph, x), **options)
+
+
+def factors_of(result):
+    return np.concatenate(list(result.factorization.values()))
+
+
+# ------------------------------------------------------------------------------------------------ the function is kept
+
+
+def keeps_the_function(graph, x, result, method):
+    """Equal within rounding; factors finite, positive and within the method's bound; 1 where pinned."""
+    verdict = eq.verify(graph, result.graph, x)
+    assert verdict.equal, verdict.message
+    f = factors_of(result)
+    assert np.isfinite(f).all()
+    assert f.min() >= SMALLEST[method] * (1 - 1e-12)
+    assert f.max() <= LARGEST[method]
+    for value, labels in result.factorization.channels.labels.items():
+        assert (result.factorization[value][labels == 0] == 1).all()
+
+
+def bit_identical(graph, x, result):
+    assert all(np.frexp(f)[0] == 0.5 for f in factors_of(result)), "exact=True must give powers of two"
+    before, after = eq.values(graph, x), eq.values(result.graph, x)
+    for name in graph.outputs:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].tobytes() == after[name].tobytes() or np.array_equal(before[name], after[name])
+
+
+@settings(max_examples=700)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
+def test_every_method_keeps_the_function_of_random_networks(drawn):
+    graph, x = drawn
+    stats = eq.calibrate(graph, x)
+    for method in METHODS:
+        keeps_the_function(graph, x, eq.equalize(graph, method, stats=stats), method)
+
+
+@settings(max_examples=250)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
+def test_exact_keeps_every_bit_of_random_networks(drawn):
+    graph, x = drawn
+    stats = eq.calibrate(graph, x)
+    for method in METHODS:
+        bit_identical(graph, x, eq.equalize(graph, method, stats=stats, exact=True))
+
+
+@each_net
+@each_method
+@each_dtype
+def test_every_method_keeps_the_function_of_ill_ranged_networks(build, method, dtype):
+    for seed in range(4):
+        m = Maker(seed, dtype)
+        graph = build(m)
+        x = m.data(graph)
+        keeps_the_function(graph, x, equalized(graph, x, method), method)
+        keeps_the_function(graph, m.data(graph), equalized(graph, x, method), method)  # and on data never seen
+        bit_identical(graph, x, equalized(graph, x, method, exact=True))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+@each_method
+def test_every_method_keeps_the_function_of_every_topology(row, method):
+    x = row.data()
+    keeps_the_function(row.graph, x, equalized(row.graph, x, method), method)
+    bit_identical(row.graph, x, equalized(row.graph, x, method, exact=True))
+
+
+@each_method
+def test_the_network_given_stays_as_it_is(method):
+    m = Maker(1)
+    graph = handmade.mobile(m)
+    before = {n.name: n.op.weight.copy() for n in graph if isinstance(n.op, eq.Weighted)}
+    equalized(graph, m.data(graph), method)
+    for name, weight in before.items():
+        assert np.array_equal(graph[name].op.weight, weight)
+
+
+@each_net
+@each_method
+def test_every_value_is_multiplied_by_its_factors(build, method):
+    m = Maker(3)
+    graph = build(m)
+    x = m.data(graph)
+    result = equalized(graph, x, method, exact=True)
+    before, after = eq.values(graph, x), eq.values(result.graph, x)
+    for name, value in before.items():
+        f = result.factorization[name].reshape(-1, *(1,) * (value.ndim - 2))
+        np.testing.assert_array_equal(after[name], value * f)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's steps, one at a time
+
+
+def steps_of_the_paper(graph, x, with_m):
+    """PAPER 2 and 3 on conv - relu - conv - relu - flatten - dense, layer by layer on the current weights, with loops of our own."""
+    weights = [graph[n].op.weight.copy() for n in ("conv1", "conv2", "fc")]
+    biases = [graph[n].op.bias.copy() for n in ("conv1", "conv2", "fc")]
+    values = eq.values(graph, x)
+    pixels = [1, values["act2"][0, 0].size]
+    factors = []
+    for layer, act in enumerate(("act1", "act2")):
+        channels = len(weights[layer])
+        kernel = [max(abs(v) for v in weights[layer][i].ravel().tolist()) for i in range(channels)]
+        activation = [max(values[act][:, i].ravel().tolist()) for i in range(channels)]
+        reader = weights[layer + 1]
+        m = []
+        for i in range(channels):
+            column = reader[:, i * pixels[layer]:(i + 1) * pixels[layer]]
+            m.append(float(np.abs(column).max() / np.abs(reader).max()) if with_m else 1.0)
+        k_top = max(k * w for k, w in zip(kernel, m, strict=True))
+        a_top = max(a * w for a, w in zip(activation, m, strict=True))
+        f = [min(k_top / k, a_top / a, 16.0) if k and a else 1.0 for k, a in zip(kernel, activation, strict=True)]
+        for i in range(channels):
+            weights[layer][i] *= f[i]
+            biases[layer][i] *= f[i]
+            reader[:, i * pixels[layer]:(i + 1) * pixels[layer]] /= f[i]
+        factors.append(f)
+    return factors, weights, biases
+
+
+@pytest.mark.parametrize(("method", "with_m"), [("one_step", False), ("two_step", True)])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_papers_rules_agree_with_a_step_by_step_implementation(method, with_m, seed):
+    m = Maker(seed)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    factors, weights, biases = steps_of_the_paper(graph, x, with_m)
+    result = equalized(graph, x, method)
+    for act, expected in zip(("act1", "act2"), factors, strict=True):
+        np.testing.assert_allclose(result.factorization[act], expected, rtol=1e-13)
+    for name, weight, bias in zip(("conv1", "conv2", "fc"), weights, biases, strict=True):
+        np.testing.assert_allclose(result.graph[name].op.weight, weight, rtol=1e-12)
+        np.testing.assert_allclose(result.graph[name].op.bias, bias, rtol=1e-12)
+
+
+def test_one_step_amplifies_only_and_within_16():
+    for build, seed in itertools.product((handmade.plain, handmade.mobile, handmade.fan_out, handmade.grouped), range(5)):
+        m = Maker(seed)
+        graph = build(m)
+        f = factors_of(equalized(graph, m.data(graph), "one_step"))
+        assert f.min() == 1
+        assert f.max() <= 16
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+@pytest.mark.parametrize("build", [handmade.plain, handmade.mobile, handmade.fan_out, handmade.grouped, handmade.inner_output],
+                         ids=lambda f: f.__name__)
+def test_no_weight_tensor_and_no_activation_grows(method, build):
+    for seed in range(5):
+        m = Maker(seed)
+        graph = build(m)
+        x = m.data(graph)
+        result = equalized(graph, x, method)
+        before, after = eq.values(graph, x), eq.values(result.graph, x)
+        for node in graph:
+            if isinstance(node.op, eq.Weighted) and node.name not in ("stem", "project"):
+                assert np.abs(result.graph[node.name].op.weight).max() <= np.abs(node.op.weight).max() * (1 + 1e-12)
+        # the activations that the rules look at: of every layer, behind its activation; partners of a residual share one vector
+        stored = {"act", "act1", "act2", "act3", "act_a", "act_b", "act_c", "act_d"} - ({"act"} if build is handmade.mobile else set())
+        for name in stored & set(before):
+            assert np.abs(after[name]).max() <= np.abs(before[name]).max() * (1 + 1e-12)
+
+
+def test_max_factor_replaces_the_bound_of_16():
+    m = Maker(2)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    for bound in (1.0, 2.5, 50.0):
+        f = factors_of(equalized(graph, x, "one_step", max_factor=bound))
+        assert f.max() <= bound
+        f = factors_of(equalized(graph, x, "cross_layer", max_factor=bound))
+        assert f.max() <= bound
+        assert f.min() >= 1 / bound
+    assert factors_of(equalized(graph, x, "one_step", max_factor=1)).max() == 1
+
+
+def test_exact_respects_a_bound_that_is_no_power_of_two():
+    for method in METHODS:
+        m = Maker(2)
+        graph = handmade.mobile(m)
+        f = factors_of(equalized(graph, m.data(graph), method, max_factor=3.0, exact=True, exclude=["add"]))
+        assert f.max() <= 3
+
+
+def test_the_preactivation_limit_is_an_option():
+    weight = np.array([[1.0], [0.125]])
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(weight), act=eq.ReLU(), fc2=eq.Dense(np.ones((1, 2))))
+    x = np.array([[4.0], [-8.0]])  # A = 4, 0.5; P = 8, 1
+    stats = eq.calibrate(graph, x)
+    assert eq.equalize(graph, "one_step", stats=stats).factorization["act"].tolist() == [1.0, 8.0]
+    assert eq.equalize(graph, "one_step", stats=stats, preactivation=True).factorization["act"].tolist() == [1.0, 4.0]  # A / P = 4 / 1
+
+
+# ------------------------------------------------------------------------------------------------ faults of the authors' script (PAPER 4)
+
+
+def test_fault_1_two_step_differs_from_one_step_on_a_plain_chain_with_one_consumer():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    one, two = (equalized(graph, x, method).factorization for method in ("one_step", "two_step"))
+    for act in ("act1", "act2"):
+        assert not np.array_equal(one[act], two[act])
+    assert factors_of(equalized(graph, x, "two_step")).min() < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fault_2_outputs_of_depthwise_layers_are_amplified(method):
+    weight = np.array([1.0, 0.25, 0.5]).reshape(3, 1, 1)
+    graph = eq.Graph.chain((2, 4), conv=eq.Conv(np.ones((3, 2, 1))), depth=eq.Conv(weight, groups=3), act=eq.ReLU(), out=eq.Conv(np.ones((1, 3, 1))))
+    f = equalized(graph, np.ones((1, 2, 4)), method).factorization["act"]
+    if method != "cross_layer":
+        assert f.tolist() == [1.0, 4.0, 2.0]
+    assert f[1] > f[2] > f[0]
+    assert f[1] > 1
+
+
+@each_method
+@pytest.mark.parametrize("output_first", [True, False])
+def test_fault_3_a_layer_that_feeds_a_conv_and_an_output_stays_untouched(method, output_first):
+    m = Maker(4)
+    graph = handmade.plain(m)
+    graph = eq.Graph(dict(graph.inputs), graph.nodes, ["act1", "fc"] if output_first else ["fc", "act1"])
+    x = m.data(graph)
+    result = equalized(graph, x, method)
+    assert (result.factorization["act1"] == 1).all()
+    assert result.graph["conv1"].op is graph["conv1"].op
+    assert (result.factorization["act2"] != 1).any()
+    assert result.pinned["act1"] == "network output 'act1'"
+    assert eq.verify(graph, result.graph, x)
+
+
+def test_fault_4_residual_partners_are_computed_with_two_step_in_two_step_mode():
+    """With m = 1/8, 1 and x = 1/4, 1:
+
+    layer a: K = 4, 1/2; A = 1, 1/2: one-step 1, 2; two-step 1/8, 1, normalized 1, 8;
+    layer b: K = 4, 1; A = 1, 1: one-step 1, 1; two-step 1/4, 1, normalized 1, 4: which one-step would have kept at 1, 1.
+    """
+    nodes = [eq.Node("a", eq.Dense(np.diag([4.0, 0.5])), ["x"]), eq.Node("b", eq.Dense(np.diag([4.0, 1.0])), ["x"]),
+             eq.Node("add", eq.Add(), ["a", "b"]), eq.Node("out", eq.Dense(np.array([[0.125, 1.0]])), ["add"])]
+    graph = eq.Graph({"x": (2,)}, nodes, ["out"])
+    stats = eq.calibrate(graph, np.array([[0.25, 1.0]]))
+    assert eq.equalize(graph, "one_step", stats=stats).factorization["add"].tolist() == [1.0, 1.0]
+    assert eq.equalize(graph, "two_step", stats=stats).factorization["add"].tolist() == [1.0, 4.0]
+
+
+def test_fault_5_batchnorm_readers_count_in_m():
+    one = np.ones(2)
+    slopes = np.array([0.25, 1.0])
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.array([[2.0], [1.0]])), act=eq.ReLU(), bn=eq.BatchNorm(slopes, one, 0 * one, one, eps=0.0),
+                           out=eq.Dense(np.array([[1.0, 1.0]])))
+    f = equalized(graph, np.ones((1, 1)), "two_step").factorization["act"]
+    assert f.tolist() == [0.5, 1.0]
+
+
+def test_fault_6_outputs_without_relu_range_over_their_magnitude():
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[-1.0], [0.25]])), fc2=eq.Dense(np.ones((1, 2))))
+    f = equalized(graph, np.array([[8.0], [-0.25]]), "one_step").factorization["fc1"]
+    # A = 8 and 2; by their maxima alone, 0.25 and 2, channel 0 would be amplified by 8 and the range would grow
+    assert f.tolist() == [1.0, 4.0]
+
+
+# ------------------------------------------------------------------------------------------------ cross_layer
+
+
+def ranges_of(graph, resolved):
+    """Largest weight that makes and that reads each free label, by loops over the weights of a graph."""
+    made, read = {}, {}
+    for node in graph:
+        if not isinstance(node.op, eq.Weighted):
+            continue
+        weight, groups = np.abs(node.op.weight.astype(np.float64)), node.op.groups
+        per_group = len(weight) // groups
+        for o, label in enumerate(resolved.labels[node.name].tolist()):
+            made[label] = max(made.get(label, 0.0), float(weight[o].max()))
+        for i, label in enumerate(resolved.labels[node.inputs[0]].tolist()):
+            group, place = divmod(i, weight.shape[1])
+            column = weight[group * per_group:(group + 1) * per_group, place]
+            read[label] = max(read.get(label, 0.0), float(column.max()))
+    return made, read
+
+
+def made_equals_read(result, tolerance):
+    """At convergence every free channel ranges alike as made and as read, unless it is dead or at the bound."""
+    made, read = ranges_of(result.graph, result.factorization.channels)
+    for label, f in enumerate(result.factorization.by_label.tolist()):
+        a, b = made.get(label, 0.0), read.get(label, 0.0)
+        if label == 0:
+            continue
+        if a == 0 or b == 0:
+            assert f == 1, f"dead channel with factor {f}"
+        elif f >= 1024:
+            assert b >= a
+        elif f <= 1 / 1024:
+            assert b <= a
+        else:
+            assert abs(np.log(a / b)) <= tolerance, f"label {label} is made with {a}, read with {b}"
+
+
+@settings(max_examples=150)
+@given(networks())
+def test_cross_layer_makes_made_and_read_ranges_equal_on_random_networks(graph):
+    result = eq.equalize(graph, tol=1e-9, max_iter=10_000)
+    assert result.success
+    made_equals_read(result, 1e-6 if graph.dtype == np.float64 else 1e-5)
+
+
+@each_net
+def test_cross_layer_makes_made_and_read_ranges_equal(build):
+    for seed in range(3):
+        result = eq.equalize(build(Maker(seed)), tol=1e-9)
+        assert result.success
+        made_equals_read(result, 1e-7)
+
+
+@pytest.mark.parametrize("hidden", [2, 3, 5, 9])
+def test_cross_layer_contracts_a_chain_by_cos_squared_per_sweep(hidden):
+    rng = np.random.default_rng(hidden)
+    chain = {f"fc{i}": eq.Dense(np.exp(rng.normal(scale=2, size=(1, 1)))) for i in range(hidden + 1)}
+    result = eq.equalize(eq.Graph.chain((1,), **chain), tol=1e-11)
+    ratios = np.divide(result.residual[1:], result.residual[:-1])
+    steady = ratios[(np.array(result.residual[1:]) > 1e-8) & (np.arange(len(ratios)) >= min(len(ratios) // 3, 40))]
+    assert len(steady) > 3
+    np.testing.assert_allclose(steady, np.cos(np.pi / (hidden + 1)) ** 2, rtol=2e-3)
+
+
+@pytest.mark.parametrize("build", handmade.WITHOUT_TIES, ids=lambda f: f.__name__)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_cross_layer_ends_at_the_same_network_from_wherever_in_the_orbit_it_starts(build, data):
+    graph = build(Maker(5))
+    start = data.draw(factorizations(graph, powers_of_two=False)).apply(graph)
+    here, there = (eq.equalize(g, tol=1e-12, max_iter=5000) for g in (graph, start))
+    for node in here.graph:
+        if isinstance(node.op, eq.Weighted):
+            np.testing.assert_allclose(there.graph[node.name].op.weight, node.op.weight, rtol=1e-8, atol=1e-300)
+
+
+def test_cross_layer_by_hand():
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[4.0], [1.0]])), act=eq.ReLU(), fc2=eq.Dense(np.array([[1.0, 4.0]])))
+    result = eq.equalize(graph, "cross_layer")
+    assert result.factorization["act"].tolist() == [0.5, 2.0]
+    assert result.graph["fc1"].op.weight.tolist() == [[2.0], [2.0]]
+    assert result.graph["fc2"].op.weight.tolist() == [[2.0, 2.0]]
+
+
+def test_a_conv_that_reads_and_makes_one_stream_does_not_make_the_loop_swing():
+    """``x + conv(x)``: the conv's weight ``[0, 1]`` grows by ``f_0 / f_1`` while ``[1, 0]`` shrinks by it."""
+    for seed in range(30):
+        result = eq.equalize(handmade.itself(Maker(seed)), tol=1e-9)
+        assert result.success, result.message
+        made_equals_read(result, 1e-7)
+
+
+# ------------------------------------------------------------------------------------------------ topologies
+
+
+@each_method
+def test_values_joined_by_an_add_share_their_factors(method):
+    m = Maker(6)
+    graph = handmade.residual(m)
+    f = equalized(graph, m.data(graph), method).factorization
+    for value in ("stem", "act0", "b1", "add1", "b2", "add2"):
+        assert np.array_equal(f[value], f["act3"])
+    if method != "one_step":
+        assert (f["act3"] != 1).any()
+
+
+def test_the_residual_rule_of_the_paper_by_hand():
+    """Two makers of one stream, 1, 4, 2 and 2, 4, 1 alone: normalized by their minima, the elementwise minimum is 1, 4, 1."""
+    nodes = [eq.Node("a", eq.Dense(np.diag([1.0, 0.25, 0.5])), ["x"]), eq.Node("b", eq.Dense(np.diag([0.5, 0.25, 1.0])), ["x"]),
+             eq.Node("add", eq.Add(), ["a", "b"]), eq.Node("out", eq.Dense(np.ones((1, 3))), ["add"])]
+    graph = eq.Graph({"x": (3,)}, nodes, ["out"])
+    f = equalized(graph, np.ones((1, 3)), "one_step").factorization
+    assert f["add"].tolist() == f["a"].tolist() == f["b"].tolist() == [1.0, 4.0, 1.0]
+
+
+@each_method
+def test_concat_channels_follow_their_sources(method):
+    m = Maker(7)
+    graph = handmade.concat(m)
+    f = equalized(graph, m.data(graph), method).factorization
+    assert np.array_equal(f["cat"], np.concatenate([f["act_a"], f["act_b"], f["c"]]))
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+def test_the_concat_rule_of_the_paper_lifts_the_mates_to_one_range(method):
+    """Ranges 8 and 2: the second layer reaches 2 by itself and is lifted by 4."""
+    nodes = [eq.Node("a", eq.Dense(np.diag([8.0, 4.0])), ["x"]), eq.Node("b", eq.Dense(np.diag([2.0, 0.5])), ["x"]),
+             eq.Node("cat", eq.Concat(), ["a", "b"]), eq.Node("out", eq.Dense(np.ones((1, 4))), ["cat"])]
+    graph = eq.Graph({"x": (2,)}, nodes, ["out"])
+    f = equalized(graph, np.ones((1, 2)), method).factorization
+    assert f["a"].tolist() == [1.0, 2.0]
+    assert f["b"].tolist() == [4.0, 16.0]
+
+
+def test_every_reader_of_a_fan_out_is_divided():
+    m = Maker(8)
+    graph = handmade.fan_out(m)
+    result = equalized(graph, m.data(graph), "one_step")
+    f = result.factorization["act"]
+    assert f.max() > 1
+    for reader in ("b", "c"):
+        np.testing.assert_allclose(result.graph[reader].op.weight * result.factorization[reader][:, None, None] ** -1 * f[:, None],
+                                   graph[reader].op.weight, rtol=1e-14)
+
+
+def test_m_is_the_largest_over_all_readers():
+    nodes = [eq.Node("a", eq.Dense(np.array([[4.0], [2.0], [1.0]])), ["x"]), eq.Node("b", eq.Dense(np.array([[0.25, 1.0, 0.5]])), ["a"]),
+             eq.Node("c", eq.Dense(np.array([[4.0, 0.5, 8.0]])), ["a"])]
+    graph = eq.Graph({"x": (1,)}, nodes, ["b", "c"])
+    # m = max(1/4, 1/2), max(1, 1/16), max(1/2, 1) = 1/2, 1, 1; K m = 2, 2, 1
+    assert equalized(graph, np.ones((1, 1)), "two_step").factorization["a"].tolist() == [0.5, 1.0, 2.0]
+
+
+@each_method
+def test_flatten_repeats_each_channels_factor_over_its_pixels(method):
+    m = Maker(9)
+    graph = handmade.plain(m)
+    f = equalized(graph, m.data(graph), method).factorization
+    assert f["flat"].tolist() == [v for v in f["act2"].tolist() for _ in range(4)]
+    assert np.ptp(f["act2"]) > 0
+
+
+@each_method
+def test_relu6_networks_are_equalized_without_changing_their_function(method):
+    m = Maker(10)
+    graph = handmade.mobile(m)
+    x = 8 * m.data(graph)
+    assert any((v == 6).any() for v in eq.values(graph, x).values()), "the data must saturate"
+    result = equalized(graph, x, method)
+    assert eq.verify(graph, result.graph, x)
+    for act in ("act", "act1", "act2", "act3"):
+        np.testing.assert_allclose(np.broadcast_to(result.graph[act].op.high, result.factorization[act].shape), 6 * result.factorization[act], rtol=1e-15)
+    assert factors_of(result).max() > 1
+
+
+@each_method
+def test_a_conv_used_twice_keeps_one_set_of_weights_and_the_function(method):
+    m = Maker(11)
+    graph = handmade.shared(m)
+    x = m.data(graph)
+    result = equalized(graph, x, method)
+    assert result.graph["first"].op is result.graph["second"].op
+    assert eq.verify(graph, result.graph, x)
+
+
+@each_method
+def test_grouped_and_transposed_weights_are_read_along_the_right_axes(method):
+    """Each made and read range of the equalized network follows from factors and original weights, entry by entry."""
+    m = Maker(12)
+    graph = handmade.grouped(m)
+    result = equalized(graph, m.data(graph), method)
+    for name in ("a", "b", "up", "out"):
+        op, f_out, f_in = graph[name].op, result.factorization[name], result.factorization[graph[name].inputs[0]]
+        per_group = len(op.weight) // op.groups
+        for o, i in np.ndindex(*op.weight.shape[:2]):
+            expected = op.weight[o, i] * f_out[o] / f_in[o // per_group * op.weight.shape[1] + i]
+            np.testing.assert_allclose(result.graph[name].op.weight[o, i], expected, rtol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------------ include and exclude
+
+
+@each_method
+def test_excluded_values_keep_factor_1_and_the_rest_moves(method):
+    m = Maker(1)
+    graph = handmade.plain(m)
+    result = equalized(graph, m.data(graph), method, exclude=["act1"])
+    assert (result.factorization["conv1"] == 1).all()
+    assert (result.factorization["act2"] != 1).any()
+    assert result.pinned["conv1"] == result.pinned["act1"] == "excluded by the caller ('act1')"
+
+
+@each_method
+def test_only_included_values_move(method):
+    m = Maker(1)
+    graph = handmade.plain(m)
+    result = equalized(graph, m.data(graph), method, include=["act1"])
+    assert (result.factorization["conv1"] != 1).any()
+    assert (result.factorization["act2"] == 1).all()
+    assert "not among the values that the caller includes" in result.pinned["act2"]
+
+
+@each_method
+def test_included_channels_move_although_they_meet_others_in_a_concat(method):
+    m = Maker(3)
+    graph = handmade.concat(m)
+    x = m.data(graph)
+    result = equalized(graph, x, method, include=["act_b"])
+    assert (result.factorization["b"] != 1).any()
+    assert all((result.factorization[v] == 1).all() for v in ("a", "c", "d"))
+    assert eq.verify(graph, result.graph, x)
+
+
+def test_an_included_slice_leaves_the_channels_beside_it_alone():
+    m = Maker(3)
+    graph = handmade.grouped(m)
+    f = eq.equalize(graph, include=["half"]).factorization
+    assert (f["b"][:2] == 1).all()
+    assert (f["half"] != 1).any()
+
+
+def test_including_and_excluding_everything_or_nothing():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    everything = eq.equalize(graph)
+    assert np.array_equal(eq.equalize(graph, include=list(graph.shapes)).factorization["act1"], everything.factorization["act1"])
+    for nothing in (eq.equalize(graph, include=[]), eq.equalize(graph, exclude=list(graph.shapes))):
+        assert (factors_of(nothing) == 1).all()
+        assert nothing.success
+        assert "no channel is free" in nothing.message
+        assert set(nothing.pinned) == set(graph.shapes)
+
+
+# ------------------------------------------------------------------------------------------------ dead and extreme channels
+
+
+def with_extreme_channel(kind, dtype, seed=0):
+    """dense - relu - dense - relu - dense, whose first layer's channel 1 is made with a weight of this size; and data."""
+    m = Maker(seed, dtype)
+    first, second, third = m.dense(4, 3), m.dense(4, 4), m.dense(2, 4)
+    weight, bias = first.weight.copy(), first.bias.copy()
+    size = {"dead": 0.0, "constant": 0.0, "subnormal": 1e-310 if dtype == "float64" else 1e-42, "huge": 1e30}.get(kind)
+    size = float(kind) if size is None else size
+    weight[1] = size * np.array([1, -0.5, 0.25])
+    bias[1] = 1.0 if kind == "constant" else 0.0 if kind == "dead" else size
+    second_weight = second.weight.copy()
+    if kind == "huge":
+        second_weight[:, 1] *= 1e-30
+    graph = eq.Graph.chain((3,), fc1=dataclasses.replace(first, weight=weight, bias=bias), act1=eq.ReLU(),
+                           fc2=dataclasses.replace(second, weight=second_weight), act2=eq.ReLU(), fc3=third)
+    return graph, m.data(graph, 16)
+
+
+@each_method
+@each_dtype
+@pytest.mark.parametrize("kind", ["dead", "constant", "subnormal", "huge", "1e-8", "1e-12", "1e-20"])
+def test_dead_nearly_dead_constant_subnormal_and_huge_channels(kind, dtype, method):
+    graph, x = with_extreme_channel(kind, dtype)
+    for exact in (False, True):
+        result = equalized(graph, x, method, exact=exact)
+        assert result.success
+        keeps_the_function(graph, x, result, method)
+        f = result.factorization["act1"]
+        if kind in ("dead", "constant"):
+            assert f[1] == 1
+            assert "1 dead channel keeps the factor 1" in result.message
+        elif kind != "huge":
+            assert 1 <= f[1] <= (1024 if method == "cross_layer" else 16)
+            assert "at the bound" in result.message, result.message
+        elif method != "one_step":
+            assert f[1] == 1 / 1024
+            assert "at the bound" in result.message
+
+
+@each_method
+def test_a_channel_that_nobody_reads_keeps_factor_1_and_is_counted_dead(method):
+    weight = np.ones((1, 3))
+    weight[0, 2] = 0
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[1.0], [0.5], [0.25]])), act=eq.ReLU(), fc2=eq.Dense(weight))
+    result = equalized(graph, np.ones((1, 1)), method)
+    assert result.factorization["act"][2] == 1
+    assert "1 dead channel" in result.message
+
+
+@each_method
+def test_several_dead_channels_are_counted(method):
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[1.0], [0.0], [0.0]])), act=eq.ReLU(), fc2=eq.Dense(np.ones((1, 3))))
+    assert "2 dead channels keep the factor 1" in equalized(graph, np.ones((1, 1)), method).message
+
+
+@each_method
+def test_a_network_of_zeros_is_returned_as_it_is(method):
+    graph = eq.Graph.chain((2,), fc1=eq.Dense(np.zeros((3, 2))), act=eq.ReLU(), fc2=eq.Dense(np.zeros((1, 3))))
+    result = equalized(graph, np.zeros((1, 2)), method)
+    assert result.success
+    assert (factors_of(result) == 1).all()
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+def test_a_residual_whose_reader_ignores_a_channel_gets_bounded_factors(method):
+    """Two makers, and a reader with next to no weight for channel 0, subnormal even."""
+    for tiny in (1e-12, 1e-310):
+        nodes = [eq.Node("a", eq.Dense(np.diag([1e12, 1.0])), ["x"]), eq.Node("b", eq.Dense(np.diag([1e12, 2.0])), ["x"]),
+                 eq.Node("add", eq.Add(), ["a", "b"]), eq.Node("out", eq.Dense(np.array([[tiny, 1.0]])), ["add"])]
+        graph = eq.Graph({"x": (2,)}, nodes, ["out"])
+        x = np.array([[1.0, 0.5], [-1.0, 2.0]])
+        keeps_the_function(graph, x, equalized(graph, x, method), method)
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+def test_the_fields_of_a_result():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    result = eq.equalize(graph, tol=1e-6)
+    assert result.success is True
+    assert result.message.startswith(f"cross_layer: 9 factors chosen in {result.iterations} sweeps")
+    assert result.iterations == len(result.residual) > 1
+    assert result.residual[-1] <= 1e-6 < result.residual[0]
+    assert isinstance(result.graph, eq.Graph)
+    assert isinstance(result.factorization, eq.Factorization)
+    assert set(result.pinned) == {"x", "fc"}
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+def test_the_papers_rules_take_one_pass(method):
+    m = Maker(1)
+    graph = handmade.plain(m)
+    result = equalized(graph, m.data(graph), method)
+    assert result.iterations == 1
+    assert result.success
+    assert result.residual == (float(np.abs(np.log(factors_of(result))).max()),)
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 3])
+def test_too_few_sweeps_end_without_success_but_with_an_equivalent_network(sweeps):
+    m = Maker(1)
+    graph = handmade.mobile(m)
+    x = m.data(graph)
+    result = eq.equalize(graph, tol=1e-12, max_iter=sweeps)
+    assert result.success is False
+    assert result.iterations == sweeps
+    assert "not converged" in result.message
+    assert "raise max_iter" in result.message
+    assert eq.verify(graph, result.graph, x)
+
+
+@each_net
+@each_method
+def test_applying_the_factorization_gives_the_graph_of_the_result(build, method):
+    m = Maker(2)
+    graph = build(m)
+    result = equalized(graph, m.data(graph), method)
+    again = result.factorization.apply(graph)
+    for node in again:
+        if isinstance(node.op, eq.Weighted):
+            assert np.array_equal(node.op.weight, result.graph[node.name].op.weight)
+
+
+@settings(max_examples=60)
+@given(networks())
+def test_every_pinned_value_has_a_reason_and_every_other_one_is_free(graph):
+    result = eq.equalize(graph)
+    labels = result.factorization.channels.labels
+    assert set(result.pinned) == {value for value, of_value in labels.items() if (of_value == 0).any()}
+    assert all(reason for reason in result.pinned.values())
+    assert set(graph.inputs) | set(graph.outputs) <= set(result.pinned)
+
+
+def test_reasons_say_what_pins():
+    m = Maker(1)
+    graph = handmade.two_inputs(m)
+    pinned = eq.equalize(graph).pinned
+    assert pinned["x"] == "network input 'x'"
+    assert pinned["y"] == "network input 'y'"
+    assert pinned["c"] == "read by 'curve': SiLU is not positively homogeneous"
+    assert pinned["curve"] == "made by 'curve': SiLU is not positively homogeneous"
+    assert pinned["e"] == "network output 'e'"
+    assert set(pinned) == {"x", "y", "c", "curve", "e"}
+
+
+def test_a_network_without_free_channels_is_returned_as_it_is():
+    graph = eq.Graph.chain((2,), fc=eq.Dense(np.ones((2, 2))))
+    result = eq.equalize(graph)
+    assert result.success
+    assert result.message == "cross_layer: no channel is free, the network is returned as it is"
+    assert result.graph["fc"].op is graph["fc"].op
+    graph = eq.Graph.chain((2,), act=eq.ReLU())
+    assert eq.equalize(graph).success
+
+
+# ------------------------------------------------------------------------------------------------ rules of one's own
+
+
+def test_a_rule_of_ones_own_is_swept_to_convergence():
+    def towards_l2(block):  # any function of ranges; here cross_layer at half speed
+        return np.where((block.made > 0) & (block.read > 0), (block.read / np.maximum(block.made, 1e-300)) ** 0.25, 1.0)
+
+    m = Maker(1)
+    graph = handmade.plain(m)
+    mine, theirs = eq.equalize(graph, towards_l2, tol=1e-10), eq.equalize(graph, tol=1e-10)
+    assert mine.success
+    assert mine.message.startswith("towards_l2: 9 factors chosen")
+    for act in ("act1", "act2"):
+        np.testing.assert_allclose(mine.factorization[act], theirs.factorization[act], rtol=1e-8)
+
+
+def test_a_rule_of_ones_own_sees_activations_if_statistics_are_given():
+    seen = []
+
+    def rule(block):
+        seen.append(block.makers[0].activation)
+        return np.ones(len(block.made))
+
+    m = Maker(1)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    eq.equalize(graph, rule)
+    assert seen == [None, None]
+    seen.clear()
+    eq.equalize(graph, rule, stats=eq.calibrate(graph, x))
+    np.testing.assert_array_equal(seen[0], eq.values(graph, x)["act1"].max(axis=(0, 2, 3)))
+
+
+def test_a_rule_that_never_settles_ends_at_its_bound_or_after_max_iter():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    growing = eq.equalize(graph, lambda block: np.full(len(block.made), 2.0))
+    assert growing.success
+    assert factors_of(growing).max() == 1024
+    turns = itertools.cycle([2.0, 0.5])
+    swinging = eq.equalize(graph, lambda block: np.full(len(block.made), next(turns)), exclude=["act2"], max_iter=50)
+    assert not swinging.success
+    assert swinging.iterations == 50
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf, -np.inf])
+def test_a_rule_that_returns_unusable_factors_is_refused_by_value_and_channel(bad):
+    m = Maker(1)
+    graph = handmade.plain(m)
+    before = {n.name: n.op.weight.copy() for n in graph if isinstance(n.op, eq.Weighted)}
+
+    def rule(block):
+        step = np.ones(len(block.made))
+        if len(step) == 5:
+            step[3] = bad
+        return step
+
+    with pytest.raises(ValueError, match=rf"value 'conv2', channel 3: the rule returned {bad}; factors must be positive and finite"):
+        eq.equalize(graph, rule)
+    assert all(np.array_equal(graph[name].op.weight, weight) for name, weight in before.items())
+
+
+def test_the_refusal_names_the_layers_own_channel_where_some_are_pinned():
+    nodes = [eq.Node("a", eq.Dense(np.ones((4, 1))), ["x"]), eq.Node("out1", eq.Slice(0, 2), ["a"]), eq.Node("rest", eq.Slice(2, 4), ["a"]),
+             eq.Node("out2", eq.Dense(np.ones((1, 2))), ["rest"])]
+    graph = eq.Graph({"x": (1,)}, nodes, ["out1", "out2"])
+    with pytest.raises(ValueError, match="value 'a', channel 3: the rule returned 0"):
+        eq.equalize(graph, lambda block: np.array([1.0, 0.0]))
+    nodes = [eq.Node("a", eq.Dense(np.ones((1, 1))), ["x"]), eq.Node("b", eq.Dense(np.ones((3, 1))), ["x"]), eq.Node("cut", eq.Slice(2, 3), ["b"]),
+             eq.Node("add", eq.Add(), ["a", "cut"]), eq.Node("cat", eq.Concat(), ["b", "add"]), eq.Node("out", eq.Dense(np.ones((1, 4))), ["cat"])]
+    graph = eq.Graph({"x": (1,)}, nodes, ["out"])
+    with pytest.raises(ValueError, match="value 'b', channel 1: the rule returned -1"):
+        eq.equalize(graph, lambda block: np.array([1.0, 1.0, -1.0]))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4, 1)])
+def test_a_rule_that_returns_another_shape_is_refused(shape):
+    graph = handmade.plain(Maker(1))
+    with pytest.raises(ValueError, match="value 'conv1': the rule must return 4 factors, got shape"):
+        eq.equalize(graph, lambda block: np.ones(shape))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("method", ["", "one-step", "cle", None, 3])
+def test_unknown_methods_are_refused(method):
+    with pytest.raises(ValueError, match="unknown method .*: use 'one_step', 'two_step', 'cross_layer', or a rule"):
+        eq.equalize(handmade.plain(Maker(1)), method)
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+def test_the_papers_rules_need_statistics(method):
+    with pytest.raises(ValueError, match="needs the ranges of activations: give stats=calibrate"):
+        eq.equalize(handmade.plain(Maker(1)), method)
+
+
+def test_statistics_of_another_network_are_refused():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    stats = eq.calibrate(graph, m.data(graph))
+    other = handmade.mobile(m)
+    with pytest.raises(ValueError, match="the statistics lack value 'act': calibrate this graph, after folding"):
+        eq.equalize(other, "one_step", stats=stats)
+    wider = eq.Graph.chain((3, 6, 6), **{n.name: n.op for n in graph} | {"conv1": m.conv(6, 3, 3, 3, stride=2, padding=1), "conv2": m.conv(5, 6, 2, 2)})
+    with pytest.raises(ValueError, match="the statistics of value 'conv1' have 4 channels, the network has 6"):
+        eq.equalize(wider, "two_step", stats=stats)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_statistics_with_nan_or_infinity_are_refused(bad):
+    m = Maker(1)
+    graph = handmade.plain(m)
+    stats = eq.calibrate(graph, m.data(graph))
+    spoiled = eq.Statistics({**stats, "act2": dataclasses.replace(stats["act2"], max=np.full(5, bad))})
+    with pytest.raises(ValueError, match="the statistics of value 'act2' hold NaN or infinity"):
+        eq.equalize(graph, "one_step", stats=spoiled)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_include_and_exclude_name_values(argument):
+    graph = handmade.plain(Maker(1))
+    with pytest.raises(ValueError, match=f"{argument} names 'act9', which is not a value of the network"):
+        eq.equalize(graph, **{argument: ["act1", "act9"]})
+    with pytest.raises(TypeError, match=f"{argument} must be a list of value names, got the string 'act1'"):
+        eq.equalize(graph, **{argument: "act1"})
+
+
+@pytest.mark.parametrize("max_factor", [0.5, 0, -1, np.inf, np.nan])
+def test_a_max_factor_below_1_or_without_end_is_refused(max_factor):
+    with pytest.raises(ValueError, match="max_factor must be a finite number of at least 1"):
+        eq.equalize(handmade.plain(Maker(1)), max_factor=max_factor)
+
+
+@pytest.mark.parametrize("max_iter", [0, -1, 1.5, "many"])
+def test_max_iter_must_be_a_positive_integer(max_iter):
+    with pytest.raises(ValueError, match="max_iter must be a positive integer"):
+        eq.equalize(handmade.plain(Maker(1)), max_iter=max_iter)
+
+
+@pytest.mark.parametrize("tol", [-1e-3, np.nan])
+def test_tol_must_not_be_negative_or_nan(tol):
+    with pytest.raises(ValueError, match="tol must be a finite number of at least 0"):
+        eq.equalize(handmade.plain(Maker(1)), tol=tol)

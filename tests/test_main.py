@@ -1,0 +1,514 @@
+"""The command line: every subcommand from its arguments to its files, its text, its JSON, its exit status and its refusals."""
+
+import ast
+import io
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eqfact as eq
+from eqfact import commands, demo, files, serialization
+from eqfact.__main__ import COMMANDS, main, table
+
+RNG = np.random.default_rng(11)
+
+
+def conv(out: int, inner: int, kernel: int, **options) -> eq.Conv:
+    """A convolution whose output channels differ in range."""
+    weight = RNG.normal(size=(out, inner, kernel, kernel)) * np.exp2(RNG.uniform(-4, 0, size=(out, 1, 1, 1)))
+    return eq.Conv(weight.astype(np.float32), **options)
+
+
+def batchnorm(channels: int) -> eq.BatchNorm:
+    return eq.BatchNorm(*(RNG.uniform(0.5, 2, size=channels).astype(np.float32) for _ in range(4)))
+
+
+def dense(out: int, inner: int) -> eq.Dense:
+    return eq.Dense(RNG.normal(size=(out, inner)).astype(np.float32), RNG.normal(size=out).astype(np.float32))
+
+
+NET = eq.Graph.chain((2, 6, 6), conv1=conv(8, 2, 3), bn1=batchnorm(8), act1=eq.ReLU6(), dw=conv(8, 1, 3, groups=8, padding=1), act2=eq.ReLU(),
+                     pool=eq.GlobalAvgPool(), flat=eq.Flatten(), fc=dense(3, 8))
+FREE = 16  # act1's 8 channels and act2's
+IMAGES = RNG.normal(size=(12, 2, 6, 6)).astype(np.float32)
+TWO_INPUTS = eq.Graph({"a": (2,), "b": (3,)}, [eq.Node("fa", dense(4, 2), ["a"]), eq.Node("fb", dense(4, 3), ["b"]), eq.Node("sum", eq.Add(), ["fa", "fb"]),
+                                               eq.Node("act", eq.ReLU(), ["sum"]), eq.Node("out", dense(2, 4), ["act"])], ["out"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a network and images, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    serialization.save("net.npz", NET)
+    np.savez("images.npz", IMAGES)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Run a command line; gives exit status and stdout, of which there is none when there is something on stderr."""
+    def run(line: str) -> tuple[int, str]:
+        status = main(line.split())
+        out, err = capsys.readouterr()
+        if status == 3:
+            assert out == "" and err.count("\n") == 1 and err.startswith("eqfact: error: "), (out, err)
+            return status, err
+        assert err == ""
+        return status, out
+    return run
+
+
+def facts_of(run, line: str) -> dict:
+    """The facts of a command line, from its JSON."""
+    status, out = run(f"{line} --json")
+    facts = json.loads(out, parse_constant=pytest.fail)
+    assert out.count("\n") == 1
+    assert status == (0 if facts["ok"] else 1)
+    return facts
+
+
+# --- what each command does --------------------------------------------------------------------------------------------
+
+def test_inspect_counts_and_explains(run):
+    facts = facts_of(run, "inspect net.npz")
+    assert facts["degrees_of_freedom"] == eq.degrees_of_freedom(NET) == 24
+    assert facts["parameters"] == sum(a.size for n in NET for a in (getattr(n.op, "weight", None), getattr(n.op, "bias", None)) if a is not None)
+    assert facts["layers"] == {"Conv": 2, "BatchNorm": 1, "Clip": 1, "ReLU": 1, "GlobalAvgPool": 1, "Flatten": 1, "Dense": 1}
+    assert facts["inputs"] == {"x": [2, 6, 6]} and facts["outputs"] == {"fc": [3]}
+    assert facts["foldable"] == ["bn1"] and facts["unfoldable"] == {}
+    assert [v["name"] for v in facts["values"]] == list(NET.shapes)
+    assert {v["name"]: v["pinned"] for v in facts["values"] if v["pinned"]} == {"x": "network input 'x'", "fc": "network output 'fc'"}
+    text = run("inspect net.npz")[1]
+    assert "24 degrees of freedom" in text and "1 BatchNorm can be folded" in text and "network output 'fc'" in text
+
+
+def test_fold_writes_the_folded_network(run):
+    facts = facts_of(run, "fold net.npz -o folded.npz")
+    assert facts["ok"] and facts["folded"] == 1 and facts["foldable"] == []
+    folded = serialization.load("folded.npz")
+    assert [n.name for n in folded] == [n.name for n in eq.fold_batchnorm(NET)]
+    assert eq.verify(NET, folded, IMAGES)
+    assert run("fold net.npz -o folded.npz --data images.npz")[1].startswith("1 BatchNorm folded\nequal: ")
+
+
+def test_fold_says_what_stays_and_why(run):
+    serialization.save("stays.npz", eq.Graph.chain((3,), bn=batchnorm(3)))
+    assert "not folded: 'bn', 'x' before it is a network input" in run("fold stays.npz -o folded.npz")[1]
+
+
+@pytest.mark.parametrize("method", commands.METHODS)
+def test_equalize_writes_what_the_library_returns(run, method):
+    facts = facts_of(run, f"equalize net.npz -o eq.npz --fold --method {method} --data images.npz")
+    folded = eq.fold_batchnorm(NET)
+    stats = eq.calibrate(folded, IMAGES)
+    result = eq.equalize(folded, method, stats=stats)
+    written = serialization.load("eq.npz")
+    for node in result.graph:
+        if isinstance(node.op, eq.Weighted):
+            assert np.array_equal(written[node.name].op.weight, node.op.weight)
+    assert facts["ok"] and facts["verification"]["equal"] and facts["message"] == result.message
+    assert facts["degrees_of_freedom"] == FREE and facts["pinned"] == result.pinned
+    grids = {"weights": eq.UniformQuantizer(bits=8), "activations": eq.UniformQuantizer(bits=8, symmetric=False)}
+    for side, graph, of in (("before", folded, stats), ("after", result.graph, result.factorization.apply(stats))):
+        kernels = [np.abs(n.op.weight).reshape(len(n.op.weight), -1).max(axis=1) for n in graph if isinstance(n.op, eq.Weighted)]
+        assert facts[side]["weight_ratio"] == pytest.approx(max(k.max() / k.min() for k in kernels))
+        expected = eq.sqnr(eq.forward(folded, IMAGES), eq.forward(eq.quantize(graph, stats=of, **grids), IMAGES))
+        assert facts[side]["sqnr"] == {"fc": pytest.approx(expected, abs=1e-6)}
+
+
+def test_equalize_tells_all_in_text(run):
+    status, text = run("equalize net.npz -o eq.npz --data images.npz")
+    assert status == 0
+    for said in ("cross_layer: ", "24 degrees of freedom", "largest range ratio of weight channels: ", "of value channels", "W8A8 SQNR of 'fc': ",
+                 "pinned: 'x', network input 'x'", "1 BatchNorm can be folded: eqfact fold, or --fold",
+                 "\nequal: ", "(on the first 4 of 12 images of images.npz)", "written to eq.npz"):
+        assert said in text
+    assert "(on 4 inputs of random numbers (seed 0))" in run("equalize net.npz -o eq.npz")[1]
+
+
+def test_equalize_exact_keeps_every_bit(run):
+    assert facts_of(run, "equalize net.npz -o eq.npz --exact")["ok"]
+    assert np.array_equal(eq.forward(serialization.load("eq.npz"), IMAGES), eq.forward(NET, IMAGES))
+
+
+def test_factors_written_can_be_applied(run):
+    facts_of(run, "equalize net.npz -o eq.npz --factors factors.npz --exclude act2")
+    with np.load("factors.npz") as factors:
+        assert set(factors) == set(NET.shapes)
+        assert np.array_equal(factors["act2"], np.ones(8)) and not np.array_equal(factors["act1"], np.ones(8))
+    facts = facts_of(run, "equalize net.npz -o again.npz --apply factors.npz")
+    assert facts["method"] == "apply" and "factors of 'factors.npz'" in facts["message"]
+    assert Path("eq.npz").read_bytes() == Path("again.npz").read_bytes()
+
+
+def test_options_reach_the_library(run):
+    line = "equalize net.npz -o eq.npz --factors factors.npz"
+    assert "not among the values" in facts_of(run, f"{line} --include act1 bn1")["pinned"]["act2"]
+    assert "excluded by the caller ('act1')" in facts_of(run, f"{line} --exclude act1")["pinned"]["act1"]
+    facts_of(run, f"{line} --max-factor 1.5")
+    with np.load("factors.npz") as factors:
+        assert max(f.max() for f in factors.values()) <= 1.5
+    assert facts_of(run, f"{line} --tol 10")["iterations"] == 1
+
+
+def test_equalize_not_converged_is_a_negative_verdict(run):
+    status, text = run("equalize net.npz -o eq.npz --max-iter 1 --tol 0")
+    assert status == 1 and "not converged after 1 sweep" in text
+    assert eq.verify(NET, serialization.load("eq.npz"), IMAGES)  # the function is kept all the same
+
+
+def test_equalize_never_writes_another_function(run, folder, monkeypatch):
+    fc = NET["fc"].op
+    broken = NET.with_ops({"fc": eq.Dense(1.01 * fc.weight, fc.bias)})
+    right = eq.equalize(NET)
+    monkeypatch.setattr(commands, "equalize", lambda *_, **__: eq.EqualizeResult(
+        broken, right.factorization, True, "wrong", 1, (0.0,), right.pinned))
+    before = set(folder.iterdir())
+    status, text = run("equalize net.npz -o eq.npz --factors f.npz --report r.json")
+    assert status == 1 and "NOT written" in text and "not equal: they part at 'fc'" in text
+    assert facts_of(run, "equalize net.npz -o eq.npz")["output"] is None
+    assert set(folder.iterdir()) == before
+
+
+def test_report_file_holds_the_facts_and_every_tensor(run):
+    facts = facts_of(run, "equalize net.npz -o eq.npz --fold --data images.npz --report report.json")
+    written = json.loads(Path("report.json").read_text())
+    tensors = written.pop("tensors")
+    assert written == {**facts, "output": "eq.npz"}
+    for side in ("before", "after"):
+        assert [t["name"] for t in tensors[side] if t["kind"] == "weight"] == ["bn1", "dw", "fc"]
+        assert max(t["range_ratio"] for t in tensors[side] if t["kind"] == "weight") == pytest.approx(facts[side]["weight_ratio"])
+    assert facts_of(run, "quantize net.npz -o q.npz --data images.npz --report report.json")["sqnr"]
+    assert {t["kind"] for t in json.loads(Path("report.json").read_text())["tensors"]} == {"weight", "value"}
+
+
+def test_quantize_writes_what_the_library_returns(run):
+    facts = facts_of(run, "quantize net.npz -o q.npz --fold --data images.npz --weight-bits 5 --weight-granularity per_channel --symmetric-activations")
+    folded = eq.fold_batchnorm(NET)
+    expected = eq.quantize(folded, stats=eq.calibrate(folded, IMAGES), weights=eq.UniformQuantizer(bits=5, granularity="per_channel"),
+                           activations=eq.UniformQuantizer(bits=8, symmetric=True))
+    output = eq.forward(serialization.load("q.npz"), IMAGES)
+    assert np.array_equal(output, eq.forward(expected, IMAGES))
+    assert facts["quantizer"] == "W5A8, weights per_channel"
+    assert facts["sqnr"]["fc"] == pytest.approx(eq.sqnr(eq.forward(NET, IMAGES), output), abs=1e-6)
+    assert re.search(r"W8A8 SQNR of 'fc': [\d.]+ dB, on 12 images of images.npz", run("quantize net.npz -o q.npz --data images.npz")[1])
+
+
+def test_quantize_weights_alone_needs_no_images(run):
+    line = "quantize net.npz -o q.npz --activation-bits float --weight-granularity per_group --group-size 2 --affine-weights"
+    assert facts_of(run, line)["quantizer"] == "W8A32, weights per_group"
+    assert facts_of(run, "quantize net.npz -o q.npz --activation-bits float --weight-bits float")["sqnr"] == {"fc": "inf"}
+
+
+def test_verify_answers_with_its_exit_status(run):
+    run("equalize net.npz -o eq.npz")
+    assert run("verify net.npz eq.npz")[0] == 0
+    facts = facts_of(run, "verify net.npz eq.npz --data images.npz")
+    assert facts["verification"]["equal"] and facts["verification"]["data"] == "12 images of images.npz"
+    run("quantize net.npz -o q.npz --data images.npz --weight-bits 4")
+    status, text = run("verify net.npz q.npz --data images.npz")
+    assert status == 1 and text.startswith("not equal: they part at 'conv1'")
+    assert facts_of(run, "verify net.npz q.npz --data images.npz")["ok"] is False
+
+
+def test_report_rows_against_their_definitions(run):
+    run("fold net.npz -o folded.npz")
+    folded = serialization.load("folded.npz")
+    facts = facts_of(run, "report folded.npz --data images.npz --weight-bits 6")
+    stats = eq.calibrate(folded, IMAGES)
+    weights = eq.UniformQuantizer(bits=6)
+    quantized = eq.quantize(folded, stats=stats, weights=weights, activations=eq.UniformQuantizer(symmetric=False))
+    floats, noisy = eq.values(folded, IMAGES), eq.values(quantized, IMAGES)
+    rows = {(t["kind"], t["name"]): t for t in facts["tensors"]}
+    assert list(rows) == [*(("weight", n) for n in ("bn1", "dw", "fc")), *(("value", n) for n in ("x", "act1", "act2", "pool", "fc"))]
+    for (kind, name), row in rows.items():
+        op = folded[name].op if kind == "weight" else None
+        ranges = np.abs(op.weight).reshape(len(op.weight), -1).max(axis=1) if op else stats[name].max_abs
+        test = eq.quantize(folded, weights=weights)[name].op.weight if op else noisy["x.quantized" if name == "x" else name]
+        assert row["channels"] == len(ranges) and row["dead"] == 0
+        assert row["range_ratio"] == pytest.approx(ranges.max() / ranges.min())
+        assert row["weakest_bits"] == pytest.approx((6 if op else 8) - math.log2(ranges.max() / ranges.min()))
+        assert row["sqnr"] == pytest.approx(eq.sqnr(op.weight if op else floats[name], test), abs=1e-6)
+        assert row["pinned"] == {("value", "x"): "network input 'x'", ("value", "fc"): "network output 'fc'"}.get((kind, name))
+    text = run("report folded.npz --data images.npz")[1]
+    assert "weakest bits" in text and "network output 'fc'" in text
+
+
+def test_report_without_images_is_about_weights(run):
+    facts = facts_of(run, "report net.npz")
+    assert {t["kind"] for t in facts["tensors"]} == {"weight"} and facts["data"] is None and facts["foldable"] == ["bn1"]
+    assert "weights only" in run("report net.npz")[1]
+
+
+def test_dead_channels_are_counted_and_do_not_blow_up_ratios(run):
+    weight = np.float32([[4, 1], [0, 0], [2, 2], [-0.5, 0]])
+    serialization.save("dead.npz", eq.Graph.chain((2,), fc1=eq.Dense(weight), act=eq.ReLU(), fc2=dense(2, 4)))
+    row = facts_of(run, "report dead.npz")["tensors"][0]
+    assert (row["dead"], row["range_ratio"], row["weakest_bits"]) == (1, 8.0, 5.0)
+    serialization.save("dead.npz", eq.Graph.chain((2,), fc1=eq.Dense(0 * weight)))
+    row = facts_of(run, "report dead.npz")["tensors"][0]
+    assert (row["dead"], row["range_ratio"], row["weakest_bits"], row["sqnr"]) == (4, 1.0, "-inf", "inf")
+
+
+# --- images ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names", [{"any": IMAGES}, {"x": IMAGES, "labels": np.arange(12)}, {"images": IMAGES, "labels": np.arange(12)},
+                                   {"x": np.asfortranarray(IMAGES, np.float64)}], ids=["alone", "by input", "images", "fortran"])
+def test_images_are_found(run, names):
+    np.savez_compressed("images.npz", **names)
+    assert facts_of(run, "verify net.npz net.npz --data images.npz")["verification"]["data"] == "12 images of images.npz"
+
+
+def test_several_inputs_by_name(run):
+    serialization.save("two.npz", TWO_INPUTS)
+    a, b = RNG.normal(size=(5, 2)), RNG.normal(size=(5, 3))
+    np.savez("ab.npz", b=b, a=a)
+    assert facts_of(run, "equalize two.npz -o eq.npz --data ab.npz --method two_step")["ok"]
+    np.savez("ab.npz", a=a)
+    assert "must hold one array for each input (a, b), got a" in run("verify two.npz two.npz --data ab.npz")[1]
+    np.savez("ab.npz", a=a, b=b[1:])
+    assert "equal batch sizes" in run("verify two.npz two.npz --data ab.npz")[1]
+
+
+def test_batches_change_nothing(run, monkeypatch):
+    whole = facts_of(run, "report net.npz --data images.npz")
+    monkeypatch.setattr(files, "BATCH_ENTRIES", 5 * sum(map(math.prod, NET.shapes.values())))
+    pieces = facts_of(run, "report net.npz --data images.npz")
+    for a, b in zip(whole["tensors"], pieces["tensors"], strict=True):
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value) if isinstance(value, float) else value)
+    images = files.load_images("images.npz", NET)
+    assert [len(batch["x"]) for batch in images.batches()] == [5, 5, 2] and len(images.first(3)) == 3
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+def bomb() -> bytes:
+    """An .npz whose directory claims an array of 8 GiB."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x.npy", b"1234")
+    return stream.getvalue().replace((4).to_bytes(4, "little"), (2**32 - 2).to_bytes(4, "little"))
+
+
+def lying_header() -> bytes:
+    """An .npz with four bytes of data under a header that claims 8 PiB."""
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1125899906842624,), }\n"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"1234")
+    return stream.getvalue()
+
+
+def npz(*arrays, **named) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, *arrays, **named)
+    return stream.getvalue()
+
+
+NOT_FINITE = np.where(np.arange(IMAGES.size).reshape(IMAGES.shape) == 40, np.float32("nan"), IMAGES)
+BAD_IMAGES = {
+    "text": (b"hello", "is not a readable .npz file"),
+    "empty": (b"", "is not a readable .npz file"),
+    "pickle": (pickle.dumps([1, 2]), "is not a readable .npz file"),
+    "truncated": (npz(IMAGES)[:-200], "is not a readable .npz file"),
+    "objects": (npz(x=np.array([{}], object)), "is not a readable .npz file"),
+    "no array": (npz(), "got none"),
+    "two arrays": (npz(a=IMAGES, b=IMAGES), "must hold one array for each input (x), a single array, or an array called images, got a, b"),
+    "shape": (npz(IMAGES[:, :1]), "must be (N, 2, 6, 6), got (12, 1, 6, 6)"),
+    "scalar": (npz(np.float32(1)), "must be (N, 2, 6, 6), got ()"),
+    "integers": (npz(IMAGES.astype(np.int8)), "must be a floating array, got int8"),
+    "nan": (npz(NOT_FINITE), "holds nan at index (0, 1, 0, 4)"),
+    "no image": (npz(IMAGES[:0]), "empty batch"),
+    "claims gigabytes": (bomb(), "more than"),
+    "lies": (lying_header(), "is not a readable .npz file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_refused(run, folder, name, monkeypatch):
+    content, said = BAD_IMAGES[name]
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
+    Path("bad.npz").write_bytes(content)
+    before = set(folder.iterdir())
+    for line in ("equalize net.npz -o out.npz --data bad.npz --factors f.npz --report r.json", "quantize net.npz -o out.npz --data bad.npz",
+                 "fold net.npz -o out.npz --data bad.npz", "verify net.npz net.npz --data bad.npz --json", "report net.npz --data bad.npz"):
+        status, error = run(line)
+        assert status == 3 and said in error and "bad.npz" in error
+    assert set(folder.iterdir()) == before
+
+
+REFUSED = {
+    "inspect missing.npz": "No such file",
+    "inspect images.npz": "'images.npz' is not an eqfact network",
+    "inspect net.txt": "must end in .npz or .onnx",
+    "inspect .": "must end in .npz or .onnx",
+    "inspect folder.npz": "Is a directory",
+    "fold net.npz -o out.txt": "must end in .npz or .onnx",
+    "fold net.npz -o nowhere/out.npz": "there is no folder",
+    "fold net.npz -o folder.npz": "this is a folder",
+    "fold net.npz -o net.npz/out.npz": "there is no folder",
+    "equalize missing.npz -o out.npz": "No such file",
+    "equalize net.npz -o out.npz --factors out.npz": "two outputs have this name",
+    "equalize net.npz -o out.npz --report nowhere/report.json": "there is no folder",
+    "equalize net.npz -o out.npz --data missing.npz": "No such file",
+    "equalize net.npz -o out.npz --include act1 ghost": "include names 'ghost', which is not a value",
+    "equalize net.npz -o out.npz --exclude ghost": "exclude names 'ghost', which is not a value",
+    "equalize net.npz -o out.npz --max-factor 0.5": "max_factor must be",
+    "equalize net.npz -o out.npz --max-factor nan": "max_factor must be",
+    "equalize net.npz -o out.npz --max-iter 0": "max_iter must be",
+    "equalize net.npz -o out.npz --apply missing.npz": "No such file",
+    "equalize net.npz -o out.npz --apply images.npz": "'images.npz' does not fit the network: factors are given for 'arr_0'",
+    "equalize net.npz -o out.npz --apply zero.npz": "'zero.npz' does not fit the network: value 'act1', channel 0: factors must be positive",
+    "equalize net.npz -o out.npz --data images.npz --weight-bits 1 --report r.json": "bits must be an integer from 2 to 16, got 1",
+    "quantize net.npz -o out.npz --data images.npz --weight-bits 1": "bits must be an integer from 2 to 16, got 1",
+    "quantize net.npz -o out.npz --data images.npz --activation-bits 17": "bits must be an integer from 2 to 16, got 17",
+    "quantize net.npz -o out.npz --data images.npz --group-size 4": "group_size goes with granularity 'per_group'",
+    "verify net.npz two.npz": "need the same inputs",
+    "verify net.npz missing.npz": "No such file",
+    "report net.npz --data images.npz --weight-bits 0": "bits must be an integer from 2 to 16, got 0",
+    "demo --plot nowhere/figure.png": "there is no folder",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refusals_say_why_and_leave_nothing(run, folder, line):
+    Path("folder.npz").mkdir()
+    serialization.save("two.npz", TWO_INPUTS)
+    np.savez("zero.npz", act1=np.zeros(8))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for suffix in ("", " --json"):
+        status, error = run(line + suffix)
+        assert status == 3 and REFUSED[line] in error
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert list(Path("folder.npz").iterdir()) == []
+
+
+USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --method magic", "equalize net.npz -o out.npz --method two_step",
+         "equalize net.npz -o out.npz --method one_step --apply f.npz", "equalize net.npz -o out.npz --apply f.npz --tol 0.1",
+         "quantize net.npz -o out.npz", "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_wrong_usage(folder, capsys, line):
+    before = set(folder.iterdir())
+    with pytest.raises(SystemExit) as raised:
+        main(line.split())
+    assert raised.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: eqfact")
+    assert set(folder.iterdir()) == before
+
+
+def test_a_failing_write_leaves_the_old_files(run, folder, monkeypatch):
+    Path("f.npz").write_text("old factors")
+    Path("out.npz").write_text("old network")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(serialization, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    status, error = run("equalize net.npz -o out.npz --factors f.npz --report r.json")
+    assert status == 3 and "No space left" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("line", "modules", "said"), [
+    ("equalize net.npz -o out.npz --plot figure.png", ("matplotlib.figure",), "pip install 'eqfact[plot]'"),
+    ("inspect net.onnx", ("onnx",), "pip install 'eqfact[onnx]'"),
+    ("fold net.npz -o net.onnx", ("onnx",), "pip install 'eqfact[onnx]'"),
+])
+def test_missing_extras_are_named(run, folder, monkeypatch, line, modules, said):
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    before = set(folder.iterdir())
+    status, error = run(line)
+    assert status == 3 and said in error
+    assert set(folder.iterdir()) == before
+
+
+# --- demo, figure, ONNX, the program -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo on a quarter of the images and half of the bits."""
+    bundle = demo.load_bundle()
+    monkeypatch.setattr(demo, "BITS", (8, 4))
+    monkeypatch.setattr(demo, "VERIFIED", 4)
+    monkeypatch.setattr(demo, "load_bundle", lambda: demo.Bundle(bundle.network, bundle.calibration[:64], bundle.images[:90], bundle.labels[:90]))
+
+
+def test_demo_measures_every_method(run, small_demo):
+    facts = facts_of(run, "demo")
+    rows = {row["name"]: row for row in facts["rows"]}
+    assert list(rows) == [name for name, *_ in demo.ROWS]
+    assert facts["ok"] and facts["degrees_of_freedom"] == eq.degrees_of_freedom(eq.fold_batchnorm(demo.load_bundle().network))
+    assert facts["top1"] > 0.95
+    for row in rows.values():
+        assert [q["bits"] for q in row["quality"]] == [8, 4]
+        assert row["verification"] is None or row["verification"]["equal"]
+    at_4_bits = {name: row["quality"][1]["sqnr"] for name, row in rows.items()}
+    assert at_4_bits["cross-layer"] > at_4_bits["none"] + 6 and at_4_bits["two-step"] > at_4_bits["none"] + 6
+    assert rows["cross-layer"]["weight_ratio"] < rows["none"]["weight_ratio"] == rows["per-channel"]["weight_ratio"]
+
+
+def test_demo_prints_a_table_that_fits_a_page(run, small_demo):
+    pytest.importorskip("matplotlib")
+    status, text = run("demo --plot figure.png")
+    assert status == 0
+    for name, *_ in demo.ROWS:
+        assert re.search(rf"^{name} +\d+\.\d +-?\d+\.\d", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 100 and text.isascii()
+    assert "figure written to figure.png" in text and Path("figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equalize_draws_a_figure(run):
+    pytest.importorskip("matplotlib")
+    assert facts_of(run, "equalize net.npz -o eq.npz --plot figure.svg")["ok"]
+    drawn = Path("figure.svg").read_text()
+    assert "<svg" in drawn
+    status, error = run("equalize net.npz -o eq.npz --plot figure.jpeg2077")
+    assert status == 3 and "jpeg2077" in error
+
+
+def test_the_same_verbs_for_onnx(run):
+    pytest.importorskip("onnx")
+    assert facts_of(run, "fold net.npz -o folded.onnx")["ok"]
+    assert facts_of(run, "inspect folded.onnx")["degrees_of_freedom"] == FREE
+    assert facts_of(run, "equalize folded.onnx -o eq.onnx --data images.npz --method two_step --factors f.npz")["ok"]
+    assert facts_of(run, "verify net.npz eq.onnx --data images.npz")["ok"]
+    assert facts_of(run, "report eq.onnx --data images.npz")["tensors"]
+    status, error = run("inspect images.onnx")
+    assert status == 3
+    Path("images.onnx").write_bytes(Path("images.npz").read_bytes())
+    assert run("inspect images.onnx")[0] == 3
+
+
+def test_progress_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(commands._progress([1, 2], "counting")) == [1, 2]
+    monkeypatch.delitem(sys.modules, "tqdm")
+    assert list(commands._progress([1, 2], "counting")) == [1, 2]
+
+
+def test_table_aligns():
+    assert list(table(("a", "b"), [("x", "10"), ("yy", "9")], right=(1,))) == ["a    b", "x   10", "yy   9"]
+
+
+def test_only_the_command_line_prints():
+    folder = Path(eq.__file__).parent
+    for path in folder.rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "print" not in names or path.name == "__main__.py", path
+
+
+def test_the_program_starts():
+    def program(option: str) -> str:
+        return subprocess.run([sys.executable, "-m", "eqfact", option], capture_output=True, text=True, check=True).stdout
+    assert program("--version") == f"eqfact {eq.__version__}\n"
+    assert all(name in program("--help") for name in COMMANDS)

@@ -1,0 +1,384 @@
+"""How exporters write things: small files in their idioms become the few ops of eqfact, with the same outputs."""
+
+import math
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import eqfact as eq
+import eqfact.onnx
+
+node = helper.make_node
+RNG = np.random.default_rng(7)
+
+
+def floats(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+def chain(tmp_path, *nodes, x, opset=17, constants=None, outputs=("y",), **options):
+    """The graph of nodes from input x to output y, checked against onnxruntime both ways."""
+    return small.imported(tmp_path, small.model(nodes, {"x": ["N", *x]}, outputs, constants, opset), **options)
+
+
+def kinds(graph):
+    return [type(n.op).__name__ for n in graph.nodes]
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET"])
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (3, 1), (1, 2)])
+def test_auto_pad_of_convolutions(mode, stride, dilation, tmp_path):
+    conv = node("Conv", ["x", "w"], ["y"], auto_pad=mode, strides=[stride] * 2, dilations=[dilation] * 2)
+    if dilation == 1 or mode in ("VALID", "NOTSET"):
+        chain(tmp_path, conv, x=(2, 7, 10), constants={"w": floats(3, 2, 3, 4)})
+        return
+    # onnxruntime refuses this
+    onnx.save(small.model([conv], {"x": ["N", 2, 7, 10]}, ["y"], {"w": floats(3, 2, 3, 4)}), tmp_path / "net.onnx")
+    graph = eqfact.onnx.load(tmp_path / "net.onnx")
+    feeds = small.feeds_of(graph)
+    small.close({"y": eq.forward(graph, feeds)}, {"y": ReferenceEvaluator(str(tmp_path / "net.onnx")).run(None, feeds)[0]})
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_auto_pad_of_pools(kind, mode, stride, tmp_path):
+    chain(tmp_path, node(kind, ["x"], ["y"], auto_pad=mode, kernel_shape=[3, 2], strides=[stride] * 2), x=(2, 8, 7))
+
+
+@pytest.mark.parametrize("kind, options", [("MaxPool", {}), ("AveragePool", {"count_include_pad": 0}),
+                                           ("AveragePool", {"count_include_pad": 1})],
+                         ids=str)
+@pytest.mark.parametrize("size, kernel, stride, pads", [(8, 3, 2, (0, 0)), (7, 3, 2, (0, 0)), (6, 3, 2, (1, 1)), (7, 2, 3, (0, 0)),
+                                                        (9, 3, 4, (1, 0)),
+                                                        (5, 1, 2, (0, 0)), (6, 2, 4, (1, 1))])
+def test_ceil_mode(kind, options, size, kernel, stride, pads, tmp_path):
+    pool = node(kind, ["x"], ["y"], kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pads[0]] * 2 + [pads[1]] * 2, ceil_mode=1,
+                **options)
+    chain(tmp_path, pool, x=(2, size, size))
+
+
+@pytest.mark.parametrize("options", [
+    {"output_shape": [10, 9]}, {"output_shape": [9, 9], "auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"auto_pad": "SAME_UPPER"},
+    {"output_padding": [1, 0], "pads": [1, 0, 0, 1]}, {"group": 2}, {"dilations": [2, 1]}], ids=str)
+def test_transposed_convolutions(options, tmp_path):
+    conv = node("ConvTranspose", ["x", "w", "b"], ["y"], strides=[2, 2], **options)
+    chain(tmp_path, conv, x=(4, 5, 4), constants={"w": floats(4, 3, 3, 3), "b": floats(3 * options.get("group", 1))})
+
+
+def test_a_pad_that_feeds_a_convolution(tmp_path):
+    graph = chain(tmp_path, node("Pad", ["x", "pads"], ["p"]), node("Conv", ["p", "w"], ["y"]), x=(2, 5, 5),
+                  constants={"pads": ints(0, 0, 0, 1, 0, 0, 2, 1), "w": floats(3, 2, 3, 3)})
+    assert kinds(graph) == ["Pad", "Conv"] and graph["p"].op.padding == ((0, 2), (1, 1))
+
+
+def test_negative_padding_crops(tmp_path):
+    assert "Pad" not in kinds(chain(tmp_path, node("Pad", ["x", "pads"], ["y"]), x=(2, 5, 5),
+                                    constants={"pads": ints(0, -1, 0, 0, 0, 0, 0, 0)}))
+    chain(tmp_path, node("Pad", ["x", "pads", "value"], ["y"]), x=(2, 5, 5),
+          constants={"pads": ints(0, 0, -1, 1, 0, 0, 1, -2), "value": np.float32(0.5)})
+
+
+@pytest.mark.parametrize("axes, keepdims, op", [([2, 3], 1, "GlobalAvgPool"), ([-1, -2], 0, "GlobalAvgPool"), ([3], 1, "AvgPool"),
+                                                ([2], 0, "AvgPool")])
+def test_reduce_mean_over_space(axes, keepdims, op, tmp_path):
+    graph = chain(tmp_path, node("ReduceMean", ["x"], ["y"], axes=axes, keepdims=keepdims), x=(3, 4, 5))
+    assert op in kinds(graph)
+    chain(tmp_path, node("ReduceMean", ["x", "axes"], ["y"], keepdims=keepdims), x=(3, 4, 5), constants={"axes": ints(*axes)}, opset=18)
+
+
+def test_reduce_mean_over_the_channels_is_exact_too(tmp_path):
+    chain(tmp_path, node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1), x=(3, 4, 5))
+
+
+def test_global_max_pool(tmp_path):
+    assert kinds(chain(tmp_path, node("GlobalMaxPool", ["x"], ["y"]), x=(3, 4, 5))) == ["MaxPool"]
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("bias", [(4,), (1, 4), (1,), ()], ids=str)
+def test_gemm(transposed, alpha, beta, bias, tmp_path):
+    gemm = node("Gemm", ["x", "w", "b"], ["y"], transB=transposed, alpha=alpha, beta=beta)
+    graph = chain(tmp_path, gemm, x=(3,), constants={"w": floats(4, 3) if transposed else floats(3, 4), "b": floats(*bias)})
+    assert kinds(graph) == ["Dense"]
+    written = onnx.load(tmp_path / "again.onnx")
+    assert written.graph.node[0].attribute[0].name == "transB" and tuple(written.graph.initializer[0].dims) == ((4,
+                                                                                                                 3) if transposed else (3,
+                                                                                                                                        4))
+
+
+def test_gemm_of_a_transposed_value(tmp_path):
+    graph = chain(tmp_path, node("Transpose", ["x"], ["t"], perm=[1, 0]), node("Gemm", ["t", "w"], ["y"], transA=1), x=(3,),
+                  constants={"w": floats(3, 4)})
+    assert kinds(graph) == ["Dense"]
+
+
+def test_matmul_and_add_are_one_dense(tmp_path):
+    graph = chain(tmp_path, node("MatMul", ["x", "w"], ["m"], name="mm"), node("Add", ["b", "m"], ["y"]), x=(3,),
+                  constants={"w": floats(3, 4), "b": floats(4)})
+    assert kinds(graph) == ["Dense"] and graph["y"].op.bias is not None
+    assert {i.name for i in onnx.load(tmp_path / "again.onnx").graph.initializer} == {"w", "b"}
+
+
+def test_a_product_that_is_read_twice_is_not_merged(tmp_path):
+    graph = chain(tmp_path, node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["a"]), node("Mul", ["m", "a"], ["y"]), x=(3,),
+                  constants={"w": floats(3, 4), "b": floats(4)})
+    assert kinds(graph) == ["Dense", "BatchNorm", "Mul"]
+
+
+def test_matmul_over_the_last_of_many_axes_is_a_pointwise_convolution(tmp_path):
+    nodes = [node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w"], ["m"]), node("Add", ["m", "b"], ["a"]),
+             node("Relu", ["a"], ["r"]), node("Transpose", ["r"], ["y"], perm=[0, 3, 1, 2])]
+    graph = chain(tmp_path, *nodes, x=(3, 4, 5), constants={"w": floats(3, 6), "b": floats(6)})
+    assert kinds(graph) == ["Conv", "BatchNorm", "ReLU", "Identity"] or kinds(graph) == ["Conv", "BatchNorm", "ReLU"]
+
+
+# ------------------------------------------------------------------------------------------------ constants
+
+
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (4, 5)], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_arithmetic_with_constants_is_batchnorm(kind, shape, first, tmp_path):
+    if kind == "Div" and not first:
+        return  # a quotient by a value is refused: test_onnx_errors
+    order = ["x", "c"] if first else ["c", "x"]
+    graph = chain(tmp_path, node(kind, order, ["y"]), x=(3, 4, 5), constants={"c": floats(*shape) + np.float32(3)})
+    assert [k for k in kinds(graph) if k not in ("Flatten", "Unflatten")] == ["BatchNorm"]
+
+
+def test_constants_absorb_factors(tmp_path):
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "s"], ["m"]), node("Add", ["m", "t"], ["a"]), node("Relu", ["a"], ["r"]),
+             node("Conv", ["r", "v"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(2, 3, 3), constants={"w": floats(4, 2, 1, 1), "s": floats(4, 1, 1), "t": np.float32(1),
+                                                            "v": floats(2, 4, 1, 1)})
+    assert eq.degrees_of_freedom(graph) == 12  # c, m, and a = r
+    kept = [n.op_type for n in onnx.load(tmp_path / "again.onnx").graph.node]
+    assert kept == ["Conv", "Mul", "Add", "Relu", "Conv"]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1), (1, 1, 1), (1,), (3, 4, 5)], ids=str)
+def test_prelu_slopes(shape, tmp_path):
+    graph = chain(tmp_path, node("PRelu", ["x", "s"], ["y"]), x=(3, 4, 5), constants={"s": floats(*shape)})
+    assert "PReLU" in kinds(graph)
+
+
+def test_prelu_slopes_of_old_exporters(tmp_path):
+    onnx.save(small.model([node("PRelu", ["x", "s"], ["y"])], {"x": ["N", 3, 4, 5]}, ["y"], {"s": floats(3)}), tmp_path / "net.onnx")
+    assert eqfact.onnx.load(tmp_path / "net.onnx")["y"].op.slope.shape == (3,)
+
+
+@pytest.mark.parametrize("inputs, low, high", [(["x", "low", "high"], -1, 2), (["x", "low"], -1, math.inf),
+                                               (["x", "", "high"], -math.inf, 2),
+                                               (["x"], -math.inf, math.inf)], ids=str)
+def test_clip_with_inputs(inputs, low, high, tmp_path):
+    graph = chain(tmp_path, node("Clip", inputs, ["y"]), x=(3,), constants={"low": np.float32(-1), "high": np.float32(2)})
+    assert (graph["y"].op.low, graph["y"].op.high) == (low, high)
+
+
+def test_clip_with_attributes(tmp_path):
+    graph = chain(tmp_path, node("Clip", ["x"], ["y"], min=0.0, max=6.0), x=(3,), opset=10)
+    assert (graph["y"].op.low, graph["y"].op.high) == (0, 6)
+
+
+def test_one_side_of_max_and_min(tmp_path):
+    assert kinds(chain(tmp_path, node("Max", ["x", "c"], ["y"]), x=(3, 2), constants={"c": floats(3, 1)})) == ["Clip"]
+    graph = chain(tmp_path, node("Max", ["x", "c"], ["a"]), node("Min", ["a", "d"], ["y"]), node("Neg", ["a"], ["z"]), x=(3, 2),
+                  outputs=("y", "z"),
+                  constants={"c": floats(3, 1), "d": np.float32(4)})
+    assert kinds(graph) == ["Clip", "Clip", "BatchNorm"]
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+@pytest.mark.parametrize("nodes, opset, expected", [
+    ([node("HardSigmoid", ["x"], ["h"], alpha=1 / 6, beta=0.5), node("Mul", ["x", "h"], ["y"])], 17, ["HardSigmoid", "Mul"]),
+    ([node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"])], 17, ["Sigmoid", "Mul"]),
+    ([node("HardSwish", ["x"], ["y"])], 17, ["HardSwish"]),
+    ([node("Gelu", ["x"], ["y"])], 20, ["GELU"]),
+    ([node("Gelu", ["x"], ["y"], approximate="tanh")], 20, ["GELU"]),
+    ([node("LeakyRelu", ["x"], ["y"], alpha=0.1)], 17, ["LeakyReLU"]),
+    ([node("Softmax", ["x"], ["y"], axis=1)], 11, ["Softmax"]),
+    ([node("Softmax", ["x"], ["y"])], 17, ["Softmax"]),
+    ([node("Dropout", ["x"], ["y"])], 17, ["Identity"]),
+    ([node("Identity", ["x"], ["y"])], 17, ["Identity"]),
+    ([node("Cast", ["x"], ["y"], to=1)], 17, ["Identity"]),
+    ([node("Sum", ["x", "x", "x"], ["y"])], 17, ["Add"]),
+], ids=lambda v: str(len(v)) if isinstance(v, list) else str(v))
+def test_activations(nodes, opset, expected, tmp_path):
+    assert kinds(chain(tmp_path, *nodes, x=(5,), opset=opset)) == expected
+
+
+def test_gelu_out_of_erf(tmp_path):
+    nodes = [node("Div", ["x", "r2"], ["d"]), node("Erf", ["d"], ["e"]), node("Add", ["e", "one"], ["p"]), node("Mul", ["x", "p"], ["m"]),
+             node("Mul", ["m", "half"], ["y"])]
+    chain(tmp_path, *nodes, x=(3, 4), constants={"r2": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)})
+
+
+def test_squeeze_and_excite(tmp_path):
+    nodes = [node("GlobalAveragePool", ["x"], ["g"]), node("Conv", ["g", "w"], ["a"]), node("Relu", ["a"], ["b"]),
+             node("Conv", ["b", "v"], ["c"]),
+             node("Sigmoid", ["c"], ["s"]), node("Mul", ["x", "s"], ["y"])]
+    chain(tmp_path, *nodes, x=(4, 3, 3), constants={"w": floats(2, 4, 1, 1), "v": floats(4, 2, 1, 1)})
+
+
+def test_squeeze_and_excite_with_dense_layers(tmp_path):
+    nodes = [node("ReduceMean", ["x"], ["g"], axes=[2, 3], keepdims=0), node("Gemm", ["g", "w"], ["a"]), node("Sigmoid", ["a"], ["s"]),
+             node("Unsqueeze", ["s", "axes"], ["u"]), node("Mul", ["x", "u"], ["y"])]
+    chain(tmp_path, *nodes, x=(4, 3, 3), constants={"w": floats(4, 4), "axes": ints(2, 3)})
+
+
+# ------------------------------------------------------------------------------------------------ moves
+
+
+FLATTENINGS = {
+    "Flatten": ([node("Flatten", ["r"], ["f"])], {}),
+    "Reshape to (-1, n)": ([node("Reshape", ["r", "s"], ["f"])], {"s": ints(-1, 24)}),
+    "Reshape to (0, -1)": ([node("Reshape", ["r", "s"], ["f"])], {"s": ints(0, -1)}),
+    "Shape, Gather, Concat": ([node("Shape", ["r"], ["a"]), node("Gather", ["a", "zero"], ["b"]), node("Unsqueeze", ["b", "axes"], ["c"]),
+                               node("Concat", ["c", "rest"], ["s"], axis=0), node("Reshape", ["r", "s"], ["f"])],
+                              {"zero": np.int64(0), "axes": ints(0), "rest": ints(-1)}),
+    "Shape, Slice, ReduceProd": ([node("Shape", ["r"], ["a"]), node("Slice", ["a", "one", "end"], ["b"]),
+                                  node("ReduceProd", ["b"], ["c"], keepdims=1),
+                                  node("Concat", ["minus", "c"], ["s"], axis=0), node("Reshape", ["r", "s"], ["f"])],
+                                 {"one": ints(1), "end": ints(99), "minus": ints(-1)}),
+    "Shape with start": ([node("Shape", ["r"], ["a"], end=1), node("Concat", ["a", "rest"], ["s"], axis=0),
+                          node("Reshape", ["r", "s"], ["f"])],
+                         {"rest": ints(24)}),
+}
+
+
+@pytest.mark.parametrize("nodes, constants", FLATTENINGS.values(), ids=FLATTENINGS)
+def test_flattening(nodes, constants, tmp_path):
+    graph = chain(tmp_path, node("Relu", ["x"], ["r"]), *nodes, node("Gemm", ["f", "w"], ["y"]), x=(2, 3, 4),
+                  constants={**constants, "w": floats(24, 5)})
+    assert kinds(graph) == ["ReLU", "Flatten", "Dense"]
+    assert graph.nodes[1].name == "f"
+
+
+def test_flattening_of_a_network_trained_channels_last(tmp_path):
+    nodes = [node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]), node("Reshape", ["t", "s"], ["f"]), node("Gemm", ["f", "w"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(2, 3, 4), constants={"s": ints(-1, 24), "w": floats(24, 5)})
+    assert kinds(graph) == ["Flatten", "Permute", "Dense"]
+
+
+def test_squeeze_of_space(tmp_path):
+    graph = chain(tmp_path, node("GlobalAveragePool", ["x"], ["g"]), node("Squeeze", ["g", "axes"], ["s"]), node("Gemm", ["s", "w"], ["y"]),
+                  x=(2, 3, 4),
+                  constants={"axes": ints(2, 3), "w": floats(2, 5)})
+    assert kinds(graph) == ["GlobalAvgPool", "Flatten", "Dense"]
+
+
+def test_layout_sandwiches_cancel(tmp_path):
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]), node("Relu", ["b"], ["c"]),
+             node("Add", ["c", "bias"], ["d"]), node("PRelu", ["d", "slope"], ["e"]), node("Concat", ["d", "e"], ["f"], axis=3),
+             node("Softmax", ["f"], ["g"], axis=-1), node("Transpose", ["g"], ["h"], perm=[0, 3, 1, 2]), node("Conv", ["h", "v"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(2, 3, 4),
+                  constants={"w": floats(3, 2, 1, 1), "bias": floats(3), "slope": floats(3), "v": floats(2, 6, 1, 1)})
+    assert not {"Transpose", "Flatten", "Permute"} & set(kinds(graph))
+
+
+def test_a_network_that_reads_and_puts_out_channels_last(tmp_path):
+    nodes = [node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]), node("Conv", ["t", "w"], ["c"]),
+             node("Transpose", ["c"], ["u"], perm=[0, 2, 3, 1]),
+             node("Relu", ["u"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(4, 5, 2), constants={"w": floats(3, 2, 1, 1)})
+    assert kinds(graph) == ["Transpose", "Conv", "ReLU", "Transpose"]
+    assert graph.outputs == ("y",) and graph.shapes["y"] == (4, 5, 3)
+
+
+def test_channel_shuffle(tmp_path):
+    nodes = [node("Relu", ["x"], ["r"]), node("Reshape", ["r", "s"], ["a"]), node("Transpose", ["a"], ["b"], perm=[0, 2, 1, 3, 4]),
+             node("Reshape", ["b", "t"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(6, 2, 2), constants={"s": ints(0, 2, 3, 2, 2), "t": ints(-1, 6, 2, 2)})
+    assert kinds(graph) == ["ReLU", "Permute"] and graph["y"].op.order == (0, 3, 1, 4, 2, 5)
+
+
+def test_channel_split_and_shuffle_of_shufflenet(tmp_path):
+    nodes = [node("Split", ["x", "sizes"], ["a", "b"], axis=1), node("Conv", ["b", "w"], ["c"]), node("Concat", ["a", "c"], ["d"], axis=1),
+             node("Reshape", ["d", "s"], ["e"]), node("Transpose", ["e"], ["f"], perm=[0, 2, 1, 3, 4]), node("Reshape", ["f", "t"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(4, 2, 2), constants={
+        "sizes": ints(2, 2), "w": floats(2, 2, 1, 1), "s": ints(-1, 2, 2, 2, 2), "t": ints(-1, 4, 2, 2)})
+    assert sorted(kinds(graph)) == ["Concat", "Conv", "Permute", "Slice", "Slice"]
+
+
+@pytest.mark.parametrize("nodes, constants", [
+    ([node("Slice", ["x", "a", "b", "c"], ["y"])], {"a": ints(1), "b": ints(3), "c": ints(1)}),
+    ([node("Slice", ["x", "a", "b", "c", "d"], ["y"])], {"a": ints(-1), "b": ints(-99), "c": ints(1), "d": ints(-2)}),
+    ([node("Slice", ["x", "a", "b", "c"], ["y"])], {"a": ints(0, 1), "b": ints(2**31, -1), "c": ints(0, 3)}),
+    ([node("Gather", ["x", "i"], ["y"], axis=1)], {"i": ints(3, -4, 1)}),
+    ([node("Gather", ["x", "i"], ["y"], axis=2)], {"i": np.int64(1)}),
+    ([node("DepthToSpace", ["x"], ["y"], blocksize=2)], {}),
+    ([node("DepthToSpace", ["x"], ["y"], blocksize=2, mode="CRD")], {}),
+    ([node("SpaceToDepth", ["x"], ["y"], blocksize=2)], {}),
+    ([node("Concat", ["x", "x"], ["y"], axis=2)], {}),
+    ([node("Expand", ["x", "s"], ["y"])], {"s": ints(1, 4, 1, 1)}),
+    ([node("Reshape", ["x", "s"], ["y"])], {"s": ints(0, 2, -1)}),
+    ([node("Unsqueeze", ["x", "a"], ["b"]), node("Squeeze", ["b", "a"], ["y"])], {"a": ints(0)}),
+    ([node("Transpose", ["x"], ["a"], perm=[1, 2, 3, 0]), node("Transpose", ["a"], ["y"], perm=[3, 0, 1, 2])], {}),
+], ids=str)
+def test_moves_of_entries(nodes, constants, tmp_path):
+    chain(tmp_path, *nodes, x=(4, 2, 6), constants=constants)
+
+
+@pytest.mark.parametrize("inputs, constants, options", [
+    (["x", "", "scales"], {"scales": np.float32([1, 1, 2, 3])}, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+    (["x", "", "scales"], {"scales": np.float32([1, 1, 2, 3])}, {}),
+    (["x", "", "", "sizes"], {"sizes": ints(2, 3, 8, 10)}, {"coordinate_transformation_mode": "half_pixel"}),
+], ids=str)
+def test_resize(inputs, constants, options, tmp_path):
+    model = small.model([node("Resize", inputs, ["y"], mode="nearest", **options)], {"x": [2, 3, 4, 5]}, ["y"], constants)
+    assert kinds(small.imported(tmp_path, model)) == ["Upsample"]
+
+
+def test_resize_with_sizes_out_of_shapes(tmp_path):
+    nodes = [node("Shape", ["x"], ["a"]), node("Slice", ["a", "zero", "two"], ["b"]), node("Shape", ["z"], ["c"]),
+             node("Slice", ["c", "two", "four"], ["d"]),
+             node("Concat", ["b", "d"], ["s"], axis=0), node("Resize", ["x", "", "", "s"], ["r"], mode="nearest"), node("Add", ["r", "z"],
+                                                                                                                        ["y"])]
+    model = small.model(nodes, {"x": ["N", 3, 2, 4], "z": ["N", 3, 4, 8]}, ["y"], {"zero": ints(0), "two": ints(2), "four": ints(4)})
+    assert kinds(small.imported(tmp_path, model)) == ["Upsample", "Add"]
+
+
+def test_upsample_of_old_opsets(tmp_path):
+    chain(tmp_path, node("Upsample", ["x", "s"], ["y"], mode="nearest"), x=(3, 4, 5), opset=9, constants={"s": np.float32([1, 1, 2, 2])})
+
+
+def test_unread_outputs_may_be_anything(tmp_path):
+    chain(tmp_path, node("Dropout", ["x"], ["a", "mask"]), node("MaxPool", ["a"], ["y", "indices"], kernel_shape=[2, 2]), x=(3, 4, 4))
+
+
+def test_constants_in_nodes(tmp_path):
+    weight = node("Constant", [], ["w"], value=numpy_helper.from_array(floats(3, 4)))
+    graph = chain(tmp_path, weight, node("Transpose", ["w"], ["wt"], perm=[1, 0]), node("Gemm", ["x", "wt"], ["y"]), x=(4,), constants={})
+    assert kinds(graph) == ["Dense"]
+
+
+def test_dead_branches_are_dropped(tmp_path):
+    model = small.model([node("Relu", ["x"], ["y"]), node("Sigmoid", ["x"], ["z"]), node("Tanh", ["z"], ["u"])], {"x": ["N", 3]}, ["y"])
+    assert kinds(small.imported(tmp_path, model)) == ["ReLU"]
+
+
+def test_dynamic_space_needs_input_shapes(tmp_path):
+    model = small.model([node("Conv", ["x", "w"], ["y"])], {"x": ["N", 3, "H", "W"]}, ["y"], {"w": floats(2, 3, 3, 3)})
+    onnx.save(model, tmp_path / "net.onnx")
+    graph = eqfact.onnx.load(tmp_path / "net.onnx", input_shapes={"x": (3, 6, 5)})
+    assert graph.shapes["y"] == (2, 4, 3)
+    eqfact.onnx.save(tmp_path / "again.onnx", graph)
+    assert [d.dim_value for d in onnx.load(tmp_path / "again.onnx").graph.input[0].type.tensor_type.shape.dim[1:]] == [3, 6, 5]

@@ -1,0 +1,254 @@
+"""What goes out to ONNX and comes back: outputs, names and sharing survive, in onnxruntime and in eqfact."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from cases import CASES, WEIGHTED
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import eqfact as eq
+import eqfact.onnx
+
+NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
+CASES32 = [case for case in CASES if case.dtype == np.float32]
+
+
+def graph_of(case):
+    inputs = {f"x{i}": shape for i, shape in enumerate(case.shapes)}
+    return eq.Graph(inputs, [eq.Node("y", case.op, list(inputs))], ["y"])
+
+
+@pytest.fixture(params=NETS, ids=str)
+def net(request, tmp_path):
+    """A file, and the network that is read from it."""
+    path = tmp_path / f"{request.param}.onnx"
+    onnx.save(NETS[request.param](), path)
+    return path, eqfact.onnx.load(path)
+
+
+def rescaled(graph, seed=1):
+    """An equivalent network, all free factors drawn at random."""
+    resolved = eq.channels(graph)
+    factors = np.exp2(np.random.default_rng(seed).integers(-3, 4, resolved.degrees_of_freedom + 1).astype(float))
+    factors[0] = 1
+    return eq.Factorization(resolved, factors).apply(graph)
+
+
+# ------------------------------------------------------------------------------------------------ every op
+
+
+@pytest.mark.parametrize("case", CASES32, ids=str)
+def test_every_op_computes_the_same_in_onnxruntime_and_after_reading_it_again(case, tmp_path):
+    graph, path = graph_of(case), tmp_path / "op.onnx"
+    eqfact.onnx.save(path, graph)
+    onnx.checker.check_model(str(path), full_check=True)
+    feeds = {f"x{i}": x for i, x in enumerate(case.inputs())}
+    expected = small.run_eq(graph, feeds)
+    small.close(small.run_ort(path, feeds), expected, 1e-5)
+    again = eqfact.onnx.load(path)
+    small.close(small.run_eq(again, feeds), expected, 1e-6)
+    assert dict(again.shapes).items() >= graph.shapes.items()
+
+
+@pytest.mark.parametrize("case", [c for c in WEIGHTED if c.dtype == np.float64][::3], ids=str)
+def test_float64_networks_stay_in_float64(case, tmp_path):
+    graph, path = graph_of(case), tmp_path / "op.onnx"
+    eqfact.onnx.save(path, graph)
+    feeds = {f"x{i}": x for i, x in enumerate(case.inputs())}
+    by_onnx = ReferenceEvaluator(str(path)).run(None, feeds)
+    small.close(dict(zip(graph.outputs, by_onnx, strict=True)), small.run_eq(graph, feeds), 1e-13)
+    assert eqfact.onnx.load(path).dtype == np.float64
+
+
+def test_a_channel_clip_becomes_max_and_min_and_one_clip_again(tmp_path):
+    clip = eq.Clip(np.float32([-1, -2, 0]), np.float32([6, 3, 1]))
+    graph = eq.Graph({"x": (3, 2, 2)}, [eq.Node("act", clip, ["x"])], ["act"])
+    eqfact.onnx.save(tmp_path / "clip.onnx", graph)
+    model = onnx.load(tmp_path / "clip.onnx")
+    assert [node.op_type for node in model.graph.node] == ["Max", "Min"]
+    assert [tuple(tensor.dims) for tensor in model.graph.initializer] == [(3, 1, 1), (3, 1, 1)]
+    (node,) = eqfact.onnx.load(tmp_path / "clip.onnx").nodes
+    assert isinstance(node.op, eq.Clip) and np.array_equal(node.op.low, clip.low) and np.array_equal(node.op.high, clip.high)
+
+
+# ------------------------------------------------------------------------------------------------ whole networks
+
+
+def test_small_networks_agree_with_onnxruntime_before_and_after(net, tmp_path):
+    small.imported(tmp_path, onnx.load(net[0]), batch=1 if "inception" in net[0].name else 2)
+
+
+def test_every_name_survives_without_changes(net, tmp_path):
+    path, graph = net
+    eqfact.onnx.save(tmp_path / "again.onnx", graph)
+    before, after = small.names(onnx.load(path)), small.names(onnx.load(tmp_path / "again.onnx"))
+    folded = {"nodes": ("Shape", "Gather", "Unsqueeze", "Concat"), "values": ("shape", "gather", "unsqueeze", "concat"), "initializers": ()}
+    for kind, names in before.items():
+        # what only computed a shape is gone, all else is there
+        lost = {name for name in names - after[kind] if not any(part in name for part in folded.get(kind, ()))}
+        if kind == "initializers" and "mobilenet" in path.name:
+            lost -= {"first", "axes", "rest"}
+        assert not lost, kind
+    # the pool of a ReduceMean without keepdims is flattened by a node of its own
+    assert len(after["nodes"] - before["nodes"]) <= 1
+
+
+def test_an_unchanged_network_is_written_as_the_same_bytes_twice(net, tmp_path):
+    eqfact.onnx.save(tmp_path / "a.onnx", net[1])
+    eqfact.onnx.save(tmp_path / "b.onnx", eqfact.onnx.load(tmp_path / "a.onnx"))
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_rescaled_networks_compute_the_same_in_onnxruntime(net, tmp_path):
+    path, graph = net
+    feeds = small.feeds_of(graph, batch=1)
+    changed = rescaled(graph)
+    assert np.array_equal(eq.forward(graph, feeds), eq.forward(changed, feeds))
+    eqfact.onnx.save(tmp_path / "rescaled.onnx", changed)
+    small.close(small.run_ort(tmp_path / "rescaled.onnx", feeds), small.run_ort(path, feeds))
+    assert small.names(onnx.load(path))["initializers"] & small.names(onnx.load(tmp_path / "rescaled.onnx"))["initializers"]
+
+
+def test_folded_and_equalized_networks_keep_outputs(net, tmp_path):
+    path, graph = net
+    feeds = small.feeds_of(graph, batch=1)
+    result = eq.equalize(eq.fold_batchnorm(graph), method="cross_layer", max_iter=10)
+    eqfact.onnx.save(tmp_path / "equalized.onnx", result.graph)
+    small.close(small.run_ort(tmp_path / "equalized.onnx", feeds), small.run_ort(path, feeds), 1e-4)
+
+
+def test_the_file_keeps_its_header(tmp_path):
+    model = small.mini_resnet()
+    helper.set_model_props(model, {"labels": "cat,dog"})
+    model.doc_string, model.graph.name, model.opset_import[0].version = "a network", "residual", 15
+    onnx.save(model, tmp_path / "given.onnx")
+    eqfact.onnx.save(tmp_path / "again.onnx", eqfact.onnx.load(tmp_path / "given.onnx"))
+    again = onnx.load(tmp_path / "again.onnx")
+    assert (again.doc_string, again.graph.name, again.opset_import[0].version, again.ir_version) == ("a network", "residual", 15, 8)
+    assert again.metadata_props[0].value == "cat,dog" and again.producer_name == "tests"
+    assert again.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_a_fixed_batch_stays_fixed(tmp_path):
+    onnx.save(small.mini_inception(), tmp_path / "given.onnx")
+    eqfact.onnx.save(tmp_path / "again.onnx", eqfact.onnx.load(tmp_path / "given.onnx"))
+    again = onnx.load(tmp_path / "again.onnx")
+    assert [v.type.tensor_type.shape.dim[0].dim_value for v in (*again.graph.input, *again.graph.output)] == [1, 1]
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17, 18, 21, onnx.defs.onnx_opset_version()])
+def test_every_opset_from_13_is_read_and_written(opset, tmp_path):
+    model = small.mini_mobilenet()
+    model.opset_import[0].version = opset
+    small.imported(tmp_path, model)
+
+
+@pytest.mark.parametrize("op, opset", [(eq.GELU(), 20), (eq.GELU(approximate=True), 20), (eq.HardSwish(), 17)])
+def test_a_newer_opset_is_taken_where_an_op_needs_one(op, opset, tmp_path):
+    eqfact.onnx.save(tmp_path / "op.onnx", eq.Graph({"x": (3,)}, [eq.Node("y", op, ["x"])], ["y"]))
+    assert onnx.load(tmp_path / "op.onnx").opset_import[0].version == opset
+
+
+def test_hard_swish_before_opset_14_is_written_as_a_product(tmp_path):
+    x = np.linspace(-4, 4, 12, dtype=np.float32).reshape(4, 3)
+    given = small.model([helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], {"x": ["N", 3]}, ["y"], opset=13)
+    onnx.save(given, tmp_path / "given.onnx")
+    graph = eqfact.onnx.load(tmp_path / "given.onnx").with_ops({"r": eq.Identity(), "y": eq.HardSwish()})
+    eqfact.onnx.save(tmp_path / "op.onnx", graph)
+    written = onnx.load(tmp_path / "op.onnx")
+    assert written.opset_import[0].version == 13 and written.graph.node[-1].op_type == "Mul"
+    small.close(small.run_ort(tmp_path / "op.onnx", {"x": x}), {"y": eq.HardSwish().forward(x)})
+
+
+# ------------------------------------------------------------------------------------------------ sharing, inputs, outputs
+
+
+def shared_model(second_stride=1):
+    conv = [helper.make_node("Conv", [x, "w", "b"], [y], name=y, strides=[s, s], pads=[1] * 4) for x, y, s in
+            (("left", "a", 1), ("right", "b1", second_stride))]
+    nodes = [*conv, *(helper.make_node("GlobalAveragePool", [x], [f"{x}.pool"]) for x in ("a", "b1")),
+             helper.make_node("Mul", ["a.pool", "b1.pool"], ["y"])]
+    rng = np.random.default_rng(0)
+    return small.model(nodes, {"left": ["N", 2, 4, 4], "right": ["N", 2, 4, 4]}, ["y", "a"],
+                       {"w": rng.normal(size=(3, 2, 3, 3)).astype(np.float32), "b": rng.normal(size=3).astype(np.float32)})
+
+
+def test_two_nodes_with_the_same_weights_are_one_op_and_one_initializer(tmp_path):
+    graph = small.imported(tmp_path, shared_model())
+    assert graph["a"].op is graph["b1"].op
+    again = onnx.load(tmp_path / "again.onnx")
+    assert sorted(i.name for i in again.graph.initializer) == ["b", "w"]
+    assert [o.name for o in again.graph.output] == ["y", "a"] and [i.name for i in again.graph.input] == ["left", "right"]
+
+
+def test_the_same_weights_with_other_strides_are_two_ops(tmp_path):
+    graph = small.imported(tmp_path, shared_model(2))
+    assert graph["a"].op is not graph["b1"].op and graph["a"].op.weight is graph["b1"].op.weight
+
+
+def test_weights_shared_through_identity_nodes_are_shared(tmp_path):
+    model = shared_model()
+    model.graph.node.insert(0, helper.make_node("Identity", ["w"], ["w.alias"]))
+    model.graph.node[2].input[1] = "w.alias"
+    graph = small.imported(tmp_path, model)
+    assert graph["a"].op is graph["b1"].op
+
+
+def test_one_op_object_in_two_nodes_is_one_initializer(tmp_path):
+    fc = eq.Dense(np.eye(3, dtype=np.float32), np.ones(3, np.float32))
+    graph = eq.Graph({"x": (3,)}, [eq.Node("a", fc, ["x"]), eq.Node("r", eq.ReLU(), ["a"]), eq.Node("b", fc, ["r"])], ["b"])
+    eqfact.onnx.save(tmp_path / "net.onnx", graph)
+    assert len(onnx.load(tmp_path / "net.onnx").graph.initializer) == 2
+    again = eqfact.onnx.load(tmp_path / "net.onnx")
+    assert again["a"].op is again["b"].op
+
+
+def test_an_input_may_be_an_output(tmp_path):
+    model = small.model([helper.make_node("Relu", ["x"], ["y"])], {"x": ["N", 3]}, ["y", "x"])
+    assert small.imported(tmp_path, model).outputs == ("y", "x")
+
+
+def test_external_data_is_read(tmp_path):
+    model = small.mini_resnet()
+    (tmp_path / "folder").mkdir()
+    expected_path = tmp_path / "inside.onnx"
+    onnx.save(model, expected_path)
+    onnx.save_model(model, str(tmp_path / "folder" / "net.onnx"), save_as_external_data=True, location="net.weights", size_threshold=0)
+    assert (tmp_path / "folder" / "net.weights").exists()
+    inside, outside = eqfact.onnx.load(expected_path), eqfact.onnx.load(tmp_path / "folder" / "net.onnx")
+    feeds = small.feeds_of(inside)
+    assert np.array_equal(eq.forward(inside, feeds), eq.forward(outside, feeds))
+
+
+def test_initializers_listed_as_inputs_are_no_inputs(tmp_path):
+    model = small.mini_resnet()
+    model.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer)
+    assert list(small.imported(tmp_path, model).inputs) == ["image"]
+
+
+def test_functions_of_the_model_are_inlined(tmp_path):
+    body = [helper.make_node("Relu", ["a"], ["r"]), helper.make_node("Add", ["r", "a"], ["b"])]
+    function = helper.make_function("local", "block", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    model = small.model([helper.make_node("block", ["x"], ["y"], domain="local")], {"x": ["N", 3]}, ["y"], functions=[function])
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    assert {type(n.op) for n in small.imported(tmp_path, model)} == {eq.ReLU, eq.Add}
+
+
+def test_float16_networks_are_read(tmp_path):
+    w = np.eye(3, dtype=np.float16)
+    onnx.save(small.model([helper.make_node("Gemm", ["x", "w"], ["y"])], {"x": ["N", 3]}, ["y"], {"w": w}, elem_type=TensorProto.FLOAT16),
+              tmp_path / "net.onnx")
+    graph = eqfact.onnx.load(tmp_path / "net.onnx")
+    assert graph.dtype == np.float16
+    eqfact.onnx.save(tmp_path / "again.onnx", graph)
+    assert numpy_helper.to_array(onnx.load(tmp_path / "again.onnx").graph.initializer[0]).dtype == np.float16
+
+
+def test_importing_eqfact_does_not_import_onnx():
+    code = "import sys, eqfact; assert not {'onnx', 'google.protobuf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,254 @@
+"""The laws of ops, on every row of the table in cases.py, in both precisions."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from cases import CASES, IN_FLOAT64, WEIGHTED
+
+import eqfact as eq
+from eqfact.testing import laws
+
+PASSING = [case for case in CASES if not isinstance(case.op, eq.ops.Weighted)]
+
+
+def parameters(op):
+    return {field.name: getattr(op, field.name) for field in dataclasses.fields(op)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rescaling_commutes_with_forward_bit_for_bit_for_powers_of_two(case):
+    f_out, f_in = case.factors(powers_of_two=True)
+    assert laws.powers_of_two(f_out, *f_in)
+    laws.rescaling_commutes_with_forward(case.op, f_out, f_in, case.inputs())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rescaling_commutes_with_forward_for_any_factors(case):
+    f_out, f_in = case.factors(powers_of_two=False)
+    laws.rescaling_commutes_with_forward(case.op, f_out, f_in, case.inputs())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not isinstance(case.op, eq.ops.Blocking)], ids=str)
+def test_factors_in_the_table_are_not_all_one(case):
+    # else the two laws above say nothing; a Pad with a constant and a Softmax are pinned for good
+    f_out, f_in = case.factors(powers_of_two=True)
+    pinned = isinstance(case.op, eq.Pad) and case.op.value != 0
+    assert np.all(np.concatenate([f_out, *f_in]) == 1) == pinned
+
+
+@pytest.mark.parametrize("case", IN_FLOAT64, ids=str)
+def test_trace_frees_all_the_factors_that_the_law_allows(case):
+    laws.degrees_of_freedom_are_maximal(case.framed(), case.data())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_shape_is_that_of_forward(case):
+    assert case.op.output_shape(*case.shapes) == case.op.forward(*case.inputs()).shape[1:]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_labels_have_the_shape_of_the_value_and_are_constant_over_space(case):
+    graph = case.framed()
+    labels, y = graph.labels["op"], eq.values(graph, case.data())["op"]
+    assert labels.shape == graph.shapes["op"] == y.shape[1:]
+    assert np.array_equal(labels, np.broadcast_to(labels.reshape(len(labels), -1)[:, 0].reshape(-1, *[1] * (labels.ndim - 1)), labels.shape))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_magnitude_bounds_forward(case):
+    inputs = case.inputs()
+    laws.magnitude_bounds_forward(case.op, inputs)
+    laws.magnitude_bounds_forward(case.op, [0 * x for x in inputs])
+    laws.magnitude_bounds_forward(case.op, [-100 * np.abs(x) for x in inputs])
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_magnitude_of_a_positive_weighted_op_is_its_output(case):
+    # the bound is attained, so it is not merely large
+    keys = ("gamma", "beta") if isinstance(case.op, eq.BatchNorm) else ("weight", "bias")
+    positive = {key: np.abs(getattr(case.op, key)) for key in keys if getattr(case.op, key) is not None}
+    if isinstance(case.op, eq.BatchNorm):
+        positive["mean"] = -np.abs(case.op.mean)
+    op = dataclasses.replace(case.op, **positive)
+    inputs = [np.abs(x) for x in case.inputs()]
+    assert np.array_equal(op.magnitude(*inputs), op.forward(*inputs))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rescaling_leaves_the_op_alone_and_undoes_itself(case):
+    before = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in parameters(case.op).items()}
+    f_out, f_in = case.factors(powers_of_two=True)
+    rescaled = case.op.rescale(f_out, *f_in)
+    back = rescaled.rescale(1 / f_out, *(1 / f for f in f_in))
+    for key, value in before.items():
+        assert np.all(np.equal(getattr(case.op, key), value)) if isinstance(value, np.ndarray) else getattr(case.op, key) == value
+        assert np.all(np.equal(getattr(back, key), value)) if isinstance(value, (np.ndarray, float)) else getattr(back, key) == value
+
+
+@pytest.mark.parametrize("case", PASSING, ids=str)
+def test_factors_that_do_not_pass_are_refused(case):
+    f_out, f_in = case.factors(powers_of_two=True)
+    for i in range(len(f_out)):
+        other = f_out.copy()
+        other[i] *= 2
+        with pytest.raises(ValueError, match="factor"):
+            case.op.rescale(other, *f_in)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parameters_are_read_only(case):
+    for value in parameters(case.op).values():
+        if isinstance(value, np.ndarray):
+            with pytest.raises(ValueError, match="read-only"):
+                value[...] = 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.op.weight = None
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if getattr(case.op, "moves", False)], ids=str)
+def test_ops_that_move_entries_make_no_new_ones(case):
+    inputs = case.inputs()
+    assert np.isin(case.op.forward(*inputs), [0, *(v for x in inputs for v in x.ravel())]).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if getattr(case.op, "activation", False)], ids=str)
+def test_activations_work_entry_by_entry(case):
+    (x,) = case.inputs()
+    y = case.op.forward(x)
+    last = (slice(None), slice(None), *[slice(None, None, -1)] * (x.ndim - 2))
+    assert np.array_equal(case.op.forward(x[::-1][last]), y[::-1][last])
+
+
+# ------------------------------------------------------------------------------------------------ weights, one view for all
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_rows_are_the_weights_that_make_a_channel(case):
+    op = case.op
+    rows = op.rows()
+    assert len(rows) == op.out_channels == len(op.weight)
+    for o in range(len(rows)):
+        assert np.array_equal(rows[o], op.weight[o].ravel())
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_columns_are_the_weights_that_read_a_channel(case):
+    op = case.op
+    out, inner = op.weight.shape[:2]
+    columns = op.columns()
+    assert len(columns) == op.in_channels == inner * op.groups == case.shapes[0][0]
+    for channel in range(len(columns)):
+        readers = [o for o in range(out) if o // (out // op.groups) == channel // inner]
+        assert np.array_equal(columns[channel], np.concatenate([op.weight[o, channel % inner].ravel() for o in readers]))
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_taps_are_the_weights_by_group_output_and_input(case):
+    op = case.op
+    out, inner, *kernel = op.weight.shape
+    assert op.taps().shape == (op.groups, out // op.groups, inner, math.prod(kernel))
+    for o, i in np.ndindex(out, inner):
+        group, within = divmod(o, out // op.groups)
+        assert np.array_equal(op.taps()[group, within, i], op.weight[o, i].ravel())
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_columns_say_which_input_channel_they_read(case):
+    """An input that lives in one channel only sees that channel's column."""
+    (x,) = case.inputs()
+    bias = case.op.forward(np.zeros_like(x))
+    for channel in range(case.op.in_channels):
+        alone = np.zeros_like(x)
+        alone[:, channel] = 1
+        seen = np.abs(case.op.forward(alone) - bias).max() > 1e-3
+        assert seen == (np.abs(case.op.columns()[channel]).max() > 1e-3)
+        without = dataclasses.replace(case.op, **silenced(case.op, channel))
+        assert np.array_equal(without.forward(alone), without.forward(np.zeros_like(x)))
+
+
+def silenced(op, channel):
+    """The op's parameters with the weights that read one channel set to zero."""
+    if isinstance(op, eq.BatchNorm):
+        gamma = op.gamma.copy()
+        gamma[channel] = 0
+        return {"gamma": gamma}
+    out, inner = op.weight.shape[:2]
+    weight = op.weight.copy()
+    group = channel // inner
+    weight[group * out // op.groups:(group + 1) * out // op.groups, channel % inner] = 0
+    return {"weight": weight}
+
+
+def test_batchnorm_is_its_weight_and_bias():
+    case = next(case for case in IN_FLOAT64 if case.name == "batchnorm 2d")
+    (x,) = case.inputs()
+    affine = eq.Conv(case.op.weight.reshape(3, 1, 1, 1), case.op.bias, groups=3)
+    error = np.abs(affine.forward(x) - case.op.forward(x))
+    assert np.all(error <= case.op.roundings * np.finfo(np.float64).eps * case.op.magnitude(np.abs(x)))
+
+
+# ------------------------------------------------------------------------------------------------ arrays of the caller
+
+
+def test_the_callers_arrays_are_copied():
+    weight, bias = np.ones((2, 3)), np.ones(2)
+    slope, high = np.ones(2), np.ones(2)
+    norm = [np.ones(2) for _ in range(4)]
+    ops = [eq.Dense(weight, bias), eq.PReLU(slope), eq.Clip(-high, high), eq.BatchNorm(*norm)]
+    for array in (weight, bias, slope, high, *norm):
+        array[...] = 7  # still the caller's own, still writable
+    for op in ops:
+        for value in parameters(op).values():
+            if isinstance(value, np.ndarray):
+                assert np.all(np.abs(value) == 1)
+
+
+def test_a_read_only_view_of_the_callers_array_is_copied():
+    weight = np.ones((2, 3))
+    view = weight[:]
+    view.flags.writeable = False
+    op = eq.Dense(view)
+    weight[...] = 7
+    assert np.all(op.weight == 1)
+
+
+def test_a_locked_array_of_the_library_is_shared():
+    op = eq.Dense(np.ones((2, 3)))
+    assert dataclasses.replace(op, bias=np.ones(2)).weight is op.weight
+
+
+def test_weights_in_fortran_order_rescale_bit_for_bit():
+    rng = np.random.default_rng(0)
+    weight = np.asfortranarray(rng.normal(size=(7, 9)).astype(np.float32))
+    weight.flags.writeable = False
+    f_out, f_in = np.exp2(rng.integers(-3, 4, 7)), np.exp2(rng.integers(-3, 4, 9))
+    laws.rescaling_commutes_with_forward(eq.Dense(weight), f_out, [f_in], [rng.normal(size=(5, 9)).astype(np.float32)])
+
+
+def test_clip_takes_the_factor_into_its_bounds():
+    op = eq.ReLU6()
+    assert (op.low, op.high) == (0.0, 6.0)
+    halved = op.rescale(np.full(2, 0.5), np.full(2, 0.5))
+    assert (halved.low, halved.high) == (0.0, 3.0)
+    apart = op.rescale(np.array([1.0, 4.0]), np.array([1.0, 4.0]))
+    assert np.array_equal(apart.high, [6.0, 24.0])
+    assert np.array_equal(apart.low, [0.0, 0.0])
+    open_above = eq.Clip(-1.0, math.inf).rescale(np.array([2.0, 4.0]), np.array([2.0, 4.0]))
+    assert np.array_equal(open_above.low, [-2.0, -4.0])
+    assert np.all(open_above.high == math.inf)
+
+
+def test_batchnorm_keeps_var_and_eps():
+    one = np.ones(1)
+    op = eq.BatchNorm(one, one, one, one, eps=0.5)
+    rescaled = op.rescale(8 * one, 2 * one)
+    assert (rescaled.var, rescaled.eps) == (op.var, op.eps)
+    assert (rescaled.gamma, rescaled.beta, rescaled.mean) == (4, 8, 2)
+
+
+def test_a_factor_that_overflows_the_weights_is_refused():
+    op = eq.Dense(np.array([[1e30]], np.float32))
+    with pytest.raises(ValueError, match=r"the rescaled weight overflows float32: its largest entry is 1e\+30, .*; use smaller factors"):
+        op.rescale(np.array([1e10]), np.array([1.0]))

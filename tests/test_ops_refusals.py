@@ -1,0 +1,100 @@
+"""What ops refuse when they are made: each bad parameter by its name, the rule, what was given, and where there is one, the remedy."""
+
+import math
+
+import numpy as np
+import pytest
+
+import eqfact as eq
+
+one = np.ones(2)
+kernel = np.ones((4, 3, 3, 3))
+
+
+def with_entry(array, value):
+    array = array.copy()
+    array.flat[-1] = value
+    return array
+
+
+@pytest.mark.parametrize(("make", "error", "message"), [
+    # weights: dtype, axes, sizes, finite
+    (lambda: eq.Dense(np.ones((2, 3), int)), TypeError, r"Dense weight must be a floating array \(float32 or float64\), got int64; convert it with"),
+    (lambda: eq.Dense(np.ones((2, 3), object)), TypeError, "Dense weight must be a floating array .*, got object"),
+    (lambda: eq.Dense(np.ones((2, 3), complex)), TypeError, "Dense weight must be a floating array .*, got complex128"),
+    (lambda: eq.Dense(np.ones((2, 3)), np.ones(2, int)), TypeError, "Dense bias must be a floating array .*, got int64"),
+    (lambda: eq.Dense(np.ones(3)), ValueError, r"Dense weight must be \(out, in\), got shape \(3,\)"),
+    (lambda: eq.Dense(np.ones((0, 3))), ValueError, r"Dense weight has an axis of size 0: shape \(0, 3\)"),
+    (lambda: eq.Dense(np.ones((3, 0))), ValueError, r"Dense weight has an axis of size 0: shape \(3, 0\)"),
+    (lambda: eq.Dense(np.ones((2, 3)), np.ones(3)), ValueError, "Dense bias has 3 entries for 2 output channels"),
+    (lambda: eq.Dense(np.ones((2, 3)), np.ones((2, 1))), ValueError, r"Dense bias must have 1 axes, got shape \(2, 1\)"),
+    (lambda: eq.Dense(with_entry(np.ones((2, 3)), np.nan)), ValueError, r"Dense weight holds nan at index \(1, 2\); weights must be finite"),
+    (lambda: eq.Dense(np.ones((2, 3)), with_entry(one, -np.inf)), ValueError, r"Dense bias holds -inf at index \(1,\); weights must be finite"),
+    (lambda: eq.Conv(np.ones((4, 3))), ValueError, r"Conv weight must be \(out, in // groups, \*kernel\) with 1 to 3 spatial axes, got shape \(4, 3\)"),
+    (lambda: eq.Conv(np.ones((4, 3, 1, 1, 1, 1))), ValueError, "Conv weight must be .* with 1 to 3 spatial axes"),
+    (lambda: eq.Conv(np.ones((4, 3, 0))), ValueError, "Conv weight has an axis of size 0"),
+    (lambda: eq.Conv(kernel, groups=3), ValueError, "Conv has 4 output channels, which 3 groups do not divide"),
+    (lambda: eq.ConvTranspose(kernel, groups=3), ValueError, "ConvTranspose has 4 output channels, which 3 groups do not divide"),
+    # numbers per axis
+    (lambda: eq.Conv(kernel, groups=0), ValueError, "Conv groups must be at least 1, got 0"),
+    (lambda: eq.Conv(kernel, groups=(1, 1)), TypeError, "Conv groups must be one integer"),
+    (lambda: eq.Conv(kernel, stride=0), ValueError, "Conv stride must be at least 1, got 0"),
+    (lambda: eq.Conv(kernel, stride=1.5), TypeError, "Conv stride must be an integer or one integer per spatial axis, got 1.5"),
+    (lambda: eq.Conv(kernel, stride=True), TypeError, "Conv stride must be an integer"),
+    (lambda: eq.Conv(kernel, stride=(1, 2, 1)), ValueError, "stride has 3 entries .* for 2 spatial axes"),
+    (lambda: eq.Conv(kernel, dilation=(1, 0)), ValueError, "Conv dilation must be at least 1, got 0"),
+    (lambda: eq.Conv(kernel, padding=-1), ValueError, "padding must be at least 0, got -1"),
+    (lambda: eq.Conv(kernel, padding="same"), TypeError, "padding must be an integer .*, got 'same'"),
+    (lambda: eq.Conv(kernel, padding=(1, 1, 1)), ValueError, "padding has 3 entries .* for 2 spatial axes"),
+    (lambda: eq.Conv(kernel, padding=((1, 1, 1), (0, 0))), ValueError, r"padding of an axis must be one number or \(before, after\)"),
+    (lambda: eq.ConvTranspose(kernel, output_padding=1), ValueError, "ConvTranspose output_padding .1, 1. must be smaller than stride"),
+    (lambda: eq.ConvTranspose(kernel, output_padding=-1), ValueError, "ConvTranspose output_padding must be at least 0"),
+    (lambda: eq.MaxPool(0), ValueError, "MaxPool kernel must be at least 1, got 0"),
+    (lambda: eq.AvgPool(2, stride=0), ValueError, "AvgPool stride must be at least 1, got 0"),
+    (lambda: eq.MaxPool("2"), TypeError, "MaxPool kernel must be an integer"),
+    (lambda: eq.Upsample(0), ValueError, "Upsample factor must be at least 1, got 0"),
+    (lambda: eq.Upsample(1.5), TypeError, "Upsample factor must be an integer"),
+    # batch normalization
+    (lambda: eq.BatchNorm(one, one, np.ones(3), one), ValueError, "BatchNorm parameters must have equal lengths, got .*'mean': 3"),
+    (lambda: eq.BatchNorm(one, one, one, -one), ValueError, "BatchNorm needs var >= 0 and var [+] eps > 0, got a smallest var of -1"),
+    (lambda: eq.BatchNorm(one, one, one, 0 * one, eps=0), ValueError, "BatchNorm needs var >= 0 and var [+] eps > 0, got a smallest var of 0, eps 0"),
+    (lambda: eq.BatchNorm(one, one, one, one, eps=math.nan), ValueError, "BatchNorm needs .* eps nan"),
+    (lambda: eq.BatchNorm(one, one, one, one, eps=-1e-5), ValueError, "BatchNorm needs .* eps -1e-05"),
+    (lambda: eq.BatchNorm(one, np.ones(2, int), one, one), TypeError, "BatchNorm beta must be a floating array"),
+    (lambda: eq.BatchNorm(one, one, with_entry(one, np.nan), one), ValueError, r"BatchNorm mean holds nan at index \(1,\)"),
+    # activations
+    (lambda: eq.LeakyReLU(math.inf), ValueError, "LeakyReLU slope must be finite, got inf"),
+    (lambda: eq.PReLU(np.ones((2, 1))), ValueError, r"PReLU slope must be one number or \(C,\), got shape \(2, 1\)"),
+    (lambda: eq.PReLU(with_entry(one, np.nan)), ValueError, "PReLU slope holds nan"),
+    (lambda: eq.PReLU(np.ones(2, int)), TypeError, "PReLU slope must be a floating array"),
+    (lambda: eq.Clip(6, 0), ValueError, "Clip needs low <= high, got low 6.0 and high 0.0"),
+    (lambda: eq.Clip(np.array([0.0, 2.0]), 1.0), ValueError, "Clip needs low <= high"),
+    (lambda: eq.Clip(math.nan, 6), ValueError, "Clip low holds NaN"),
+    (lambda: eq.Clip(0.0, with_entry(one, np.nan)), ValueError, "Clip high holds NaN"),
+    (lambda: eq.Clip(0.0, np.ones(2, int)), TypeError, "Clip high must be a floating array"),
+    (lambda: eq.Clip(np.zeros(2), np.ones(3)), ValueError, "Clip has 2 low bounds and 3 high ones"),
+    (lambda: eq.Clip(0.0, np.ones((2, 1, 1))), ValueError, r"Clip high must have 1 axes, got shape \(2, 1, 1\)"),
+    (lambda: eq.HardSigmoid(math.inf), ValueError, "HardSigmoid alpha must be finite, got inf"),
+    (lambda: eq.Softmax(0), ValueError, r"Softmax axis must be an integer other than 0 \(the batch\), got 0"),
+    (lambda: eq.Softmax(1.0), ValueError, "Softmax axis must be an integer"),
+    (lambda: eq.Pad(1, math.nan), ValueError, "Pad value must not be NaN"),
+    # channels
+    (lambda: eq.Slice(0.0, 2), TypeError, "Slice start must be an integer, got 0.0"),
+    (lambda: eq.Slice(0, None), TypeError, "Slice stop must be an integer, got None"),
+    (lambda: eq.Permute((0, 0)), ValueError, r"Permute order must name every channel from 0 to 1 once, got \(0, 0\)"),
+    (lambda: eq.Permute((1, 2)), ValueError, "Permute order must name every channel from 0 to 1 once"),
+    (lambda: eq.Permute((0, 1.9)), TypeError, r"Permute order must hold integers, got \(0, 1.9\)"),
+    (lambda: eq.Transpose((0, 2)), ValueError, "Transpose axes must name every axis of .* from 0 to 1 once"),
+    (lambda: eq.Unflatten((4,)), ValueError, r"Unflatten needs a shape \(C, \*spatial\), got \(4,\)"),
+    (lambda: eq.Unflatten((2, 0)), ValueError, "Unflatten shape must be at least 1, got 0"),
+    # factors that do not pass
+    (lambda: eq.ReLU().rescale(2 * one, one), ValueError, "ReLU passes factors on: the factors of its output must be those of its input"),
+    (lambda: eq.Add().rescale(one, one, 2 * one), ValueError, "Add passes factors on"),
+    (lambda: eq.Sigmoid().rescale(2 * one, 2 * one), ValueError, r"Sigmoid is not positively homogeneous: its factors must be 1, got \[2.0, 2.0\]"),
+    (lambda: eq.Mul().rescale(4 * one, 2 * one, 2 * one), ValueError, "Mul multiplies two values, .*: its factors must be 1"),
+    (lambda: eq.Pad(1, 1.5).rescale(2 * one, 2 * one), ValueError, "Pad with the constant 1.5 is not positively homogeneous: its factors must be 1"),
+    (lambda: eq.Transpose((1, 0)).rescale(np.array([2.0, 1.0]), one), ValueError, "all channels of its input and output must share one factor"),
+])
+def test_a_bad_parameter_is_refused_by_its_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
