@@ -1,29 +1,44 @@
 """eqfact: the reference implementation of network equalization (weight factorization for quantization).
 
-The modules, each with one question: :mod:`~eqfact.ops` and :mod:`~eqfact.graph` (what is a network),
-:mod:`~eqfact.channels` (which factors are free), :mod:`~eqfact.factorization` (apply them), and on top of these
-folding, calibration, rules, equalization, quantization, metrics and serialization.
+What is a network (:mod:`~eqfact.ops`, :mod:`~eqfact.graph`), which factors are free (:mod:`~eqfact.channels`), how are they applied
+(:mod:`~eqfact.factorization`) and chosen (:mod:`~eqfact.rules`, :mod:`~eqfact.equalization`, :mod:`~eqfact.optimal`); and what one needs
+around that: folding, calibration, quantization, correction, metrics, files. ``eqfact.onnx`` is loaded when it is first used.
 """
+
+from typing import Any
 
 from eqfact.calibration import Statistics, ValueStatistics, calibrate
 from eqfact.channels import Channels, channels, degrees_of_freedom
+from eqfact.correction import Correction, absorb_high_bias, batchnorm_gaussians, correct_bias, correct_bias_analytically
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.factorization import Factorization
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.gradients import Gradients, backward
 from eqfact.graph import Graph, Node, forward, values
 from eqfact.metrics import Verification, sqnr, verify
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, predict_noise
 from eqfact.ops import *  # noqa: F403
 from eqfact.ops import __all__ as _ops
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize
+from eqfact.serialization import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Channels", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node", "Statistics", "UniformQuantizer",
-    "ValueStatistics", "Verification",
-    "backward", "calibrate", "channels", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "quantize", "sqnr",
-    "values", "verify",
+    "Channels", "Correction", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node", "NoiseModel",
+    "Sensitivities", "Statistics", "UniformQuantizer", "ValueStatistics", "Verification",
+    "absorb_high_bias", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias", "correct_bias_analytically",
+    "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "forward_sensitivities",
+    "gradient_sensitivities", "load", "noise_model", "predict_noise", "quantize", "save", "sqnr", "values", "verify",
     *_ops,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``eqfact.onnx`` needs the extra of the same name, so it is imported only where it is used."""
+    if name == "onnx":
+        import importlib
+
+        return importlib.import_module("eqfact.onnx")
+    raise AttributeError(f"module 'eqfact' has no attribute {name!r}")

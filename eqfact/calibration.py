@@ -76,6 +76,10 @@ class Statistics(Mapping[str, ValueStatistics]):
     def __add__(self, other: Statistics) -> Statistics:
         if set(self) != set(other):
             raise ValueError(f"statistics of different networks do not add up: values {sorted(set(self) ^ set(other))[:4]} are in one only")
+        for name in self:
+            if self[name].min.shape != other[name].min.shape:
+                raise ValueError(f"statistics of different networks do not add up: value '{name}' has "
+                                 f"{len(self[name].min)} channels in one and {len(other[name].min)} in the other")
         return Statistics({name: self[name] + other[name] for name in self})
 
 

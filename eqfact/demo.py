@@ -89,7 +89,7 @@ def load_bundle() -> Bundle:
         return Bundle(network, data["calibration"] / WHITE, data["images"] / WHITE, data["labels"])
 
 
-def rows(bundle: Bundle, bits: tuple[int, ...] = BITS) -> Iterator[Row]:
+def rows(bundle: Bundle) -> Iterator[Row]:
     """The rows of the table, one after the other (each takes about a second)."""
     folded = fold_batchnorm(bundle.network)
     stats = calibrate(folded, bundle.calibration)
@@ -102,7 +102,7 @@ def rows(bundle: Bundle, bits: tuple[int, ...] = BITS) -> Iterator[Row]:
             seconds = perf_counter() - start
             graph, of = result.graph, result.factorization.apply(stats)
             verification = verify(bundle.network, graph, bundle.images[:VERIFIED])
-        quality = tuple(_quality(graph, of, UniformQuantizer(bits=n, granularity=granularity), bundle, truth) for n in bits)
+        quality = tuple(_quality(graph, of, UniformQuantizer(bits=n, granularity=granularity), bundle, truth) for n in BITS)
         yield Row(name, quality, largest_ratio(weight_ranges(graph)), largest_ratio(value_ranges(graph, of)), verification, seconds, graph)
 
 

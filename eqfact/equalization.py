@@ -18,9 +18,12 @@ from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model
 from eqfact.ops.base import Commuting, Weighted, channel_vector
 from eqfact.ops.joining import Concat
-from eqfact.rules import MAX_FACTOR, Block, Maker, Rule, Vector, cross_layer, one_step, two_step
+from eqfact.optimal import optimal
+from eqfact.quantization import UniformQuantizer
+from eqfact.rules import MAX_FACTOR, MAX_RATIO, Block, Maker, Rule, Vector, cross_layer, one_step, two_step
 
 Indices = npt.NDArray[np.int64]
 
@@ -42,6 +45,12 @@ class EqualizeResult:
     residual: tuple[float, ...]
     #: Why channels of a value keep the factor 1, for every value with such a channel.
     pinned: dict[str, str]
+    #: Expected SQNR of the quantized output in dB before and after, if the method or the caller asked for a prediction.
+    predicted: tuple[float, float] | None = None
+    #: "optimal" only: a lower bound on the objective of every factorization within the bounds, and by how many dB this one can at most be
+    #: from the best of them.
+    bound: float | None = None
+    gap_db: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +168,8 @@ def activation_of(graph: Graph, value: str) -> str:
     return value
 
 
-def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:
-    """A, P and the concat mates' A of every layer (PAPER 2 and 4)."""
+def _check_statistics(graph: Graph, stats: Statistics) -> None:
+    """An error if the statistics are not of this graph, or not finite."""
     missing = sorted(set(graph.shapes) - set(stats))
     if missing:
         raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
@@ -169,6 +178,11 @@ def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dic
             raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
         if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
             raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
+
+
+def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:
+    """A, P and the concat mates' A of every layer (PAPER 2 and 4)."""
+    _check_statistics(graph, stats)
     largest = {}
     for layer in found:
         after = np.maximum.reduce([stats[activation_of(graph, v)].max_abs for v in layer.values])
@@ -186,16 +200,23 @@ def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dic
 
 
 def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statistics | None = None, max_factor: float | None = None,
-             preactivation: bool = False, tol: float = 1e-3, max_iter: int = 1000, include: Collection[str] | None = None,
-             exclude: Collection[str] = (), exact: bool = False) -> EqualizeResult:
+             preactivation: bool = False, tol: float | None = None, max_iter: int = 1000, include: Collection[str] | None = None,
+             exclude: Collection[str] = (), exact: bool = False, weights: UniformQuantizer | None = None,
+             activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None, harmless: bool = False) -> EqualizeResult:
     """Find factors by a method and return the equivalent network.
 
     ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
     graph), ``"cross_layer"`` (Nagel et al. 2019; swept until no ``|log f|`` moves by more than ``tol``, at most
-    ``max_iter`` sweeps), or a rule of your own, swept likewise. ``max_factor`` bounds the factors: the paper's 16 for its two
-    rules (amplification; a concat lift comes on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's
-    optional limit ``max(A / P_i, 1)``. ``include`` and ``exclude`` name values whose channels alone may, or may not, get factors.
-    ``exact`` rounds the factors to powers of two: outputs are then bit-identical.
+    ``max_iter`` sweeps), a rule of your own, swept likewise, or ``"optimal"`` (:mod:`eqfact.optimal`: the least expected noise, with a
+    certificate). ``max_factor`` bounds the factors: the paper's 16 for its two rules (amplification; a concat lift comes
+    on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's optional limit ``max(A / P_i, 1)``. ``include`` and
+    ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds the factors to powers of two:
+    outputs are then bit-identical.
+
+    ``weights`` and ``activations`` are the quantizers that one intends to use (8 bits, per tensor, if neither is given), and
+    ``sensitivities`` what the noise model weighs them with (:func:`eqfact.forward_sensitivities` of ``stats`` if not given;
+    :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; other methods predict it if quantizers or
+    sensitivities are given. ``harmless`` returns the network as it is where the expected noise would not fall.
 
     Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
     Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.
@@ -204,10 +225,61 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     >>> equalize(net).factorization["act"]
     array([0.5, 2. ])
     """
-    rule, passes, bound = _method(method, max_factor, max_iter)
-    if passes == 1 and stats is None:
+    tol = {"optimal": 1e-7}.get(str(method), 1e-3) if tol is None else tol
+    if not (np.isfinite(tol) and tol >= 0):
+        raise ValueError(f"tol must be a finite number of at least 0, got {tol}")
+    if exact and max_factor is not None and np.isfinite(max_factor) and max_factor >= 1:
+        max_factor = float(np.exp2(np.floor(np.log2(max_factor))))  # so that no power of two is rounded beyond it
+    if not isinstance(max_iter, (int, np.integer)) or max_iter < 1:
+        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
+    resolved = _resolved(graph, include, exclude)
+    model = None
+    if method == "optimal" or harmless or sensitivities is not None or weights is not None or activations is not None:
+        model = _noise_model(graph, resolved, stats, weights, activations, sensitivities)
+    if method == "optimal":
+        assert model is not None
+        found = _optimum(graph, resolved, model, CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor, tol, max_iter)
+    else:
+        found = _swept(graph, resolved, method, stats, max_factor, preactivation, tol, max_iter)
+    factorization = found.factorization.power_of_two() if exact else found.factorization
+    predicted, message = None, found.message
+    if model is not None:
+        predicted = (model.sqnr(), model.sqnr(factorization))
+        if harmless and not predicted[1] > predicted[0]:
+            factorization, predicted = Factorization.identity(graph), (predicted[0], predicted[0])
+            message += "; the expected noise would not fall, so the network is returned as it is"
+    return replace(found, graph=factorization.apply(graph), factorization=factorization, predicted=predicted, message=message)
+
+
+def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, weights: UniformQuantizer | None,
+                 activations: UniformQuantizer | None, sensitivities: Sensitivities | None) -> NoiseModel:
+    """The noise model for the caller's quantizers: 8 bits, per tensor, if there are none."""
+    if stats is None:
+        raise ValueError("expected noise needs statistics: give stats=calibrate(graph, batches)")
+    _check_statistics(graph, stats)
+    if weights is None and activations is None:
+        weights, activations = UniformQuantizer(8), UniformQuantizer(8, symmetric=False)
+    sensitivities = forward_sensitivities(graph, stats) if sensitivities is None else sensitivities
+    return noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities, resolved=resolved)
+
+
+def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, bound: float, tol: float, max_iter: int) -> EqualizeResult:
+    """The factorization of least expected noise, and its certificate."""
+    if not (np.isfinite(bound) and bound >= 1):
+        raise ValueError(f"max_factor must be a finite number of at least 1, got {bound}")
+    best = optimal(model, box=bound, tol=tol, max_iter=int(max_iter))
+    message = (f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} iterations; "
+               f"no factors within [1/{bound:g}, {bound:g}] lower the expected noise by more than {best.gap_db:.2g} dB")
+    return EqualizeResult(graph, Factorization(resolved, best.f), True, message, best.iterations, best.residual, resolved.pinned,
+                          bound=best.bound, gap_db=best.gap_db)
+
+
+def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statistics | None, max_factor: float | None, preactivation: bool,
+           tol: float, max_iter: int) -> EqualizeResult:
+    """The loop: apply the rule block by block, once or until nothing moves."""
+    rule, once, bound = _method(method, max_factor)
+    if once and stats is None:
         raise ValueError(f"method {method!r} needs the ranges of activations: give stats=calibrate(graph, batches)")
-    resolved = channels(graph, hold=_held(graph, include, exclude))
     found = layers(graph, resolved)
     plans = blocks(found, resolved)
     activations = _activations(graph, found, stats) if stats is not None and method != "cross_layer" else {}
@@ -216,18 +288,18 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     residual: list[float] = []
     everything = set(range(len(plans)))
     due = everything  # blocks with a neighbour that moved; the last sweep looks at all again
-    while len(residual) < passes:
+    while len(residual) < (1 if once else max_iter):
         whole, moved = due == everything, 0.0
         pending = set()
         for index, plan in enumerate(plans):
             if index not in due and index not in pending:
                 continue
             pending.discard(index)
-            step = _checked(rule(_block(plan, f, activations, preactivation)), graph, plan)
-            if plan.reads_itself and passes > 1:
+            step = _checked(rule(_block(plan, f, activations, preactivation)), plan)
+            if plan.reads_itself and not once:
                 step = np.sqrt(step)  # both sides move at once: half the step in log keeps it from swinging
             old = f[plan.labels]
-            f[plan.labels] = np.clip(old * step, 1 / bound, bound)
+            f[plan.labels] = old * step if once else np.clip(old * step, 1 / bound, bound)
             change = float(np.abs(np.log(f[plan.labels] / old)).max())
             moved = max(moved, change)
             if change > tol:
@@ -236,12 +308,9 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
         if whole and moved <= tol:
             break
         due = pending or everything
-    factorization = Factorization(resolved, f)
-    if exact:
-        factorization = factorization.power_of_two()
-    success = passes == 1 or residual[-1] <= tol
+    success = once or residual[-1] <= tol
     message = _message(method, success, residual, tol, bound, f, plans, resolved)
-    return EqualizeResult(factorization.apply(graph), factorization, success, message, len(residual), tuple(residual), resolved.pinned)
+    return EqualizeResult(graph, Factorization(resolved, f), success, message, len(residual), tuple(residual), resolved.pinned)
 
 
 def _neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
@@ -254,38 +323,43 @@ def _neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
             for index, plan in enumerate(plans)]
 
 
-def _method(method: str | Rule, max_factor: float | None, max_iter: int) -> tuple[Rule, int, float]:
-    """The rule, the number of sweeps, and the bound that the loop itself puts on factors."""
+def _method(method: str | Rule, max_factor: float | None) -> tuple[Rule, bool, float]:
+    """The rule, whether it is applied once or swept, and the bound on factors: of the rule itself, or of the loop if swept."""
     if max_factor is not None and not (np.isfinite(max_factor) and max_factor >= 1):
         raise ValueError(f"max_factor must be a finite number of at least 1, got {max_factor}")
-    if not isinstance(max_iter, (int, np.integer)) or max_iter < 1:
-        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
     paper = {"one_step": one_step, "two_step": two_step}
     if isinstance(method, str) and method in paper:
-        return partial(paper[method], max_factor=MAX_FACTOR if max_factor is None else max_factor), 1, np.inf
+        bound = MAX_FACTOR if max_factor is None else max_factor
+        return partial(paper[method], max_factor=bound), True, bound
     bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
     if method == "cross_layer":
-        return cross_layer, int(max_iter), bound
+        return cross_layer, False, bound
     if callable(method):
-        return method, int(max_iter), bound
-    raise ValueError(f"unknown method {method!r}: use 'one_step', 'two_step', 'cross_layer', or a rule (see eqfact.rules)")
+        return method, False, bound
+    raise ValueError(f"unknown method {method!r}: use 'one_step', 'two_step', 'cross_layer', 'optimal', or a rule (see eqfact.rules)")
 
 
-def _held(graph: Graph, include: Collection[str] | None, exclude: Collection[str]) -> dict[str, str]:
-    """Values that the caller wants pinned."""
+def _resolved(graph: Graph, include: Collection[str] | None, exclude: Collection[str]) -> Channels:
+    """The channel labels, with those pinned that the caller wants pinned."""
     for argument, names in (("include", include or ()), ("exclude", exclude)):
         if isinstance(names, str):
             raise TypeError(f"{argument} must be a list of value names, got the string {names!r}")
         for name in names:
             if name not in graph.shapes:
                 raise ValueError(f"{argument} names '{name}', which is not a value of the network")
-    held = {name: f"excluded by the caller ('{name}')" for name in exclude}
-    if include is not None:
-        chosen = {label for name in include for label in channels(graph).labels[name].tolist()}
-        for name, labels in channels(graph).labels.items():
-            if not chosen.issuperset(labels.tolist()):
-                held.setdefault(name, "not among the values that the caller includes")
-    return held
+    resolved = channels(graph, hold={name: f"excluded by the caller ('{name}')" for name in exclude})
+    if include is None:
+        return resolved
+    # by label, not by value: in a concat, included channels stand beside others
+    chosen = np.zeros(resolved.degrees_of_freedom + 1, bool)
+    for name in include:
+        chosen[resolved.labels[name]] = True
+    chosen[0] = False
+    renumbered = np.where(chosen, np.cumsum(chosen), 0)
+    reasons = {name: tuple("not among the values that the caller includes" if label and not chosen[label] else reason
+                           for label, reason in zip(labels.tolist(), resolved.reasons[name], strict=True))
+               for name, labels in resolved.labels.items()}
+    return Channels({name: renumbered[labels] for name, labels in resolved.labels.items()}, int(chosen.sum()), reasons)
 
 
 def _block(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
@@ -301,8 +375,8 @@ def _block(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preac
         if (seen := activations.get(id(layer.op))) is not None:
             # the statistics were taken once; the factors chosen so far scale what this layer puts out
             after = seen.after * f[layer.made]
-            maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)), mates_activation=seen.mates,
-                            preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
+            maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)),
+                            mates_activation=seen.mates, preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
         makers.append(maker)
     return Block(
         tuple(makers),
@@ -313,15 +387,16 @@ def _block(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preac
     )
 
 
-def _checked(step: Vector, graph: Graph, plan: BlockPlan) -> Vector:
+def _checked(step: Vector, plan: BlockPlan) -> Vector:
     """The rule's factors, if they are usable."""
-    place = plan.makers[0].values[0]
     step = np.asarray(step, np.float64)
     if step.shape != plan.labels.shape:
-        raise ValueError(f"value '{place}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
+        raise ValueError(f"value '{plan.makers[0].values[0]}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
     wrong = ~(np.isfinite(step) & (step > 0))
     if wrong.any():
-        raise ValueError(f"value '{place}', channel {int(np.argmax(wrong))}: the rule returned {step[wrong][0]}; "
+        label = plan.labels[np.argmax(wrong)]
+        value, channel = next((layer.values[0], int(np.argmax(layer.made == label))) for layer in plan.makers if label in layer.made)
+        raise ValueError(f"value '{value}', channel {channel}: the rule returned {step[wrong][0]}; "
                          "factors must be positive and finite, return 1 for channels that it cannot judge")
     return step
 
@@ -342,9 +417,11 @@ def _message(method: str | Rule, success: bool, residual: list[float], tol: floa
         block = _block(plan, ones, {}, False)
         alive = (block.made > 0) & (block.read > 0)
         dead += int((~alive).sum())
-        at_bound += int((alive & ((f[plan.labels] >= bound) | (f[plan.labels] <= 1 / bound))).sum())
+        lowest = 1 / MAX_RATIO if method in ("one_step", "two_step") else 1 / bound
+        at_bound += int((alive & ((f[plan.labels] >= bound) | (f[plan.labels] <= lowest))).sum())
     if dead:
         verdict += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
     if at_bound:
-        verdict += f"; {at_bound} nearly dead channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
+        nearly_dead = "" if method in ("one_step", "two_step") else "nearly dead "
+        verdict += f"; {at_bound} {nearly_dead}channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
     return verdict

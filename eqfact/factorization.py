@@ -103,6 +103,9 @@ class Factorization(Mapping[str, Array]):
         Raises :class:`ValueError` if the network has other values or other ties, so that its function would change.
         """
         if isinstance(target, Statistics):
+            for name, stats in target.items():
+                if stats.min.shape != self[name].shape:
+                    raise ValueError(f"value '{name}' has {len(self[name])} channels, the statistics are of {len(stats.min)}")
             return Statistics({name: stats.rescaled(self[name]) for name, stats in target.items()})
         if set(target.shapes) != set(self):
             others = sorted(set(target.shapes) ^ set(self))
@@ -132,7 +135,8 @@ class Factorization(Mapping[str, Array]):
         """First ``other``, then this: factors multiply."""
         if set(self) != set(other):
             raise ValueError("factorizations of different networks do not compose")
-        return self._gather(self.channels, {value: self[value] * other[value] for value in self})
+        with np.errstate(over="ignore"):
+            return self._gather(self.channels, {value: self[value] * other[value] for value in self})
 
     def power_of_two(self) -> Factorization:
         """The nearest factors (in log) that are powers of two: the rescaled network's outputs are bit-identical.

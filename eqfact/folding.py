@@ -134,7 +134,7 @@ def _scaled_columns(op: Weighted, s: Vector, t: Vector) -> Weighted:
 
 
 def _with(op: Weighted, weight: Vector, bias: Vector | None, dtype: npt.DTypeLike) -> Weighted:
-    changed = {"weight": weight.astype(dtype), "bias": None if bias is None else bias.astype(dtype)}
+    changed = {"weight": weight.astype(dtype), "bias": None if bias is None else bias.astype(dtype), "grid": None}
     return replace(op, **changed)  # type: ignore[type-var]  # every final op is a dataclass
 
 

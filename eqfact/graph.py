@@ -136,9 +136,10 @@ class Graph:
 
     def with_ops(self, ops: Mapping[str, Op]) -> Graph:
         """The same graph with other ops at the named nodes."""
+        names = {node.name for node in self.nodes}
         for name in ops:
-            if name not in {node.name for node in self.nodes}:
-                raise ValueError(f"no node is called '{name}'; nodes are {_some(n.name for n in self.nodes)}")
+            if name not in names:
+                raise ValueError(f"no node is called '{name}'; nodes are {_some(names)}")
         return replace(self, nodes=tuple(replace(n, op=ops[n.name]) if n.name in ops else n for n in self.nodes))
 
 

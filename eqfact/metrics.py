@@ -15,7 +15,12 @@ import numpy.typing as npt
 
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, Node, checked_inputs, values
-from eqfact.ops.base import Array, Shape, along_channels
+from eqfact.ops.base import Array, Shape, Weighted, along_channels
+
+Vector = npt.NDArray[np.float64]
+
+#: Where inner values speak against equality, a bound beyond this part of the output's largest entry is no proof for it.
+SHARP = 1e-5
 
 
 def sqnr(reference: Data, test: Data) -> float:
@@ -37,10 +42,12 @@ def sqnr(reference: Data, test: Data) -> float:
     for a, b in pairs:
         if a.shape != b.shape:
             raise ValueError(f"sqnr needs equal shapes, got {a.shape} and {b.shape}")
-    noise = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
-    signal = sum(float((a**2).sum()) for a, _ in pairs)
-    if np.isnan(noise) or np.isnan(signal):
-        raise ValueError("sqnr needs finite arrays, got NaN")
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ValueError("sqnr needs finite arrays, got NaN or infinity")
+    # in units of the largest entry, so that no square overflows or underflows
+    unit = max(float(np.abs(v).max(initial=0.0)) for pair in pairs for v in pair) or 1.0
+    noise = sum(float(((a / unit - b / unit) ** 2).sum()) for a, b in pairs)
+    signal = sum(float(((a / unit) ** 2).sum()) for a, _ in pairs)
     return decibels(signal, noise)
 
 
@@ -75,11 +82,12 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
 
     Both run on ``x``; the error at a value may be ``c u m``, where ``u`` is the unit roundoff of the coarser network, ``m`` the magnitudes
     ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
-    may differ by factors, one for each channel label of ``b``, read off the data: a witness factorization. Outputs may not differ.
-    Where a value agrees, both walks start afresh from it.
+    may differ by factors, one for each channel label of ``b``, read off the weights, or else off the data: a witness factorization.
+    Outputs may not differ. Where a value agrees, both walks start afresh from it.
 
-    If an inner value of the same name does not agree, the outputs decide, as long as the bound there is below a hundredth of the
-    output; otherwise the answer is no. Raises :class:`ValueError` if inputs or outputs have other names or shapes.
+    Inner values of the same name that do not agree are no longer compared; then the outputs decide, as long as the bound there is
+    below a hundred-thousandth of the output; otherwise the answer is no. Raises :class:`ValueError` if inputs or outputs have other
+    names or shapes.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.array([[1.0], [3.0]])), act=ReLU(), fc2=Dense(np.array([[2.0, 1.0]])))
     >>> bool(verify(net, Factorization.of(net, {"act": [3.0, 0.1]}).apply(net), np.array([[0.5], [-1.0]])))
@@ -95,15 +103,17 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     if not parted:
         worst = max(found, key=lambda name: found[name].excess)
         return _verdict(True, found, worst, f"equal: largest error {found[worst].error:.3g} within {found[worst].bound:.3g}, at '{worst}'")
-    inner = [name for name in parted if name not in b.outputs]
-    outputs = _compare(a, b, truth, x, shared - set(inner)) if inner else found
-    worst = max(b.outputs, key=lambda name: outputs[name].excess)
-    sharp = all(outputs[name].bound <= 0.01 * float(np.abs(truth[name]).max()) for name in b.outputs)
-    if outputs[worst].excess <= 1 and sharp:
-        return _verdict(True, outputs, worst, f"equal at the outputs: largest error {outputs[worst].error:.3g} within {outputs[worst].bound:.3g}; "
-                        f"inner values of the same name differ, first '{inner[0]}'")
-    return _verdict(False, outputs, worst, f"not equal: they part at '{parted[0]}', by {found[parted[0]].error:.3g} where rounding explains "
-                    f"{found[parted[0]].bound:.3g}; output '{worst}' differs by {outputs[worst].error:.3g}")
+    last = found
+    while inner := {name for name, value in last.items() if value.excess > 1} - set(b.outputs):
+        shared -= inner
+        last = _compare(a, b, truth, x, shared)
+    worst = max(b.outputs, key=lambda name: last[name].excess)
+    sharp = all(last[name].bound <= SHARP * float(np.abs(truth[name]).max()) for name in b.outputs)
+    if last[worst].excess <= 1 and sharp:
+        return _verdict(True, last, worst, f"equal at the outputs: largest error {last[worst].error:.3g} within {last[worst].bound:.3g}; "
+                        f"inner values of the same name differ, first '{parted[0]}'")
+    return _verdict(False, last, worst, f"not equal: they part at '{parted[0]}', by {found[parted[0]].error:.3g} where rounding explains "
+                    f"{found[parted[0]].bound:.3g}; output '{worst}' differs by {last[worst].error:.3g}")
 
 
 @dataclass(frozen=True)
@@ -137,17 +147,50 @@ class _Roundings:
         return self.e[node.name]
 
 
+class _Slopes:
+    """``|W_L| ... |W_1| s`` without biases, on one image in float64: nothing cancels there, so factors read off it stay sharp in any depth.
+
+    Beside ``s`` walks ``s`` times the doubt about the factors in it, in units of ``u``; both are stacked as a batch of two.
+    """
+
+    #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
+    ROUNDINGS = 8.0
+
+    def __init__(self) -> None:
+        self.s: dict[str, Array] = {}
+
+    def start(self, name: str, value: Array, factor: Array | float = 1.0, doubt: Array | float = 0.0) -> None:
+        """A value taken as it is, times a factor of some doubt."""
+        s = np.abs(value).mean(axis=0, dtype=np.float64) * factor
+        self.s[name] = np.stack([s, s * doubt])
+
+    def step(self, node: Node) -> Array:
+        """The slopes of a node's output, ``(2, C, *spatial)``."""
+        op, inputs = node.op, [self.s[i] for i in node.inputs]
+        with np.errstate(over="ignore", invalid="ignore"):
+            s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
+        s = np.where(np.isfinite(s) & (s > 0), s, 0.0)
+        if isinstance(op, Weighted):
+            s[1] += self.ROUNDINGS * s[0]
+        self.s[node.name] = s
+        return s
+
+
 def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str]) -> dict[str, _Agreement]:
-    """Walk both networks, and compare and start afresh at every shared value."""
+    """Walk both networks, compare at every shared value, and start afresh where they agree."""
     rounding_a, rounding_b, errors_a = _Roundings(), _Roundings(), {}
+    slopes_a, slopes_b, made_a = _Slopes(), _Slopes(), {}
     env = dict(checked_inputs(b, x))
     for name in env:
         rounding_a.start(name, truth[name])
         rounding_b.start(name, env[name])
+        slopes_a.start(name, truth[name])
+        slopes_b.start(name, env[name])
     for node in a.nodes:
-        errors_a[node.name] = rounding_a.step(node)
+        errors_a[node.name], made_a[node.name] = rounding_a.step(node), slopes_a.step(node)
         if node.name in shared:
             rounding_a.start(node.name, truth[node.name])
+            slopes_a.start(node.name, truth[node.name])
     u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
@@ -156,32 +199,63 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
     found = {}
     for node in b.nodes:
         name = node.name
-        env[name] = node.op.forward(*(env[i] for i in node.inputs))
-        error_b = rounding_b.step(node)
+        value = env[name] = node.op.forward(*(env[i] for i in node.inputs))
+        error_b, made_b = rounding_b.step(node), slopes_b.step(node)
         if name not in shared:
             continue
-        labels, axes = resolved.labels[name], (0, *range(2, env[name].ndim))
-        new = np.flatnonzero(uncertainty[labels] < 0)
-        if len(new):
-            size_a, size_b = (np.abs(v).sum(axis=axes, dtype=np.float64)[new] for v in (truth[name], env[name]))
-            known = (size_a > 0) & (size_b > 0)
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                ratio = np.where(known, size_b / size_a, 1.0)
-                unsure = (errors_a[name].sum(axis=axes, dtype=np.float64)[new] / size_a
-                          + error_b.sum(axis=axes, dtype=np.float64)[new] / size_b).clip(max=1 / u)  # beyond, nothing is known
-            factor[labels[new]] = np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-            uncertainty[labels[new]] = np.where(known, unsure, -1.0)
-        f, unsure = (along_channels(v, env[name].ndim - 1) for v in (factor[labels], np.maximum(uncertainty[labels], 0)))
-        expected = truth[name] * f
-        doubt = np.abs(expected) * unsure
-        bound = errors_a[name] * f + error_b + doubt
-        found[name] = _worst(np.abs(env[name] - expected), u * bound)
-        env[name] = expected.astype(env[name].dtype)
-        rounding_b.start(name, env[name], np.minimum(doubt, bound))
+        labels, errors = resolved.labels[name], (errors_a[name], error_b)
+        if (new := uncertainty[labels] < 0).any():
+            f, unsure = _read_off_data(truth[name], value, errors, u)
+            sharp_f, sharp_unsure = _read_off_weights(made_a[name], made_b)
+            _, error, bound, _ = _against(truth[name], value, errors, sharp_f, sharp_unsure, u)
+            explains = (sharp_unsure >= 0) & (error <= bound).all(axis=(0, *range(2, value.ndim)))
+            factor[labels[new]] = np.where(explains, sharp_f, f)[new]
+            uncertainty[labels[new]] = np.where(explains, sharp_unsure, unsure)[new]
+        expected, error, bound, doubt = _against(truth[name], value, errors, factor[labels], uncertainty[labels], u)
+        found[name] = _worst(error, bound)
+        if found[name].excess <= 1:
+            env[name] = expected.astype(value.dtype)
+            rounding_b.start(name, env[name], np.minimum(doubt, bound) / u)
+            f, unsure = (along_channels(v, value.ndim - 1) for v in (factor[labels], np.maximum(uncertainty[labels], 0)))
+            slopes_b.start(name, truth[name], f, unsure)
     return found
 
 
-def _worst(error: npt.NDArray[np.float64], bound: npt.NDArray[np.float64]) -> _Agreement:
+def _against(truth: Array, value: Array, errors: tuple[Array, Array], f: Vector, unsure: Vector,
+             u: float) -> tuple[Array, Array, Array, Array]:
+    """What is expected of a value with these factors; the error, the bound on it, and the part of it that is doubt about the factors."""
+    f, unsure = (along_channels(v, value.ndim - 1) for v in (f, np.maximum(unsure, 0)))
+    expected = truth * f
+    doubt = u * np.abs(expected) * unsure
+    return expected, np.abs(value - expected), u * (errors[0] * f + errors[1]) + doubt, doubt
+
+
+def _read_off_data(a: Array, b: Array, errors: tuple[Array, Array], u: float) -> tuple[Vector, Vector]:
+    """Factors ``|b| / |a|`` a channel and their uncertainty in units of ``u``, negative where a channel is 0."""
+    axes = (0, *range(2, a.ndim))
+    size_a, size_b, error_a, error_b = (np.abs(v).sum(axis=axes, dtype=np.float64) for v in (a, b, *errors))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        unsure = (error_a / size_a + error_b / size_b).clip(max=1 / u)  # beyond, nothing is known
+    return _ratio(size_a, size_b, unsure)
+
+
+def _read_off_weights(a: Array, b: Array) -> tuple[Vector, Vector]:
+    """The same from the slopes of both walks, ``(2, C, *spatial)``."""
+    (size_a, doubt_a), (size_b, doubt_b) = (v.sum(axis=tuple(range(2, v.ndim))) for v in (a, b))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        unsure = doubt_a / size_a + doubt_b / size_b
+    return _ratio(size_a, size_b, unsure)
+
+
+def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:
+    known = (a > 0) & (b > 0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = np.where(known, b / a, 1.0)
+    known &= np.isfinite(ratio) & (ratio > 0) & np.isfinite(unsure)
+    return np.where(known, ratio, 1.0), np.where(known, unsure, -1.0)
+
+
+def _worst(error: Array, bound: Array) -> _Agreement:
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error > 0, error / bound, 0.0)
     where = np.unravel_index(int(excess.argmax()), excess.shape)

@@ -89,9 +89,9 @@ class UniformQuantizer:
             scale = np.maximum(np.abs(low), np.abs(high)) / (self.qmax - zero)
             zero_point = np.full_like(scale, zero)
         else:
-            low, high = np.minimum(low, 0), np.maximum(high, 0)
-            scale = high / (self.qmax - self.qmin) - low / (self.qmax - self.qmin)
-            exact = np.divide(low, scale, out=np.zeros_like(scale), where=scale > 0)
+            below, above = np.minimum(low, 0), np.maximum(high, 0)
+            scale = above / (self.qmax - self.qmin) - below / (self.qmax - self.qmin)
+            exact = np.divide(below, scale, out=np.zeros_like(scale), where=scale > 0)
             zero_point = np.clip(np.rint(self.qmin - exact), self.qmin, self.qmax)
         # a range of 0 (or so small that a step underflows) holds zero alone
         return Grid(np.where(scale > np.finfo(np.float64).tiny, scale, 1.0), zero_point, self.qmin, self.qmax, self.rounding)
@@ -159,6 +159,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
     nodes: list[Node] = []
     grids: dict[str, Grid] = {}
+    on_grid: dict[int, Weighted] = {}
     rename: dict[str, str] = {}
     stored = set(stored_values(graph, outputs=outputs)) if activations is not None else set()
 
@@ -179,7 +180,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     for node in graph.nodes:
         op = node.op
         if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
-            op = _on_grid(op, weights, grids.get(node.inputs[0]) if biases else None)
+            if id(op) not in on_grid:  # an op used twice stays one op, unless its uses need different biases
+                grid = weights.weight_grid(op)
+                on_grid[id(op)] = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]
+            op = on_grid[id(op)]
+            if biases and node.inputs[0] in grids:
+                op = _on_accumulator(op, grids[node.inputs[0]])
         elif isinstance(op, Commuting) and op.moves and node.inputs[0] in grids:
             grids[node.name] = grids[node.inputs[0]]
         name = f"{node.name}.float" if node.name in stored else node.name
@@ -211,14 +217,28 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
         (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or not fused(value))]
 
 
-def _on_grid(op: Weighted, quantizer: UniformQuantizer, input_grid: Grid | None) -> Weighted:
-    """The op with its weights on a grid, and its bias on the grid of its accumulator if the input has one."""
-    grid = quantizer.weight_grid(op)
-    bias = op.bias
-    if bias is not None and input_grid is not None and input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight)):
-        step = input_grid.scale.reshape(()) * grid.scale.reshape(-1)
-        bias = Grid(np.broadcast_to(step, bias.shape), np.zeros(bias.shape), -(2**31), 2**31 - 1, quantizer.rounding).fake_quantize(bias)
-    return replace(op, weight=grid.fake_quantize(op.weight), bias=bias, grid=grid)  # type: ignore[type-var]
+def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
+    """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist."""
+    (value,) = node.inputs
+    while value not in quantized.inputs:
+        maker = quantized[value]
+        if isinstance(maker.op, FakeQuantize):
+            return _on_accumulator(op, maker.op.grid)
+        if not (isinstance(maker.op, Commuting) and maker.op.moves):
+            break
+        value = maker.inputs[0]
+    return op
+
+
+def _on_accumulator(op: Weighted, input_grid: Grid) -> Weighted:
+    """The op with its bias on the grid of its integer accumulator, int32 with scale ``s_x * s_w``, where that is one number a channel."""
+    grid, bias = op.grid, op.bias
+    if bias is None or grid is None or input_grid.scale.size > 1 or grid.scale.size not in (1, len(op.weight)):
+        return op
+    step = np.broadcast_to(input_grid.scale.reshape(()) * grid.scale.reshape(-1), bias.shape)
+    step = np.maximum(step, np.finfo(np.float64).tiny)
+    accumulator = Grid(step, np.zeros(bias.shape), -(2**31), 2**31 - 1, grid.rounding)
+    return replace(op, bias=accumulator.fake_quantize(bias))  # type: ignore[type-var]
 
 
 def effective_bits(ranges: Array, bits: int) -> Array:

@@ -68,8 +68,8 @@ def _layers(graph: Graph) -> dict[str, Weighted]:
 
 
 def value_ranges(graph: Graph, stats: Statistics) -> dict[str, Ranges]:
-    """Range of every channel of every value that an integer engine stores."""
-    return {value: stats[value].max_abs for value in stored_values(graph, outputs=True)}
+    """Range of every channel of every value that an integer engine stores, and of the outputs."""
+    return {value: stats[value].max_abs.astype(np.float64) for value in stored_values(graph, outputs=True)}
 
 
 def largest_ratio(ranges: Mapping[str, Ranges]) -> float:
@@ -84,11 +84,10 @@ def weight_report(graph: Graph, quantizer: UniformQuantizer) -> list[Tensor]:
             for name, ranges in weight_ranges(graph).items()]
 
 
-def value_report(graph: Graph, quantized: Graph, stats: Statistics, batches: Iterable[Data], bits: int) -> list[Tensor]:
-    """A row for every value that an integer engine stores, with the noise that it has in a quantized form of the network."""
-    noise = local_sqnr(graph, quantized, batches)
+def value_report(graph: Graph, stats: Statistics, noise: Mapping[str, float], bits: int) -> list[Tensor]:
+    """A row for every value that an integer engine stores and every output; ``noise`` is their :func:`local_sqnr`."""
     pinned = channels(graph).pinned
-    return [_tensor(name, "value", ranges, bits, noise[name], pinned.get(name)) for name, ranges in value_ranges(graph, stats).items()]
+    return [_tensor(name, "value", of, bits, noise[name], pinned.get(name)) for name, of in value_ranges(graph, stats).items()]
 
 
 def _tensor(name: str, kind: str, ranges: Ranges, bits: int, noise: float, pinned: str | None = None) -> Tensor:
@@ -98,13 +97,14 @@ def _tensor(name: str, kind: str, ranges: Ranges, bits: int, noise: float, pinne
 
 
 def local_sqnr(graph: Graph, quantized: Graph, batches: Iterable[Data]) -> dict[str, float]:
-    """SQNR in dB of every value that the two networks share by name, over all batches."""
-    signal = dict.fromkeys((name for name in graph.shapes if name in quantized.shapes), 0.0)
-    noise = dict(signal)
+    """SQNR in dB over all batches, in a quantized form of the network, of the values that an integer engine stores and of the outputs."""
+    stored = stored_values(graph, outputs=True)
+    name_of = {f"{v}.quantized" if v in graph.inputs and f"{v}.quantized" in quantized.shapes else v: v for v in stored}
+    signal, noise = dict.fromkeys(name_of.values(), 0.0), dict.fromkeys(name_of.values(), 0.0)
     for x in batches:
         truth = {name: value for name, value in walk(graph, x) if name in signal}
-        for name, value in walk(quantized, x):
-            if name in signal:
+        for inner, value in walk(quantized, x):
+            if (name := name_of.get(inner)) is not None:
                 exact = truth.pop(name).astype(np.float64)
                 signal[name] += float((exact**2).sum())
                 noise[name] += float(((exact - value) ** 2).sum())

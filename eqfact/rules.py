@@ -18,6 +18,9 @@ Vector = npt.NDArray[np.float64]
 
 #: The paper's bound on amplification (section 2).
 MAX_FACTOR = 16.0
+#: ``m_i`` is taken as at least 1 over this, and a concat lifts by at most this: a channel or layer of next to no range would get factors
+#: beyond what its weights can hold. Both promises of PAPER 3 stay: f_i >= m_i, and no range grows.
+MAX_RATIO = 1024.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ def two_step(block: Block, *, max_factor: float = MAX_FACTOR) -> Vector:
     >>> two_step(Block((maker,), maker.kernel, np.ones(2), np.array([0.5, 1.0])))
     array([0.5, 1. ])
     """
-    return _equalize(block, block.consumed, max_factor)
+    return _equalize(block, np.maximum(block.consumed, 1 / MAX_RATIO), max_factor)
 
 
 def cross_layer(block: Block) -> Vector:
@@ -111,7 +114,7 @@ def _amplify(maker: Maker, m: Vector, max_factor: float) -> Vector:
         f = np.minimum(largest_k / k, np.minimum(largest_a / a, max_factor))
         if maker.preactivation is not None:
             f = np.minimum(f, np.maximum(largest_a / maker.preactivation, 1.0))
-    return np.where(live, f, np.inf)
+    return np.where(live & (f > 0), f, np.inf)  # f = 0 where K m underflows: ranges of the last subnormal numbers are dead
 
 
 def _share(candidates: npt.NDArray[np.float64], m: Vector) -> npt.NDArray[np.float64]:
@@ -126,4 +129,4 @@ def _lift(block: Block, f: Vector) -> float:
              and maker.activation is not None and (reached := float((f[maker.channels] * maker.activation).max())) > 0]
     if not lifts or any(maker.held_kernel for maker in block.makers):
         return 1.0  # no concat, or pinned channels, which a lift would leave behind
-    return max(min(lifts), 1.0)
+    return min(max(min(lifts), 1.0), MAX_RATIO)

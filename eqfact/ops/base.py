@@ -15,10 +15,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from eqfact.ops.grid import Grid
 
 Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
@@ -112,6 +115,8 @@ class Weighted(Op):
     weight: Array
     bias: Array | None
     groups: int = 1
+    #: The grid that the weights lie on, once they are quantized.
+    grid: Grid | None = None
 
     def taps(self) -> Array:
         """The weights as ``(groups, out // groups, in // groups, taps)``, a view where possible."""

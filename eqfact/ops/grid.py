@@ -42,7 +42,8 @@ class Grid:
 
     def quantize(self, x: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """The whole numbers ``q`` nearest to ``x`` on the grid, saturating at its ends."""
-        q = rounded(np.asarray(x, np.float64) / self.scale, self.rounding) + self.zero_point
+        with np.errstate(over="ignore"):  # what overflows saturates
+            q = rounded(np.asarray(x, np.float64) / self.scale, self.rounding) + self.zero_point
         return np.clip(q, self.qmin, self.qmax).astype(np.int32)
 
     def dequantize(self, q: npt.ArrayLike) -> Array:
@@ -64,8 +65,9 @@ def rounded(x: Array, rounding: str) -> Array:
         return np.rint(x)
     if rounding == "floor":
         return np.floor(x)
-    whole = np.floor(x)
-    part = x - whole  # exact, unlike x + 0.5, which rounds up just below a half
-    if rounding == "half_up":
-        return whole + (part >= 0.5)
-    return whole + np.where(x > 0, part >= 0.5, part > 0.5)
+    # x + 0.5 would round up just below a half; these differences decide rightly
+    whole = np.floor(x) if rounding == "half_up" else np.trunc(x)
+    with np.errstate(invalid="ignore"):  # infinity stays what it is
+        if rounding == "half_up":
+            return whole + (x - whole >= 0.5)
+        return whole + np.copysign(np.abs(x - whole) >= 0.5, x)

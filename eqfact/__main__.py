@@ -1,0 +1,245 @@
+"""The command line: ``python -m eqfact COMMAND``, or ``eqfact COMMAND``. How do its arguments read, and what does it answer?
+
+A table of commands, each with its arguments, the function of :mod:`eqfact.commands` that gathers its facts, and the text that
+tells a reader the same. Exit status: 0 fine, 1 a negative verdict, 2 wrong usage, 3 refused, with one line on stderr and
+nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from eqfact import __version__, commands
+from eqfact.commands import Args, Facts
+from eqfact.quantization import GRANULARITIES
+
+#: Lines of a list in a text; --json has all.
+LISTED = 10
+
+
+class Command(NamedTuple):
+    """One subcommand: a line of help, the groups of arguments that it takes, its facts and its text."""
+
+    help: str
+    arguments: Sequence[Callable[[argparse.ArgumentParser], None]]
+    run: Callable[[Args], Facts]
+    text: Callable[[Facts], Iterable[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; wrong usage raises :class:`SystemExit` with 2, as argparse does."""
+    args = _parser().parse_args(argv)
+    command = COMMANDS[args.command]
+    try:
+        facts = command.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"eqfact: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3
+    print(commands.as_json(facts) if args.json else "\n".join(command.text(facts)))
+    return 0 if facts["ok"] else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments, in the groups that commands share.
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("eqfact", description="Equalize neural networks for quantization, exactly.",
+                                     epilog="Networks are .npz (eqfact.save) or .onnx files. Exit status: 0 fine, 1 a negative verdict, "
+                                            "2 wrong usage, 3 refused, and nothing is written.")
+    parser.add_argument("--version", action="version", version=f"eqfact {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.help, description=command.help[0].upper() + command.help[1:] + ".")
+        for arguments in command.arguments:
+            arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        sub.set_defaults(refuse=sub.error)
+    return parser
+
+
+def _network(p: argparse.ArgumentParser) -> None:
+    p.add_argument("network", metavar="NETWORK", help="a .npz or .onnx file")
+
+
+def _other(p: argparse.ArgumentParser) -> None:
+    p.add_argument("other", metavar="OTHER", help="the network to compare with it")
+
+
+def _output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-o", "--output", required=True, metavar="FILE", help="the network to write, .npz or .onnx")
+
+
+def _data(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--data", metavar="FILE.npz", help="images: a floating array (N, C, ...) for each input by name, or one array; "
+                                                       "without it, ranges are unknown and verification takes random numbers")
+
+
+def _fold(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--fold", action="store_true", help="fold BatchNorms first, where that is exact")
+
+
+def _method(p: argparse.ArgumentParser) -> None:
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--method", choices=commands.METHODS, default=commands.METHODS[0], help="default: %(default)s; "
+                     f"all but {', '.join(commands.DATA_FREE)} need --data")
+    how.add_argument("--apply", metavar="FACTORS.npz", help="no method: the factors that --factors wrote")
+    p.add_argument("--exact", action="store_true", help="powers of two only: the outputs stay bit for bit the same")
+    p.add_argument("--max-factor", type=float, metavar="F", help="bound on the factors")
+    p.add_argument("--preactivation", action="store_true", help="the paper's optional limit by the range before the activation")
+    p.add_argument("--tol", type=float, metavar="T", help="converged when no |log factor| moves by more")
+    p.add_argument("--max-iter", type=int, metavar="N", help="at most so many sweeps")
+    p.add_argument("--include", nargs="+", action="extend", metavar="VALUE", help="only the channels of these values get factors")
+    p.add_argument("--exclude", nargs="+", action="extend", metavar="VALUE", help="the channels of these values get none")
+    p.add_argument("--factors", metavar="FILE.npz", help="write the factors of every value")
+
+
+def _quantizers(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("quantizers")
+    for what, granularities in (("weight", GRANULARITIES), ("activation", GRANULARITIES[:2])):
+        group.add_argument(f"--{what}-bits", type=bits, default=8, metavar="BITS", help="2 to 16, or float; default: %(default)s")
+        group.add_argument(f"--{what}-granularity", choices=granularities, default=granularities[0], help="default: %(default)s")
+    group.add_argument("--group-size", type=int, metavar="N", help="input channels in a group, for per_group")
+    group.add_argument("--affine-weights", action="store_true", help="weights on affine grids, not symmetric ones")
+    group.add_argument("--symmetric-activations", action="store_true", help="activations on symmetric grids, not affine ones")
+
+
+def bits(text: str) -> int | None:
+    """A number of bits, or None for float."""
+    return None if text == "float" else int(text)
+
+
+def _report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--report", metavar="FILE.json", help="write all facts, with a row for every tensor")
+
+
+def _plot(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--plot", metavar="FILE.png", help="draw the ranges of all channels before and after (needs matplotlib)")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Texts: what the facts say to a reader.
+
+def demo_text(facts: Facts) -> Iterator[str]:
+    yield f"A small MobileNetV2 for handwritten digits: {facts['parameters']} parameters, {facts['degrees_of_freedom']} degrees of freedom."
+    yield (f"Calibrated on {facts['calibration_images']} images, measured on {facts['images']} others, of which the float network has "
+           f"{100 * facts['top1']:.1f} % right.")
+    yield ""
+    columns = [q["bits"] for q in facts["rows"][0]["quality"]]
+    yield " " * 11 + "".join(f"{f'W{n}A8':^13}" for n in columns) + "  largest range ratio  same"
+    yield f"{'method':11}" + "  top-1    dB" * len(columns) + "    weights    values  function   time"
+    for row in facts["rows"]:
+        cells = "".join(f"{100 * q['top1']:7.1f}{q['sqnr']:6.1f}" for q in row["quality"])
+        verdict = "" if row["verification"] is None else "yes" if row["verification"]["equal"] else "NO"
+        time = "" if row["verification"] is None else f"{row['seconds']:5.2f} s"
+        yield f"{row['name']:11}{cells}{row['weight_ratio']:11.0f}{row['value_ratio']:10.0f}  {verdict:8}{time:>7}".rstrip()
+    yield ""
+    yield "W6A8: weights in 6 bits, activations in 8, one step per tensor; top-1 in percent; dB: SQNR of the"
+    yield "logits; largest range ratio: among the channels of any one tensor; per-channel: no equalization,"
+    yield f"but one step per output channel of the weights; same function: verified on {facts['verified_images']} of the images."
+    if facts["plot"]:
+        yield f"figure written to {facts['plot']}"
+
+
+def inspect_text(facts: Facts) -> Iterator[str]:
+    layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
+    yield f"{facts['network']}: {facts['parameters']} parameters in {facts['dtype']}; {layers}"
+    yield from _batchnorm_text(facts)
+    yield f"{facts['degrees_of_freedom']} degrees of freedom"
+    yield ""
+    rows = [(v["name"], v["made_by"], "x".join(map(str, v["shape"])), f"{v['free']}/{v['shape'][0]}", v["pinned"] or "")
+            for v in facts["values"]]
+    yield from table(("value", "made by", "shape", "free", "pinned because"), rows, right=(2, 3))
+
+
+def fold_text(facts: Facts) -> Iterator[str]:
+    yield f"{_count(facts['folded'], 'BatchNorm')} folded"
+    yield from _batchnorm_text(facts)
+    yield from _verification_text(facts)
+
+
+def equalize_text(facts: Facts) -> Iterator[str]:
+    before, after = facts["before"], facts["after"]
+    yield facts["message"]
+    yield f"{facts['degrees_of_freedom']} degrees of freedom"
+    for key, what in (("weight_ratio", "weight channels"), ("value_ratio", "value channels")):
+        if key in before:
+            yield f"largest range ratio of {what}: {before[key]:.4g} -> {after[key]:.4g}"
+    for name in before.get("sqnr", ()):
+        yield f"{facts['quantizer']} SQNR of '{name}': {before['sqnr'][name]:.1f} -> {after['sqnr'][name]:.1f} dB, on {facts['data']}"
+    yield from _listed("pinned", facts["pinned"])
+    yield from _batchnorm_text(facts)
+    yield from _verification_text(facts)
+
+
+def quantize_text(facts: Facts) -> Iterator[str]:
+    for name, decibels in facts["sqnr"].items():
+        yield f"{facts['quantizer']} SQNR of '{name}': {decibels:.1f} dB, on {facts['data']}"
+    yield from _batchnorm_text(facts)
+    yield f"written to {facts['output']}"
+
+
+def verify_text(facts: Facts) -> Iterator[str]:
+    yield f"{facts['verification']['message']} (on {facts['verification']['data']})"
+
+
+def report_text(facts: Facts) -> Iterator[str]:
+    yield f"{facts['network']}, {facts['quantizer']}, {'on ' + facts['data'] if facts['data'] else 'weights only: values need --data'}"
+    yield from _batchnorm_text(facts)
+    yield ""
+    rows = [(t["kind"], t["name"], str(t["channels"]), str(t["dead"] or ""), f"{t['range_ratio']:.4g}", f"{t['weakest_bits']:.1f}",
+             f"{t['sqnr']:.1f}", t["pinned"] or "") for t in facts["tensors"]]
+    yield from table(("kind", "tensor", "channels", "dead", "range ratio", "weakest bits", "SQNR dB", "pinned because"), rows,
+                     right=(2, 3, 4, 5, 6))
+
+
+def _verification_text(facts: Facts) -> Iterator[str]:
+    yield from verify_text(facts)
+    yield f"written to {facts['output']}" if facts["output"] else "NOT written: this would be another function"
+
+
+def _batchnorm_text(facts: Facts) -> Iterator[str]:
+    if facts["foldable"]:
+        yield f"{_count(len(facts['foldable']), 'BatchNorm')} can be folded: eqfact fold, or --fold"
+    yield from _listed("not folded", facts["unfoldable"])
+
+
+def _listed(what: str, reasons: dict[str, str]) -> Iterator[str]:
+    for name in list(reasons)[:LISTED]:
+        yield f"{what}: '{name}', {reasons[name]}"
+    if len(reasons) > LISTED:
+        yield f"{what}: and {len(reasons) - LISTED} more, see --json"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
+    """Columns as wide as they must be, some set to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = zip(row, widths, strict=True)
+        yield "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(cells)).rstrip()
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("every method against every bit-width, on the bundled network", (_plot,), commands.run_demo, demo_text),
+    "inspect": Command("layers, shapes and degrees of freedom of a network, and what is pinned and why",
+                       (_network,), commands.run_inspect, inspect_text),
+    "fold": Command("fold BatchNorms into their neighbours, where that is exact",
+                    (_network, _output, _data), commands.run_fold, fold_text),
+    "equalize": Command("find factors and write the equivalent network",
+                        (_network, _output, _data, _fold, _method, _report, _plot, _quantizers), commands.run_equalize, equalize_text),
+    "quantize": Command("put weights and activations on grids",
+                        (_network, _output, _data, _fold, _report, _quantizers), commands.run_quantize, quantize_text),
+    "verify": Command("are two networks the same function, up to rounding", (_network, _other, _data), commands.run_verify, verify_text),
+    "report": Command("range ratio, weakest channel, noise and pins of every tensor",
+                      (_network, _data, _quantizers), commands.run_report, report_text),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What does each subcommand find out and do? From parsed arguments to *facts*: plain data, printed as they are with ``--json``.
+
+``facts["ok"]`` is the verdict. Networks and images are read first, files are written last, all of them or none; a network that
+is not the same function as the one given is never written. :mod:`eqfact.__main__` has the arguments, the texts and the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
+
+from eqfact import demo, files, report
+from eqfact.calibration import Statistics, calibrate
+from eqfact.channels import channels
+from eqfact.equalization import EqualizeResult, equalize
+from eqfact.folding import fold_batchnorm, folding_obstacles
+from eqfact.graph import Graph
+from eqfact.ops import BatchNorm, Weighted
+from eqfact.quantization import UniformQuantizer, quantize
+
+Args = argparse.Namespace
+Facts = dict[str, Any]
+Item = TypeVar("Item")
+
+#: What ``--method`` offers; those in ``DATA_FREE`` do without ``--data``.
+METHODS = ("cross_layer", "one_step", "two_step")
+DATA_FREE = ("cross_layer",)
+#: A rewritten network is verified on at most this many images; ``eqfact verify`` looks at all.
+VERIFIED = 4
+
+
+def run_demo(args: Args) -> Facts:
+    _check_outputs(args)
+    bundle = demo.load_bundle()
+    rows = list(_progress(demo.rows(bundle), "methods", len(demo.ROWS)))
+    before, after = (next(row.graph for row in rows if row.name == name) for name in ("none", "cross-layer"))
+    files.write_all({args.plot: partial(_plot, before, after, "cross-layer equalization of the bundled network")})
+    return {
+        "ok": all(row.verification for row in rows if row.verification is not None),
+        "parameters": _parameters(bundle.network), "images": len(bundle.labels), "calibration_images": len(bundle.calibration),
+        "verified_images": demo.VERIFIED, "top1": demo.top1(demo.logits(bundle.network, bundle.images), bundle.labels),
+        "degrees_of_freedom": channels(before).degrees_of_freedom, "plot": args.plot,
+        "rows": [{"name": r.name, "quality": [asdict(q) for q in r.quality], "weight_ratio": r.weight_ratio, "value_ratio": r.value_ratio,
+                  "verification": r.verification and asdict(r.verification), "seconds": r.seconds} for r in rows],
+    }
+
+
+def run_inspect(args: Args) -> Facts:
+    graph = files.load_network(args.network)
+    resolved = channels(graph)
+    pinned = resolved.pinned
+    made_by = dict.fromkeys(graph.inputs, "input") | {node.name: type(node.op).__name__ for node in graph.nodes}
+    return {
+        "ok": True, "network": args.network, "dtype": str(graph.dtype), "parameters": _parameters(graph),
+        "inputs": dict(graph.inputs), "outputs": {name: graph.shapes[name] for name in graph.outputs},
+        "layers": dict(Counter(made_by[node.name] for node in graph.nodes)),
+        "degrees_of_freedom": resolved.degrees_of_freedom, **_batchnorms(graph),
+        "values": [{"name": name, "made_by": made_by[name], "shape": shape, "free": int((resolved.labels[name] > 0).sum()),
+                    "pinned": pinned.get(name)} for name, shape in graph.shapes.items()],
+    }
+
+
+def run_fold(args: Args) -> Facts:
+    _check_outputs(args)
+    graph, images = _given(args)
+    folded = fold_batchnorm(graph)
+    facts = {"network": args.network, "folded": len(graph) - len(folded), **_batchnorms(folded), **_verification(graph, folded, images)}
+    return _written(facts, args, {args.output: partial(files.save_network, graph=folded)})
+
+
+def run_equalize(args: Args) -> Facts:
+    _check_outputs(args)
+    graph, images = _given(args)
+    start = fold_batchnorm(graph) if args.fold else graph
+    stats = _calibrated(args, start, images)
+    result = _equalized(args, start, stats)
+    facts = {"network": args.network, "method": "apply" if args.apply else args.method, "success": result.success,
+             "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
+             "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, **_batchnorms(start),
+             **_before_and_after(args, start, result, stats, images), **_verification(graph, result.graph, images)}
+    tensors = facts.pop("tensors")  # for the report file only
+    facts["ok"] = facts["ok"] and result.success
+    return _written(facts, args, {
+        args.factors: partial(files.save_factors, factorization=result.factorization),
+        args.plot: partial(_plot, start, result.graph, f"{os.path.basename(args.network)}: {facts['method']}"),
+        args.report: lambda path: _write_json(path, facts | {"tensors": tensors}),
+        args.output: partial(files.save_network, graph=result.graph)})
+
+
+def run_quantize(args: Args) -> Facts:
+    _check_outputs(args)
+    graph, images = _given(args)
+    if args.activation_bits is not None and not args.data:
+        args.refuse("the ranges of activations come from images: give --data FILE.npz, or --activation-bits float")
+    start = fold_batchnorm(graph) if args.fold else graph
+    stats = _calibrated(args, start, images)
+    quantized = _quantized(args, start, stats)
+    noise = _noise(start, quantized, images)
+    facts = {"ok": True, "network": args.network, "quantizer": _quantizer_name(args), "data": images.source,
+             "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start)}
+    return _written(facts, args, {
+        args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise)}),
+        args.output: partial(files.save_network, graph=quantized, quantized=True)})
+
+
+def run_verify(args: Args) -> Facts:
+    graph, images = _given(args)
+    other = files.load_network(args.other)
+    return {"network": args.network, "other": args.other, **_verification(graph, other, images, len(images))}
+
+
+def run_report(args: Args) -> Facts:
+    graph, images = _given(args)
+    stats = _calibrated(args, graph, images)
+    noise = _noise(graph, _quantized(args, graph, stats), images) if stats else {}
+    return {"ok": True, "network": args.network, "quantizer": _quantizer_name(args), "data": images.source if stats else None,
+            **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps that several commands share.
+
+def _check_outputs(args: Args) -> None:
+    if "output" in args:
+        files.network_kind(args.output)
+    files.check_outputs(getattr(args, name) for name in ("output", "factors", "report", "plot") if name in args)
+
+
+def _given(args: Args) -> tuple[Graph, files.Images]:
+    graph = files.load_network(args.network)
+    return graph, files.load_images(args.data, graph) if args.data else files.random_images(graph)
+
+
+def _parameters(graph: Graph) -> int:
+    """Weights and biases, shared ones once."""
+    ops = {id(node.op): node.op for node in graph.nodes if isinstance(node.op, Weighted)}
+    return sum(op.weight.size + (0 if op.bias is None else op.bias.size) for op in ops.values())
+
+
+def _batchnorms(graph: Graph) -> Facts:
+    """The BatchNorms that can be folded, and those that cannot, with the reason."""
+    stay = folding_obstacles(graph)
+    return {"foldable": [node.name for node in graph.nodes if isinstance(node.op, BatchNorm) and node.name not in stay], "unfoldable": stay}
+
+
+def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | None:
+    """Statistics over the images that the user gave; random numbers would say nothing about ranges."""
+    return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
+
+
+def _equalized(args: Args, graph: Graph, stats: Statistics | None) -> EqualizeResult:
+    given = {name: getattr(args, name) for name in ("max_factor", "tol", "max_iter", "include", "exclude")}
+    options = {name: value for name, value in given.items() if value is not None} | ({"preactivation": True} if args.preactivation else {})
+    if args.apply:
+        if options:
+            args.refuse(f"--apply takes the factors as they are: leave out --{next(iter(options)).replace('_', '-')}")
+        factorization = files.load_factors(args.apply, graph)
+        factorization = factorization.power_of_two() if args.exact else factorization
+        return EqualizeResult(factorization.apply(graph), factorization, True, f"factors of '{args.apply}' applied", 0, (),
+                              factorization.channels.pinned)
+    if stats is None and args.method not in DATA_FREE:
+        args.refuse(f"--method {args.method} needs the ranges of activations: give --data FILE.npz")
+    return equalize(graph, args.method, stats=stats, exact=args.exact, **options)
+
+
+def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images) -> Facts:
+    """What equalization changed: range ratios and, on images, the noise of the quantized network."""
+    facts: Facts = {"quantizer": _quantizer_name(args), "data": images.source if stats else None, "tensors": {}}
+    for side, graph in (("before", start), ("after", result.graph)):
+        of = result.factorization.apply(stats) if stats and side == "after" else stats
+        measured: Facts = {"weight_ratio": report.largest_ratio(report.weight_ranges(graph))}
+        noise: dict[str, float] = {}
+        if of is not None:
+            noise = _noise(graph, _quantized(args, graph, of), images)
+            measured["value_ratio"] = report.largest_ratio(report.value_ranges(graph, of))
+            measured["sqnr"] = {name: noise[name] for name in graph.outputs}
+        facts[side] = measured
+        facts["tensors"][side] = _tensors(args, graph, of, noise) if args.report else []
+    return facts
+
+
+def _verification(graph: Graph, other: Graph, images: files.Images, count: int = VERIFIED) -> Facts:
+    images = images.first(count)
+    verdict = report.verify_batches(graph, other, _progress(images.batches(), "verifying"))
+    return {"ok": verdict.equal, "verification": {**asdict(verdict), "data": images.source}}
+
+
+def _written(facts: Facts, args: Args, writers: Mapping[str | None, Callable[[str], object]]) -> Facts:
+    """The facts, after the files are written, unless a verdict forbids it."""
+    facts["output"] = args.output
+    if "verification" in facts and not facts["verification"]["equal"]:
+        return facts | {"output": None}
+    files.write_all(writers)
+    return facts
+
+
+def _quantizers(args: Args) -> tuple[UniformQuantizer | None, UniformQuantizer | None]:
+    """For weights and for activations; None leaves them in float."""
+    weights = activations = None
+    if args.weight_bits is not None:
+        weights = UniformQuantizer(bits=args.weight_bits, symmetric=not args.affine_weights, granularity=args.weight_granularity,
+                                   group_size=args.group_size)
+    if args.activation_bits is not None:
+        activations = UniformQuantizer(bits=args.activation_bits, symmetric=args.symmetric_activations,
+                                       granularity=args.activation_granularity)
+    return weights, activations
+
+
+def _quantized(args: Args, graph: Graph, stats: Statistics | None) -> Graph:
+    weights, activations = _quantizers(args)
+    return quantize(graph, weights=weights, activations=activations, stats=stats)
+
+
+def _quantizer_name(args: Args) -> str:
+    """For instance ``W8A8``, or ``W4A32, weights per_channel``."""
+    ways = [f"{what} {way}" for what, way in (("weights", args.weight_granularity), ("activations", args.activation_granularity))
+            if way != "per_tensor"]
+    return ", ".join([f"W{args.weight_bits or 32}A{args.activation_bits or 32}", *ways])
+
+
+def _noise(graph: Graph, quantized: Graph, images: files.Images) -> dict[str, float]:
+    return report.local_sqnr(graph, quantized, _progress(images.batches(), "measuring"))
+
+
+def _tensors(args: Args, graph: Graph, stats: Statistics | None, noise: Mapping[str, float]) -> list[Facts]:
+    """The rows of the report on what is quantized: weights and, with images, values."""
+    weights, activations = _quantizers(args)
+    rows = report.weight_report(graph, weights) if weights else []
+    if activations and stats:
+        rows += report.value_report(graph, stats, noise, activations.bits)
+    return [asdict(row) for row in rows]
+
+
+def _plot(before: Graph, after: Graph, title: str, path: str) -> None:
+    from eqfact.plotting import plot_ranges
+    plot_ranges(before, after, path, title=title)
+
+
+def _write_json(path: str, facts: Facts) -> None:
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(as_json(facts, indent=1) + "\n")
+
+
+def as_json(facts: Facts, indent: int | None = None) -> str:
+    """Standard JSON: numbers that are not finite become the strings ``"inf"`` and ``"-inf"``.
+
+    >>> as_json({"sqnr": math.inf, "shape": (3, 8)})
+    '{"sqnr": "inf", "shape": [3, 8]}'
+    """
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(facts), allow_nan=False, indent=indent)
+
+
+def _progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """A bar on stderr, if that is a terminal, tqdm is installed, and it takes longer than a second."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    bar: Iterable[Item] = tqdm(items, what, total, leave=False, delay=1, disable=not sys.stderr.isatty(), file=sys.stderr)
+    return bar
