@@ -88,6 +88,7 @@ def _method(p: argparse.ArgumentParser) -> None:
     how.add_argument("--apply", metavar="FACTORS.npz", help="no method: the factors that --factors wrote")
     p.add_argument("--exact", action="store_true", help="powers of two only: the outputs stay bit for bit the same")
     p.add_argument("--max-factor", type=float, metavar="F", help="bound on the factors")
+    p.add_argument("--harmless", action="store_true", help="return the network as it is where the expected noise would not fall")
     p.add_argument("--preactivation", action="store_true", help="the paper's optional limit by the range before the activation")
     p.add_argument("--tol", type=float, metavar="T", help="converged when no |log factor| moves by more")
     p.add_argument("--max-iter", type=int, metavar="N", help="at most so many sweeps")
@@ -128,17 +129,17 @@ def demo_text(facts: Facts) -> Iterator[str]:
            f"{100 * facts['top1']:.1f} % right.")
     yield ""
     columns = [q["bits"] for q in facts["rows"][0]["quality"]]
-    yield " " * 11 + "".join(f"{f'W{n}A8':^13}" for n in columns) + "  largest range ratio  same"
-    yield f"{'method':11}" + "  top-1    dB" * len(columns) + "    weights    values  function   time"
+    yield " " * 30 + "".join(f"{f'W{n}A8':^12}" for n in columns) + "    range ratio  same"
+    yield f"{'method':30}" + " top-1    dB" * len(columns) + "  weights values func.   time"
     for row in facts["rows"]:
-        cells = "".join(f"{100 * q['top1']:7.1f}{q['sqnr']:6.1f}" for q in row["quality"])
+        cells = "".join(f"{100 * q['top1']:6.1f}{q['sqnr']:6.1f}" for q in row["quality"])
         verdict = "" if row["verification"] is None else "yes" if row["verification"]["equal"] else "NO"
         time = "" if row["verification"] is None else f"{row['seconds']:5.2f} s"
-        yield f"{row['name']:11}{cells}{row['weight_ratio']:11.0f}{row['value_ratio']:10.0f}  {verdict:8}{time:>7}".rstrip()
+        yield f"{row['name']:30}{cells}{row['weight_ratio']:9.0f}{row['value_ratio']:7.0f} {verdict:5}{time:>7}".rstrip()
     yield ""
-    yield "W6A8: weights in 6 bits, activations in 8, one step per tensor; top-1 in percent; dB: SQNR of the"
-    yield "logits; largest range ratio: among the channels of any one tensor; per-channel: no equalization,"
-    yield f"but one step per output channel of the weights; same function: verified on {facts['verified_images']} of the images."
+    yield "W6A8: weights in 6 bits, activations in 8, one step per tensor; top-1 in percent; dB: SQNR of the logits; range"
+    yield "ratio: the largest among the channels of any one tensor; per-channel: no equalization, but one step per output"
+    yield f"channel of the weights; func.: verified to be the same function on {facts['verified_images']} of the images; optimal: for W8A8."
     if facts["plot"]:
         yield f"figure written to {facts['plot']}"
 
@@ -167,6 +168,8 @@ def equalize_text(facts: Facts) -> Iterator[str]:
     for key, what in (("weight_ratio", "weight channels"), ("value_ratio", "value channels")):
         if key in before:
             yield f"largest range ratio of {what}: {before[key]:.4g} -> {after[key]:.4g}"
+    if facts["predicted_sqnr"]:
+        yield f"{facts['quantizer']} SQNR expected: {facts['predicted_sqnr'][0]:.1f} -> {facts['predicted_sqnr'][1]:.1f} dB"
     for name in before.get("sqnr", ()):
         yield f"{facts['quantizer']} SQNR of '{name}': {before['sqnr'][name]:.1f} -> {after['sqnr'][name]:.1f} dB, on {facts['data']}"
     yield from _listed("pinned", facts["pinned"])

@@ -23,6 +23,7 @@ from eqfact.channels import channels
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.graph import Graph
+from eqfact.noise import Sensitivities, forward_sensitivities, gradient_sensitivities
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, quantize
 
@@ -31,8 +32,10 @@ Facts = dict[str, Any]
 Item = TypeVar("Item")
 
 #: What ``--method`` offers; those in ``DATA_FREE`` do without ``--data``.
-METHODS = ("cross_layer", "one_step", "two_step")
+METHODS = ("cross_layer", "one_step", "two_step", "optimal")
 DATA_FREE = ("cross_layer",)
+#: The expected noise is weighed with gradients on at most this many images.
+SENSED = 10
 #: A rewritten network is verified on at most this many images; ``eqfact verify`` looks at all.
 VERIFIED = 4
 
@@ -81,10 +84,11 @@ def run_equalize(args: Args) -> Facts:
     graph, images = _given(args)
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
-    result = _equalized(args, start, stats)
+    result = _equalized(args, start, stats, images)
     facts = {"network": args.network, "method": "apply" if args.apply else args.method, "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
-             "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, **_batchnorms(start),
+             "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
+             "predicted_sqnr": result.predicted, **_batchnorms(start),
              **_before_and_after(args, start, result, stats, images), **_verification(graph, result.graph, images)}
     tensors = facts.pop("tensors")  # for the report file only
     facts["ok"] = facts["ok"] and result.success
@@ -156,9 +160,10 @@ def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | 
     return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
 
 
-def _equalized(args: Args, graph: Graph, stats: Statistics | None) -> EqualizeResult:
+def _equalized(args: Args, graph: Graph, stats: Statistics | None, images: files.Images) -> EqualizeResult:
     given = {name: getattr(args, name) for name in ("max_factor", "tol", "max_iter", "include", "exclude")}
-    options = {name: value for name, value in given.items() if value is not None} | ({"preactivation": True} if args.preactivation else {})
+    options = {name: value for name, value in given.items() if value is not None} | (
+        {name: True for name in ("preactivation", "harmless") if getattr(args, name)})
     if args.apply:
         if options:
             args.refuse(f"--apply takes the factors as they are: leave out --{next(iter(options)).replace('_', '-')}")
@@ -168,7 +173,18 @@ def _equalized(args: Args, graph: Graph, stats: Statistics | None) -> EqualizeRe
                               factorization.channels.pinned)
     if stats is None and args.method not in DATA_FREE:
         args.refuse(f"--method {args.method} needs the ranges of activations: give --data FILE.npz")
+    if stats is not None and args.weight_granularity != "per_group":
+        weights, activations = _quantizers(args)
+        options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images)}
     return equalize(graph, args.method, stats=stats, exact=args.exact, **options)
+
+
+def _sensitivities(graph: Graph, stats: Statistics, images: files.Images) -> Sensitivities:
+    """By gradients on some of the images; from the statistics alone if an op has no gradient."""
+    try:
+        return gradient_sensitivities(graph, _progress(images.first(SENSED).batches(), "gradients"))
+    except TypeError:
+        return forward_sensitivities(graph, stats)
 
 
 def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images) -> Facts:

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from eqfact import serialization
 from eqfact.calibration import Statistics, calibrate
+from eqfact.correction import correct_bias
 from eqfact.equalization import equalize
 from eqfact.folding import fold_batchnorm
 from eqfact.graph import Graph, forward
 from eqfact.metrics import Verification, sqnr, verify
+from eqfact.noise import gradient_sensitivities
 from eqfact.ops.base import Array
 from eqfact.quantization import UniformQuantizer, quantize
 from eqfact.report import largest_ratio, value_ranges, weight_ranges
@@ -31,13 +33,19 @@ WHITE = np.float32(16)
 BITS = (8, 6, 5, 4)
 #: Images in a batch, and how many of the held-out ones each network is verified on.
 BATCH, VERIFIED = 120, 40
-#: Row, method, granularity of the weights.
-ROWS: tuple[tuple[str, str | None, str], ...] = (
-    ("none", None, "per_tensor"),
-    ("one-step", "one_step", "per_tensor"),
-    ("two-step", "two_step", "per_tensor"),
-    ("cross-layer", "cross_layer", "per_tensor"),
-    ("per-channel", None, "per_channel"),
+#: Images that the sensitivities of "optimal" are measured on.
+SENSED = 16
+#: Row, method, granularity of the weights, whether biases are corrected.
+ROWS: tuple[tuple[str, str | None, str, bool], ...] = (
+    ("none", None, "per_tensor", False),
+    ("one-step", "one_step", "per_tensor", False),
+    ("two-step", "two_step", "per_tensor", False),
+    ("cross-layer", "cross_layer", "per_tensor", False),
+    ("optimal", "optimal", "per_tensor", False),
+    ("per-channel", None, "per_channel", False),
+    ("cross-layer + bias correction", "cross_layer", "per_tensor", True),
+    ("optimal + bias correction", "optimal", "per_tensor", True),
+    ("per-channel + bias correction", None, "per_channel", True),
 )
 
 
@@ -94,15 +102,16 @@ def rows(bundle: Bundle) -> Iterator[Row]:
     folded = fold_batchnorm(bundle.network)
     stats = calibrate(folded, bundle.calibration)
     truth = logits(bundle.network, bundle.images)
-    for name, method, granularity in ROWS:
+    for name, method, granularity, corrected in ROWS:
         graph, of, verification, seconds = folded, stats, None, 0.0
         if method is not None:
             start = perf_counter()
-            result = equalize(folded, method, stats=stats)
+            sensed = gradient_sensitivities(folded, [bundle.calibration[:SENSED]]) if method == "optimal" else None
+            result = equalize(folded, method, stats=stats, sensitivities=sensed)
             seconds = perf_counter() - start
             graph, of = result.graph, result.factorization.apply(stats)
             verification = verify(bundle.network, graph, bundle.images[:VERIFIED])
-        quality = tuple(_quality(graph, of, UniformQuantizer(bits=n, granularity=granularity), bundle, truth) for n in BITS)
+        quality = tuple(_quality(graph, of, UniformQuantizer(bits=n, granularity=granularity), bundle, truth, corrected) for n in BITS)
         yield Row(name, quality, largest_ratio(weight_ranges(graph)), largest_ratio(value_ranges(graph, of)), verification, seconds, graph)
 
 
@@ -116,7 +125,9 @@ def top1(outputs: Array, labels: npt.NDArray[np.uint8]) -> float:
     return float((outputs.argmax(axis=1) == labels).mean())
 
 
-def _quality(graph: Graph, stats: Statistics, weights: UniformQuantizer, bundle: Bundle, truth: Array) -> Quality:
+def _quality(graph: Graph, stats: Statistics, weights: UniformQuantizer, bundle: Bundle, truth: Array, corrected: bool) -> Quality:
     quantized = quantize(graph, stats=stats, weights=weights, activations=UniformQuantizer(bits=8, symmetric=False))
+    if corrected:
+        quantized = correct_bias(graph, quantized, bundle.calibration).graph
     outputs = logits(quantized, bundle.images)
     return Quality(weights.bits, top1(outputs, bundle.labels), sqnr(truth, outputs))

@@ -44,8 +44,8 @@ class Maker:
 
 def plain(m: Maker) -> eq.Graph:
     """conv - relu - conv - relu - dense."""
-    return eq.Graph.chain((3, 6, 6), conv1=m.conv(4, 3, 3, 3, stride=2, padding=1), act1=eq.ReLU(), conv2=m.conv(5, 4, 2, 2), act2=eq.ReLU(),
-                          flat=eq.Flatten(), fc=m.dense(3, 20))
+    return eq.Graph.chain((3, 6, 6), conv1=m.conv(4, 3, 3, 3, stride=2, padding=1), act1=eq.ReLU(),
+                          conv2=m.conv(5, 4, 2, 2), act2=eq.ReLU(), flat=eq.Flatten(), fc=m.dense(3, 20))
 
 
 def mobile(m: Maker) -> eq.Graph:
@@ -108,7 +108,8 @@ def grouped(m: Maker) -> eq.Graph:
         eq.Node("shuffle", eq.Permute((0, 3, 1, 4, 2, 5)), ["act_a"]),
         eq.Node("b", m.conv(6, 2, 3, 2, groups=3, padding=1), ["shuffle"]), eq.Node("act_b", eq.ReLU(), ["b"]),
         eq.Node("half", eq.Slice(2, 6), ["act_b"]),
-        eq.Node("up", eq.ConvTranspose(m.weight(4, 2, 2, 2), m.vector(4), stride=2, groups=2), ["half"]), eq.Node("act_c", eq.ReLU(), ["up"]),
+        eq.Node("up", eq.ConvTranspose(m.weight(4, 2, 2, 2), m.vector(4), stride=2, groups=2), ["half"]),
+        eq.Node("act_c", eq.ReLU(), ["up"]),
         eq.Node("pool", eq.AvgPool(2), ["act_c"]), eq.Node("pad", eq.Pad(1), ["pool"]),
         eq.Node("out", m.conv(2, 4, 3, 3), ["pad"]),
         eq.Node("rest", eq.Slice(-6, -4), ["act_b"]), eq.Node("side", m.conv(1, 2, 1, 1), ["rest"]),

@@ -19,8 +19,8 @@ def direct(value):
     """Statistics by the book, channel by channel."""
     entries = [value[:, c].astype(np.float64).ravel() for c in range(value.shape[1])]
     return {
-        "min": [e.min() for e in entries], "max": [e.max() for e in entries], "mean": [e.mean() for e in entries],
-        "mean_square": [(e**2).mean() for e in entries], "variance": [e.var() for e in entries], "max_abs": [np.abs(e).max() for e in entries],
+        "min": [e.min() for e in entries], "max": [e.max() for e in entries], "max_abs": [np.abs(e).max() for e in entries],
+        "mean": [e.mean() for e in entries], "mean_square": [(e**2).mean() for e in entries], "variance": [e.var() for e in entries],
     }
 
 
@@ -139,7 +139,7 @@ def test_statistics_of_an_unknown_value_are_refused():
 def test_statistics_of_different_networks_do_not_add_up():
     a = eq.calibrate(BY_NAME["chain"].graph, np.ones((1, 2)))
     b = eq.calibrate(BY_NAME["one layer"].graph, np.ones((1, 2)))
-    with pytest.raises(ValueError, match="statistics of different networks do not add up: values .* are in one only"):
+    with pytest.raises(ValueError, match=r"statistics of different networks do not add up: values .* are in one only"):
         _ = a + b
 
 

@@ -187,3 +187,14 @@ def test_an_activation_used_twice_ties_nothing():
     x = np.random.default_rng(0).normal(size=(6, 2)) * 5
     factors = eq.Factorization.of(graph, {"act1": [1.0, 2.0, 4.0], "act2": [0.5, 8.0, 1.0, 2.0]})
     laws.rescaling_multiplies_every_value_by_its_factor(graph, factors, x)
+
+
+def test_a_conv_without_bias_used_twice_is_tied_a_little_more_than_it_must():
+    """One common factor could move from one use to the other; a label cannot say "twice as much as that one", so it is refused."""
+    rng = np.random.default_rng(0)
+    twice = eq.Conv(rng.normal(size=(3, 2, 1)))
+    nodes = [eq.Node("a", conv(2, 2, axes=1), ["x"]), eq.Node("b", conv(2, 2, axes=1), ["x"]), eq.Node("of_a", twice, ["a"]),
+             eq.Node("of_b", twice, ["b"]), eq.Node("cat", eq.Concat(), ["of_a", "of_b"]), eq.Node("head", conv(1, 6, axes=1), ["cat"])]
+    graph = eq.Graph({"x": (2, 4)}, nodes, ["head"])
+    with pytest.raises(AssertionError, match="5 factors are called free, the equations leave 6 free"):
+        laws.degrees_of_freedom_are_maximal(graph, rng.normal(size=(20, 2, 4)))

@@ -97,7 +97,8 @@ def test_an_op_used_twice_stays_one_op():
 
 
 def test_the_weights_are_multiplied_on_the_output_side_and_divided_on_the_input_side():
-    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[1.0], [3.0]]), np.array([5.0, 7.0])), act=eq.ReLU(), fc2=eq.Dense(np.array([[1.0, 3.0]]), np.ones(1)))
+    graph = eq.Graph.chain((1,), fc1=eq.Dense(np.array([[1.0], [3.0]]), np.array([5.0, 7.0])), act=eq.ReLU(),
+                           fc2=eq.Dense(np.array([[1.0, 3.0]]), np.ones(1)))
     rescaled = eq.Factorization.of(graph, {"act": [2.0, 0.5]}).apply(graph)
     assert np.array_equal(rescaled["fc1"].op.weight, [[2.0], [1.5]])
     assert np.array_equal(rescaled["fc1"].op.bias, [10.0, 3.5])
@@ -204,9 +205,12 @@ CHAIN, RESIDUAL, FLAT, JOINED = (BY_NAME[name].graph for name in ("chain", "resi
     (CHAIN, {"act": [np.inf, 1.0, 1.0]}, "value 'act', channel 0: factors must be positive and finite, got inf"),
     (CHAIN, {"x": [1.0, 2.0]}, r"value 'x', channel 1: this channel keeps the factor 1 \(network input 'x'\), got 2"),
     (CHAIN, {"fc2": [0.5, 1.0]}, r"value 'fc2', channel 0: this channel keeps the factor 1 \(network output 'fc2'\), got 0.5"),
-    (CHAIN, {"fc1": [1.0, 2.0, 3.0], "act": [1.0, 2.0, 4.0]}, "value 'act', channel 2: this channel is tied to one of 'fc1' with factor 3, got 4"),
-    (CHAIN, {"fc1": [1.0, 2.0, 3.0], "act": [1.0, 1.0, 1.0]}, "value 'act', channel 1: this channel is tied to one of 'fc1' with factor 2, got 1"),
-    (RESIDUAL, {"stem": [2.0] * 4, "narrow": [1.0] * 4}, "value 'narrow', channel 0: this channel is tied to one of 'stem' with factor 2, got 1"),
+    (CHAIN, {"fc1": [1.0, 2.0, 3.0], "act": [1.0, 2.0, 4.0]},
+     "value 'act', channel 2: this channel is tied to one of 'fc1' with factor 3, got 4"),
+    (CHAIN, {"fc1": [1.0, 2.0, 3.0], "act": [1.0, 1.0, 1.0]},
+     "value 'act', channel 1: this channel is tied to one of 'fc1' with factor 2, got 1"),
+    (RESIDUAL, {"stem": [2.0] * 4, "narrow": [1.0] * 4},
+     "value 'narrow', channel 0: this channel is tied to one of 'stem' with factor 2, got 1"),
     (FLAT, {"flat": [2.0] * 5 + [3.0] * 7}, "value 'flat', channel 5: this channel is tied to one of 'flat' with factor 2, got 3"),
     (JOINED, {"cat": [1.0, 2.0, 3.0, 1.0, 2.0, 4.0]}, "value 'cat', channel 5: this channel is tied to one of 'cat' with factor 3, got 4"),
 ])
@@ -227,7 +231,7 @@ def test_an_unknown_value_has_no_factor():
 
 def test_a_factorization_of_another_network_is_refused():
     f = some(RESIDUAL)
-    with pytest.raises(ValueError, match="this factorization belongs to another network: values .* are in one only"):
+    with pytest.raises(ValueError, match=r"this factorization belongs to another network: values .* are in one only"):
         f.apply(CHAIN)
     with pytest.raises(ValueError, match="factorizations of different networks do not compose"):
         _ = f @ eq.Factorization.identity(CHAIN)
@@ -262,6 +266,6 @@ def test_a_factorization_cannot_be_made_of_bad_factors(value):
 def test_overflowing_weights_are_refused_with_the_name_of_the_node():
     graph = eq.Graph.chain((1,), fc1=eq.Dense(np.full((1, 1), 1e38, np.float32)), fc2=eq.Dense(np.ones((1, 1), np.float32)))
     f = eq.Factorization.of(graph, {"fc1": [16.0]})
-    with pytest.raises(ValueError, match="node 'fc1': the rescaled weight overflows float32: .*; use smaller factors"):
+    with pytest.raises(ValueError, match=r"node 'fc1': the rescaled weight overflows float32: .*; use smaller factors"):
         f.apply(graph)
     assert graph["fc1"].op.weight == np.float32(1e38)  # nothing changed

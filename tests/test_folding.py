@@ -319,7 +319,8 @@ def normalized(graph, m):
     nodes = []
     for node in graph:
         if isinstance(node.op, eq.Weighted):
-            nodes += [eq.Node(f"{node.name}.raw", node.op, node.inputs), eq.Node(node.name, m.batchnorm(graph.shapes[node.name][0]), [f"{node.name}.raw"])]
+            nodes.append(eq.Node(f"{node.name}.raw", node.op, node.inputs))
+            nodes.append(eq.Node(node.name, m.batchnorm(graph.shapes[node.name][0]), [f"{node.name}.raw"]))
         else:
             nodes.append(node)
     return eq.Graph(dict(graph.inputs), nodes, graph.outputs)

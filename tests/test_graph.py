@@ -71,7 +71,8 @@ def test_the_order_of_nodes_does_not_matter(drawn, random):
 
 
 def test_every_order_of_a_small_network_is_the_same_network():
-    nodes = [Node("a", eq.ReLU(), ["x"]), Node("b", eq.LeakyReLU(0.5), ["x"]), Node("c", eq.Add(), ["a", "b"]), Node("d", eq.Concat(), ["c", "a"])]
+    nodes = [Node("a", eq.ReLU(), ["x"]), Node("b", eq.LeakyReLU(0.5), ["x"]), Node("c", eq.Add(), ["a", "b"]),
+             Node("d", eq.Concat(), ["c", "a"])]
     x = np.array([[-2.0, 3.0]])
     for order in itertools.permutations(nodes):
         assert np.array_equal(eq.forward(Graph({"x": (2,)}, order, ["d"]), x), [[-1.0, 6.0, 0.0, 3.0]])
@@ -185,8 +186,10 @@ weight = np.ones((4, 3, 3, 3))
 
 @pytest.mark.parametrize(("make", "error", "message"), [
     # names
-    (lambda: Graph(x2, [Node("a", eq.ReLU(), ["nope"])], ["a"]), ValueError, "node 'a' reads 'nope', which is neither an input nor a node; known are a, x"),
-    (lambda: Graph(x2, [relu, Node("a", eq.ReLU(), ["x"])], ["a"]), ValueError, "node 'a': this name is taken already; every value needs its own"),
+    (lambda: Graph(x2, [Node("a", eq.ReLU(), ["nope"])], ["a"]), ValueError,
+     "node 'a' reads 'nope', which is neither an input nor a node; known are a, x"),
+    (lambda: Graph(x2, [relu, Node("a", eq.ReLU(), ["x"])], ["a"]), ValueError,
+     "node 'a': this name is taken already; every value needs its own"),
     (lambda: Graph(x2, [Node("x", eq.ReLU(), ["x"])], ["x"]), ValueError, "node 'x': this name is taken already"),
     (lambda: Graph.chain((2,), x=eq.ReLU()), ValueError, "node 'x': this name is taken already"),
     (lambda: Graph(x2, [relu], ["nope"]), ValueError, "output 'nope' is not a value of the network; its values are a, x"),
@@ -201,7 +204,8 @@ weight = np.ones((4, 3, 3, 3))
     (lambda: BY_NAME["chain"].graph["nope"], KeyError, "no node makes 'nope'; nodes are act, fc1, fc2"),
     (lambda: BY_NAME["chain"].graph.with_ops({"nope": eq.ReLU()}), ValueError, "no node is called 'nope'; nodes are act, fc1, fc2"),
     # cycles
-    (lambda: Graph(x2, [Node("a", eq.Add(), ["x", "b"]), Node("b", eq.ReLU(), ["a"])], ["b"]), ValueError, "the nodes form a cycle: (a -> b -> a|b -> a -> b)"),
+    (lambda: Graph(x2, [Node("a", eq.Add(), ["x", "b"]), Node("b", eq.ReLU(), ["a"])], ["b"]), ValueError,
+     "the nodes form a cycle: (a -> b -> a|b -> a -> b)"),
     (lambda: Graph(x2, [Node("a", eq.Add(), ["x", "a"])], ["a"]), ValueError, "the nodes form a cycle: a -> a"),
     # input shapes
     (lambda: Graph({"x": ()}, [], ["x"]), ValueError, "input 'x' needs a shape .C, .spatial. of positive integers, without the batch, got"),
@@ -220,16 +224,22 @@ weight = np.ones((4, 3, 3, 3))
      "node 'add1': Add needs equal channel counts, got 16 and 24"),
     (lambda: Graph({"x": (2, 4), "y": (2, 3)}, [Node("a", eq.Add(), ["x", "y"])], ["a"]), ValueError,
      "node 'a': Add needs equal spatial shapes, got .4,. and .3,."),
-    (lambda: Graph({"x": (2, 4), "y": (2,)}, [Node("a", eq.Mul(), ["x", "y"])], ["a"]), ValueError, "node 'a': Mul needs values with equally many axes"),
+    (lambda: Graph({"x": (2, 4), "y": (2,)}, [Node("a", eq.Mul(), ["x", "y"])], ["a"]), ValueError,
+     "node 'a': Mul needs values with equally many axes"),
     (lambda: Graph({"x": (2, 4), "y": (2, 3)}, [Node("a", eq.Concat(), ["x", "y"])], ["a"]), ValueError,
      "node 'a': Concat needs equal spatial shapes, got .4,. and .3,."),
-    (lambda: Graph.chain((5,), fc=eq.Dense(np.ones((2, 3)))), ValueError, r"node 'fc': Dense weight \(2, 3\) needs 3 input channels, got 5"),
+    (lambda: Graph.chain((5,), fc=eq.Dense(np.ones((2, 3)))), ValueError,
+     r"node 'fc': Dense weight \(2, 3\) needs 3 input channels, got 5"),
     (lambda: Graph.chain((3, 4), fc=eq.Dense(np.ones((2, 3)))), ValueError, r"node 'fc': Dense reads \(N, 3\), .*; put Flatten before it"),
-    (lambda: Graph.chain((4, 8, 8), conv=eq.Conv(weight)), ValueError, r"node 'conv': Conv weight \(4, 3, 3, 3\) with 1 groups needs 3 input channels, got 4"),
-    (lambda: Graph.chain((4, 8, 8), conv=eq.Conv(weight, groups=2)), ValueError, "node 'conv': Conv weight .* with 2 groups needs 6 input channels, got 4"),
+    (lambda: Graph.chain((4, 8, 8), conv=eq.Conv(weight)), ValueError,
+     r"node 'conv': Conv weight \(4, 3, 3, 3\) with 1 groups needs 3 input channels, got 4"),
+    (lambda: Graph.chain((4, 8, 8), conv=eq.Conv(weight, groups=2)), ValueError,
+     "node 'conv': Conv weight .* with 2 groups needs 6 input channels, got 4"),
     (lambda: Graph.chain((3, 8), conv=eq.Conv(weight)), ValueError, "node 'conv': Conv has a kernel over 2 spatial axes, its input has 1"),
-    (lambda: Graph.chain((3, 2, 2), conv=eq.Conv(weight)), ValueError, "node 'conv': Conv with kernel .3, 3. .* does not fit into spatial shape .2, 2."),
-    (lambda: Graph.chain((3, 1, 1), up=eq.ConvTranspose(weight, padding=2)), ValueError, "node 'up': ConvTranspose with padding 2 leaves spatial shape"),
+    (lambda: Graph.chain((3, 2, 2), conv=eq.Conv(weight)), ValueError,
+     "node 'conv': Conv with kernel .3, 3. .* does not fit into spatial shape .2, 2."),
+    (lambda: Graph.chain((3, 1, 1), up=eq.ConvTranspose(weight, padding=2)), ValueError,
+     "node 'up': ConvTranspose with padding 2 leaves spatial shape"),
     (lambda: Graph.chain((3,), bn=eq.BatchNorm(*np.ones((4, 2)))), ValueError, "node 'bn': BatchNorm has 2 channels, got 3"),
     (lambda: Graph.chain((3,), act=eq.PReLU(np.ones(2))), ValueError, "node 'act': PReLU has 2 slopes for 3 channels"),
     (lambda: Graph.chain((3,), act=eq.Clip(np.zeros(2), 1.0)), ValueError, "node 'act': Clip low has 2 bounds for 3 channels"),
@@ -238,7 +248,8 @@ weight = np.ones((4, 3, 3, 3))
     (lambda: Graph.chain((3,), pad=eq.Pad(1)), ValueError, "node 'pad': Pad needs spatial axes"),
     (lambda: Graph.chain((3,), up=eq.Upsample(2)), ValueError, "node 'up': Upsample needs spatial axes"),
     (lambda: Graph.chain((3, 2, 2), pool=eq.MaxPool(3)), ValueError, "node 'pool': MaxPool with kernel .3, 3. .* does not fit"),
-    (lambda: Graph.chain((3, 8, 8), pool=eq.AvgPool(2, padding=2)), ValueError, "node 'pool': AvgPool padding .* must be smaller than the kernel"),
+    (lambda: Graph.chain((3, 8, 8), pool=eq.AvgPool(2, padding=2)), ValueError,
+     "node 'pool': AvgPool padding .* must be smaller than the kernel"),
     (lambda: Graph.chain((3, 8, 8), pool=eq.MaxPool((2, 2, 2))), ValueError, "node 'pool': kernel has 3 entries .* for 2 spatial axes"),
     (lambda: Graph.chain((3, 8, 8), pad=eq.Pad((1, 1, 1))), ValueError, "node 'pad': padding has 3 entries .* for 2 spatial axes"),
     (lambda: Graph.chain((3,), some=eq.Slice(1, 5)), ValueError, r"node 'some': Slice\(1, 5\) does not fit 3 channels"),
@@ -246,7 +257,8 @@ weight = np.ones((4, 3, 3, 3))
     (lambda: Graph.chain((3,), some=eq.Slice(-4, 2)), ValueError, r"node 'some': Slice\(-4, 2\) does not fit 3 channels"),
     (lambda: Graph.chain((3,), mix=eq.Permute((1, 0))), ValueError, "node 'mix': Permute orders 2 channels, got 3"),
     (lambda: Graph.chain((3, 2), turn=eq.Transpose((0, 1, 2))), ValueError, "node 'turn': Transpose orders 3 axes, got a value of shape"),
-    (lambda: Graph.chain((5,), space=eq.Unflatten((2, 3))), ValueError, r"node 'space': Unflatten to \(2, 3\) reads \(N, 6\), got a value of shape \(5,\)"),
+    (lambda: Graph.chain((5,), space=eq.Unflatten((2, 3))), ValueError,
+     r"node 'space': Unflatten to \(2, 3\) reads \(N, 6\), got a value of shape \(5,\)"),
     (lambda: Graph.chain((3,), prob=eq.Softmax(2)), ValueError, r"node 'prob': Softmax axis 2 is none of a value \(N, 3\)"),
     (lambda: Graph.chain((3,), prob=eq.Softmax(-2)), ValueError, "node 'prob': Softmax axis -2 is none of a value"),
 ])

@@ -35,12 +35,13 @@ def dense(out: int, inner: int) -> eq.Dense:
     return eq.Dense(RNG.normal(size=(out, inner)).astype(np.float32), RNG.normal(size=out).astype(np.float32))
 
 
-NET = eq.Graph.chain((2, 6, 6), conv1=conv(8, 2, 3), bn1=batchnorm(8), act1=eq.ReLU6(), dw=conv(8, 1, 3, groups=8, padding=1), act2=eq.ReLU(),
-                     pool=eq.GlobalAvgPool(), flat=eq.Flatten(), fc=dense(3, 8))
-FREE = 16  # act1's 8 channels and act2's
+NET = eq.Graph.chain((2, 6, 6), conv1=conv(8, 2, 3), bn1=batchnorm(8), act1=eq.ReLU6(), dw=conv(8, 1, 3, groups=8, padding=1),
+                     act2=eq.ReLU(), pool=eq.GlobalAvgPool(), flat=eq.Flatten(), fc=dense(3, 8))
+UNFOLDED, FREE = 24, 16  # degrees of freedom: channels of conv1 (until bn1 is folded into it), act1 and act2
 IMAGES = RNG.normal(size=(12, 2, 6, 6)).astype(np.float32)
-TWO_INPUTS = eq.Graph({"a": (2,), "b": (3,)}, [eq.Node("fa", dense(4, 2), ["a"]), eq.Node("fb", dense(4, 3), ["b"]), eq.Node("sum", eq.Add(), ["fa", "fb"]),
-                                               eq.Node("act", eq.ReLU(), ["sum"]), eq.Node("out", dense(2, 4), ["act"])], ["out"])
+TWO_INPUTS = eq.Graph({"a": (2,), "b": (3,)}, [
+    eq.Node("fa", dense(4, 2), ["a"]), eq.Node("fb", dense(4, 3), ["b"]), eq.Node("sum", eq.Add(), ["fa", "fb"]),
+    eq.Node("act", eq.ReLU(), ["sum"]), eq.Node("out", dense(2, 4), ["act"])], ["out"])
 
 
 @pytest.fixture
@@ -79,8 +80,8 @@ def facts_of(run, line: str) -> dict:
 
 def test_inspect_counts_and_explains(run):
     facts = facts_of(run, "inspect net.npz")
-    assert facts["degrees_of_freedom"] == eq.degrees_of_freedom(NET) == 24
-    assert facts["parameters"] == sum(a.size for n in NET for a in (getattr(n.op, "weight", None), getattr(n.op, "bias", None)) if a is not None)
+    assert facts["degrees_of_freedom"] == UNFOLDED
+    assert facts["parameters"] == 8 * 2 * 9 + 2 * 8 + 8 * 9 + (3 * 8 + 3)  # conv1, bn1, dw, fc
     assert facts["layers"] == {"Conv": 2, "BatchNorm": 1, "Clip": 1, "ReLU": 1, "GlobalAvgPool": 1, "Flatten": 1, "Dense": 1}
     assert facts["inputs"] == {"x": [2, 6, 6]} and facts["outputs"] == {"fc": [3]}
     assert facts["foldable"] == ["bn1"] and facts["unfoldable"] == {}
@@ -121,14 +122,14 @@ def test_equalize_writes_what_the_library_returns(run, method):
         kernels = [np.abs(n.op.weight).reshape(len(n.op.weight), -1).max(axis=1) for n in graph if isinstance(n.op, eq.Weighted)]
         assert facts[side]["weight_ratio"] == pytest.approx(max(k.max() / k.min() for k in kernels))
         expected = eq.sqnr(eq.forward(folded, IMAGES), eq.forward(eq.quantize(graph, stats=of, **grids), IMAGES))
-        assert facts[side]["sqnr"] == {"fc": pytest.approx(expected, abs=1e-6)}
+        assert facts[side]["sqnr"] == {"fc": pytest.approx(expected, abs=1e-3)}
 
 
 def test_equalize_tells_all_in_text(run):
     status, text = run("equalize net.npz -o eq.npz --data images.npz")
     assert status == 0
-    for said in ("cross_layer: ", "24 degrees of freedom", "largest range ratio of weight channels: ", "of value channels", "W8A8 SQNR of 'fc': ",
-                 "pinned: 'x', network input 'x'", "1 BatchNorm can be folded: eqfact fold, or --fold",
+    for said in ("cross_layer: ", "24 degrees of freedom", "largest range ratio of weight channels: ", "of value channels",
+                 "W8A8 SQNR of 'fc': ", "pinned: 'x', network input 'x'", "1 BatchNorm can be folded: eqfact fold, or --fold",
                  "\nequal: ", "(on the first 4 of 12 images of images.npz)", "written to eq.npz"):
         assert said in text
     assert "(on 4 inputs of random numbers (seed 0))" in run("equalize net.npz -o eq.npz")[1]
@@ -191,14 +192,15 @@ def test_report_file_holds_the_facts_and_every_tensor(run):
 
 
 def test_quantize_writes_what_the_library_returns(run):
-    facts = facts_of(run, "quantize net.npz -o q.npz --fold --data images.npz --weight-bits 5 --weight-granularity per_channel --symmetric-activations")
+    facts = facts_of(run, "quantize net.npz -o q.npz --fold --data images.npz --weight-bits 5 --weight-granularity per_channel "
+                          "--symmetric-activations")
     folded = eq.fold_batchnorm(NET)
     expected = eq.quantize(folded, stats=eq.calibrate(folded, IMAGES), weights=eq.UniformQuantizer(bits=5, granularity="per_channel"),
                            activations=eq.UniformQuantizer(bits=8, symmetric=True))
     output = eq.forward(serialization.load("q.npz"), IMAGES)
     assert np.array_equal(output, eq.forward(expected, IMAGES))
     assert facts["quantizer"] == "W5A8, weights per_channel"
-    assert facts["sqnr"]["fc"] == pytest.approx(eq.sqnr(eq.forward(NET, IMAGES), output), abs=1e-6)
+    assert facts["sqnr"]["fc"] == pytest.approx(eq.sqnr(eq.forward(NET, IMAGES), output), abs=1e-3)
     assert re.search(r"W8A8 SQNR of 'fc': [\d.]+ dB, on 12 images of images.npz", run("quantize net.npz -o q.npz --data images.npz")[1])
 
 
@@ -367,7 +369,7 @@ REFUSED = {
     "equalize net.npz -o out.npz --max-iter 0": "max_iter must be",
     "equalize net.npz -o out.npz --apply missing.npz": "No such file",
     "equalize net.npz -o out.npz --apply images.npz": "'images.npz' does not fit the network: factors are given for 'arr_0'",
-    "equalize net.npz -o out.npz --apply zero.npz": "'zero.npz' does not fit the network: value 'act1', channel 0: factors must be positive",
+    "equalize net.npz -o out.npz --apply zero.npz": "'zero.npz' does not fit the network: value 'act1', channel 0",
     "equalize net.npz -o out.npz --data images.npz --weight-bits 1 --report r.json": "bits must be an integer from 2 to 16, got 1",
     "quantize net.npz -o out.npz --data images.npz --weight-bits 1": "bits must be an integer from 2 to 16, got 1",
     "quantize net.npz -o out.npz --data images.npz --activation-bits 17": "bits must be an integer from 2 to 16, got 17",
@@ -392,7 +394,8 @@ def test_refusals_say_why_and_leave_nothing(run, folder, line):
     assert list(Path("folder.npz").iterdir()) == []
 
 
-USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --method magic", "equalize net.npz -o out.npz --method two_step",
+USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --method magic",
+         "equalize net.npz -o out.npz --method two_step",
          "equalize net.npz -o out.npz --method one_step --apply f.npz", "equalize net.npz -o out.npz --apply f.npz --tol 0.1",
          "quantize net.npz -o out.npz", "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
 
@@ -440,7 +443,8 @@ def small_demo(monkeypatch):
     bundle = demo.load_bundle()
     monkeypatch.setattr(demo, "BITS", (8, 4))
     monkeypatch.setattr(demo, "VERIFIED", 4)
-    monkeypatch.setattr(demo, "load_bundle", lambda: demo.Bundle(bundle.network, bundle.calibration[:64], bundle.images[:90], bundle.labels[:90]))
+    small = demo.Bundle(bundle.network, bundle.calibration[:64], bundle.images[:90], bundle.labels[:90])
+    monkeypatch.setattr(demo, "load_bundle", lambda: small)
 
 
 def test_demo_measures_every_method(run, small_demo):
@@ -483,8 +487,9 @@ def test_the_same_verbs_for_onnx(run):
     assert facts_of(run, "equalize folded.onnx -o eq.onnx --data images.npz --method two_step --factors f.npz")["ok"]
     assert facts_of(run, "verify net.npz eq.onnx --data images.npz")["ok"]
     assert facts_of(run, "report eq.onnx --data images.npz")["tensors"]
-    status, error = run("inspect images.onnx")
-    assert status == 3
+    assert facts_of(run, "quantize eq.onnx -o q.onnx --data images.npz")["ok"]
+    assert b"QuantizeLinear" in Path("q.onnx").read_bytes()
+    assert run("inspect images.onnx")[0] == 3
     Path("images.onnx").write_bytes(Path("images.npz").read_bytes())
     assert run("inspect images.onnx")[0] == 3
 
@@ -508,7 +513,7 @@ def test_only_the_command_line_prints():
 
 
 def test_the_program_starts():
-    def program(option: str) -> str:
-        return subprocess.run([sys.executable, "-m", "eqfact", option], capture_output=True, text=True, check=True).stdout
-    assert program("--version") == f"eqfact {eq.__version__}\n"
-    assert all(name in program("--help") for name in COMMANDS)
+    version, help_ = (subprocess.run([sys.executable, "-m", "eqfact", option], capture_output=True, text=True, check=True).stdout
+                      for option in ("--version", "--help"))
+    assert version == f"eqfact {eq.__version__}\n"
+    assert all(name in help_ for name in COMMANDS)

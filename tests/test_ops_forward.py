@@ -74,7 +74,7 @@ def test_blocks_of_a_convolution_change_nothing(case, monkeypatch):
 def test_a_long_depthwise_convolution_in_1d_runs_in_blocks():
     weight = np.array([[[1.0, 2.0, 4.0]], [[1.0, 0.0, 0.0]]])
     x = np.arange(2.0 * 40000).reshape(1, 2, 40000)
-    assert 40000 > convolution.DEPTHWISE_BLOCK
+    assert convolution.DEPTHWISE_BLOCK < 40000
     y = eq.Conv(weight, groups=2).forward(x)
     assert np.array_equal(y[0, 0], x[0, 0, :-2] + 2 * x[0, 0, 1:-1] + 4 * x[0, 0, 2:])
     assert np.array_equal(y[0, 1], x[0, 1, :-2])
@@ -82,10 +82,10 @@ def test_a_long_depthwise_convolution_in_1d_runs_in_blocks():
 
 def test_a_wide_convolution_runs_in_several_blocks():
     weight = np.arange(1.0, 10.0).reshape(1, 1, 3, 3) * np.ones((2, 3, 1, 1))  # three channels with the same kernel, small integers
-    x = np.arange(3.0 * 300 * 520).reshape(1, 3, 300, 520) % 7
-    assert 27 * 298 * 518 > convolution.COLUMN_BLOCK / 2
+    x = np.arange(3.0 * 400 * 520).reshape(1, 3, 400, 520) % 7
+    assert convolution.COLUMN_BLOCK < 27 * 398 * 518
     y = eq.Conv(weight).forward(x)
-    expected = sum(weight[0, 0, i, j] * x.sum(axis=1)[0, i:i + 298, j:j + 518] for i in range(3) for j in range(3))
+    expected = sum(weight[0, 0, i, j] * x.sum(axis=1)[0, i:i + 398, j:j + 518] for i in range(3) for j in range(3))
     assert np.array_equal(y[0, 0], expected)
     assert np.array_equal(y[0, 1], expected)
 

@@ -53,7 +53,8 @@ def test_labels_have_the_shape_of_the_value_and_are_constant_over_space(case):
     graph = case.framed()
     labels, y = graph.labels["op"], eq.values(graph, case.data())["op"]
     assert labels.shape == graph.shapes["op"] == y.shape[1:]
-    assert np.array_equal(labels, np.broadcast_to(labels.reshape(len(labels), -1)[:, 0].reshape(-1, *[1] * (labels.ndim - 1)), labels.shape))
+    by_channel = labels.reshape(len(labels), -1)
+    assert np.array_equal(by_channel, np.broadcast_to(by_channel[:, :1], by_channel.shape))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

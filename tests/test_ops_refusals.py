@@ -19,7 +19,8 @@ def with_entry(array, value):
 
 @pytest.mark.parametrize(("make", "error", "message"), [
     # weights: dtype, axes, sizes, finite
-    (lambda: eq.Dense(np.ones((2, 3), int)), TypeError, r"Dense weight must be a floating array \(float32 or float64\), got int64; convert it with"),
+    (lambda: eq.Dense(np.ones((2, 3), int)), TypeError,
+     r"Dense weight must be a floating array \(float32 or float64\), got int64; convert it with"),
     (lambda: eq.Dense(np.ones((2, 3), object)), TypeError, "Dense weight must be a floating array .*, got object"),
     (lambda: eq.Dense(np.ones((2, 3), complex)), TypeError, "Dense weight must be a floating array .*, got complex128"),
     (lambda: eq.Dense(np.ones((2, 3)), np.ones(2, int)), TypeError, "Dense bias must be a floating array .*, got int64"),
@@ -28,9 +29,12 @@ def with_entry(array, value):
     (lambda: eq.Dense(np.ones((3, 0))), ValueError, r"Dense weight has an axis of size 0: shape \(3, 0\)"),
     (lambda: eq.Dense(np.ones((2, 3)), np.ones(3)), ValueError, "Dense bias has 3 entries for 2 output channels"),
     (lambda: eq.Dense(np.ones((2, 3)), np.ones((2, 1))), ValueError, r"Dense bias must have 1 axes, got shape \(2, 1\)"),
-    (lambda: eq.Dense(with_entry(np.ones((2, 3)), np.nan)), ValueError, r"Dense weight holds nan at index \(1, 2\); weights must be finite"),
-    (lambda: eq.Dense(np.ones((2, 3)), with_entry(one, -np.inf)), ValueError, r"Dense bias holds -inf at index \(1,\); weights must be finite"),
-    (lambda: eq.Conv(np.ones((4, 3))), ValueError, r"Conv weight must be \(out, in // groups, \*kernel\) with 1 to 3 spatial axes, got shape \(4, 3\)"),
+    (lambda: eq.Dense(with_entry(np.ones((2, 3)), np.nan)), ValueError,
+     r"Dense weight holds nan at index \(1, 2\); weights must be finite"),
+    (lambda: eq.Dense(np.ones((2, 3)), with_entry(one, -np.inf)), ValueError,
+     r"Dense bias holds -inf at index \(1,\); weights must be finite"),
+    (lambda: eq.Conv(np.ones((4, 3))), ValueError,
+     r"Conv weight must be \(out, in // groups, \*kernel\) with 1 to 3 spatial axes, got shape \(4, 3\)"),
     (lambda: eq.Conv(np.ones((4, 3, 1, 1, 1, 1))), ValueError, "Conv weight must be .* with 1 to 3 spatial axes"),
     (lambda: eq.Conv(np.ones((4, 3, 0))), ValueError, "Conv weight has an axis of size 0"),
     (lambda: eq.Conv(kernel, groups=3), ValueError, "Conv has 4 output channels, which 3 groups do not divide"),
@@ -57,7 +61,8 @@ def with_entry(array, value):
     # batch normalization
     (lambda: eq.BatchNorm(one, one, np.ones(3), one), ValueError, "BatchNorm parameters must have equal lengths, got .*'mean': 3"),
     (lambda: eq.BatchNorm(one, one, one, -one), ValueError, "BatchNorm needs var >= 0 and var [+] eps > 0, got a smallest var of -1"),
-    (lambda: eq.BatchNorm(one, one, one, 0 * one, eps=0), ValueError, "BatchNorm needs var >= 0 and var [+] eps > 0, got a smallest var of 0, eps 0"),
+    (lambda: eq.BatchNorm(one, one, one, 0 * one, eps=0), ValueError,
+     "BatchNorm needs var >= 0 and var [+] eps > 0, got a smallest var of 0, eps 0"),
     (lambda: eq.BatchNorm(one, one, one, one, eps=math.nan), ValueError, "BatchNorm needs .* eps nan"),
     (lambda: eq.BatchNorm(one, one, one, one, eps=-1e-5), ValueError, "BatchNorm needs .* eps -1e-05"),
     (lambda: eq.BatchNorm(one, np.ones(2, int), one, one), TypeError, "BatchNorm beta must be a floating array"),
@@ -90,10 +95,13 @@ def with_entry(array, value):
     # factors that do not pass
     (lambda: eq.ReLU().rescale(2 * one, one), ValueError, "ReLU passes factors on: the factors of its output must be those of its input"),
     (lambda: eq.Add().rescale(one, one, 2 * one), ValueError, "Add passes factors on"),
-    (lambda: eq.Sigmoid().rescale(2 * one, 2 * one), ValueError, r"Sigmoid is not positively homogeneous: its factors must be 1, got \[2.0, 2.0\]"),
+    (lambda: eq.Sigmoid().rescale(2 * one, 2 * one), ValueError,
+     r"Sigmoid is not positively homogeneous: its factors must be 1, got \[2.0, 2.0\]"),
     (lambda: eq.Mul().rescale(4 * one, 2 * one, 2 * one), ValueError, "Mul multiplies two values, .*: its factors must be 1"),
-    (lambda: eq.Pad(1, 1.5).rescale(2 * one, 2 * one), ValueError, "Pad with the constant 1.5 is not positively homogeneous: its factors must be 1"),
-    (lambda: eq.Transpose((1, 0)).rescale(np.array([2.0, 1.0]), one), ValueError, "all channels of its input and output must share one factor"),
+    (lambda: eq.Pad(1, 1.5).rescale(2 * one, 2 * one), ValueError,
+     "Pad with the constant 1.5 is not positively homogeneous: its factors must be 1"),
+    (lambda: eq.Transpose((1, 0)).rescale(np.array([2.0, 1.0]), one), ValueError,
+     "all channels of its input and output must share one factor"),
 ])
 def test_a_bad_parameter_is_refused_by_its_name(make, error, message):
     with pytest.raises(error, match=message):

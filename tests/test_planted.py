@@ -119,7 +119,8 @@ def forgets_the_mean(self, f_out, *f_in):
 
 
 def scales_the_variance(self, f_out, *f_in):
-    return dataclasses.replace(self, gamma=self.gamma * f_out, beta=self.beta * f_out, mean=self.mean * f_in[0], var=self.var * f_in[0] ** 2)
+    f = f_in[0]
+    return dataclasses.replace(self, gamma=self.gamma * f_out, beta=self.beta * f_out, mean=self.mean * f, var=self.var * f**2)
 
 
 def only_the_upper_bound(self, f_out, *f_in):
@@ -201,7 +202,7 @@ def from_the_first_channel(self, *vectors):
 
 
 def squares_forgotten(self, factor):
-    return dataclasses.replace(self, min=self.min * factor, max=self.max * factor, sum=self.sum * factor, sum_square=self.sum_square * factor)
+    return dataclasses.replace(self, **{key: getattr(self, key) * factor for key in ("min", "max", "sum", "sum_square")})
 
 
 def range_forgotten(self, factor):
@@ -214,7 +215,8 @@ def count_forgotten(self, other):
 
 
 def last_range_wins(self, other):
-    return dataclasses.replace(other, count=self.count + other.count, sum=self.sum + other.sum, sum_square=self.sum_square + other.sum_square)
+    return dataclasses.replace(other, count=self.count + other.count, sum=self.sum + other.sum,
+                               sum_square=self.sum_square + other.sum_square)
 
 
 right_apply = eq.Factorization.apply
@@ -315,7 +317,8 @@ PLANTED = [
 
 def plant_name(case):
     owner, wrong, law, net, _ = case
-    return f"{owner.__name__.rpartition('.')[2]} {' '.join(w.__name__ if callable(w) else k for k, w in wrong.items())} - {law.__name__} of {net}"
+    mistake = " ".join(w.__name__ if callable(w) else key for key, w in wrong.items())
+    return f"{owner.__name__.rpartition('.')[2]} {mistake} - {law.__name__} of {net}"
 
 
 @pytest.mark.parametrize("case", PLANTED, ids=plant_name)

@@ -16,7 +16,8 @@ CASES = 2000
 def single(kernel, activation, consumed, preactivation=None, read=None):
     """A block of one layer."""
     kernel = np.array(kernel, float)
-    maker = Maker(np.arange(len(kernel)), kernel, np.array(activation, float), None if preactivation is None else np.array(preactivation, float))
+    before = None if preactivation is None else np.array(preactivation, float)
+    maker = Maker(np.arange(len(kernel)), kernel, np.array(activation, float), before)
     return Block((maker,), kernel, np.array(consumed if read is None else read, float), np.array(consumed, float))
 
 
@@ -235,7 +236,8 @@ def test_residual_partners_share_the_elementwise_minimum_of_their_normalized_fac
         consumed[int(rng.integers(size))] = 1.0
         m = consumed.tolist() if uses_m else [1.0] * size
         candidates = [paper_formula(kernel[p].tolist(), activation[p].tolist(), m) for p in range(partners)]
-        block = Block(tuple(Maker(np.arange(size), kernel[p], activation[p]) for p in range(partners)), kernel.max(axis=0), np.ones(size), consumed)
+        makers = tuple(Maker(np.arange(size), kernel[p], activation[p]) for p in range(partners))
+        block = Block(makers, kernel.max(axis=0), np.ones(size), consumed)
         assert rule(block).tolist() == residual_formula(candidates, m)
 
 

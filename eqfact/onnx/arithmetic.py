@@ -1,0 +1,195 @@
+"""How are the ONNX ops read that work entry by entry: arithmetic with values and constants, and activations?
+
+A constant operand is one number a channel in most networks: then ``a x + b`` is a BatchNorm, which absorbs factors on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from eqfact.onnx.call import Call, Constant, Reader
+from eqfact.onnx.layers import bias_row
+from eqfact.onnx.moving import identity
+from eqfact.onnx.views import View
+from eqfact.ops import GELU, Add, BatchNorm, Clip, Dense, Identity, Mul, Op, PReLU, SiLU, Softmax
+
+
+def plain(make: Callable[[Call], Op]) -> Reader:
+    """A reader for ops that do not care where the channels stand."""
+    return lambda call: call.entrywise(make(call))
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _with_constant(call: Call) -> tuple[int, int] | None:
+    """Which of two inputs is the value and which the constant; None if both are values."""
+    if len(call.inputs) != 2:
+        return None
+    constant = [i for i, t in enumerate(call.inputs) if isinstance(t, Constant)]
+    return None if not constant else (1 - constant[0], constant[0])
+
+
+def _affine(call: Call, slope: Any, shift: Any, **names: int) -> View:
+    """``slope * x + shift`` as a BatchNorm, which absorbs factors exactly."""
+    if call.opset < 7 and "axis" in call.attributes:
+        call.refuse("it broadcasts by an attribute, as before opset 7; convert the file with onnx.version_converter")
+    i = 0 if isinstance(call.inputs[0], View) else 1
+    dtype = np.asarray(call.parameter(next(iter(names.values())))).dtype
+
+    def make(slope: Any, shift: Any) -> Op:
+        zero, one = np.zeros_like(shift), np.ones_like(shift)
+        return BatchNorm(slope, shift, zero, one, eps=0.0)
+    return call.channelwise(call.view(i), {"slope": np.asarray(slope, dtype), "shift": np.asarray(shift, dtype)}, make, names)
+
+
+def add(call: Call) -> View:
+    pair = _with_constant(call)
+    if pair is None:
+        return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
+    x, c = pair
+    constant = call.parameter(c)
+    view = call.view(x)
+    if len(view.sample) == 1 and constant.size in (1, view.sample[0]) and constant.ndim < 3:
+        product = call.absorbed(x, Dense)
+        if product is not None and isinstance(product.op, Dense) and product.op.bias is None:
+            merged = call.emit(replace(product.op, bias=bias_row(call, constant, view.sample[0])), *product.inputs, names={"bias": c})
+            call.importer.inherit(merged.value, product)
+            return merged
+        if product is not None:
+            call.importer.restore(product)
+    return _affine(call, 1, constant, beta=c)
+
+
+def subtract(call: Call) -> View:
+    pair = _with_constant(call)
+    if pair is None:
+        call.refuse("it subtracts two values of the network; eqfact adds them only")
+    x, c = pair
+    return _affine(call, 1, -call.parameter(c), beta=c) if x == 0 else _affine(call, -1, call.parameter(c), beta=c)
+
+
+def multiply(call: Call) -> View:
+    pair = _with_constant(call)
+    if pair is None:
+        return call.entrywise(Mul(), *call.views())
+    return _affine(call, call.parameter(pair[1]), 0, gamma=pair[1])
+
+
+def divide(call: Call) -> View:
+    pair = _with_constant(call)
+    if pair != (0, 1):
+        call.refuse("it divides by a value of the network")
+    divisor = call.parameter(1)
+    if not divisor.all():
+        call.refuse("it divides by zero")
+    return _affine(call, 1 / divisor, 0, gamma=1)
+
+
+def negate(call: Call) -> View:
+    view = call.view()
+    dtype = call.importer.dtype
+    one = np.ones(view.sample, dtype)
+    return call.channelwise(view, {"slope": -one}, lambda slope: BatchNorm(slope, 0 * slope, 0 * slope, -slope, eps=0.0), {})
+
+
+# ------------------------------------------------------------------------------------------------- activations
+
+
+def clip(call: Call) -> View:
+    low, high = -math.inf, math.inf
+    if call.has(1) or "min" in call.attributes:
+        low = float(call.constant(1).reshape(())) if call.has(1) else call.number("min", low)
+    if call.has(2) or "max" in call.attributes:
+        high = float(call.constant(2).reshape(())) if call.has(2) else call.number("max", high)
+    return call.entrywise(Clip(low, high), names=call.given(low=1, high=2))
+
+
+def bound(name: str) -> Reader:
+    """Max or Min with a constant: one side of a Clip; the second of a pair is merged with the first."""
+    def read(call: Call) -> View:
+        pair = _with_constant(call)
+        if pair is None:
+            if len(call.inputs) == 1:
+                return identity(call)
+            call.refuse(f"it compares {len(call.inputs)} values of the network")
+        x, c = pair
+        view, given = call.view(x), call.parameter(c)
+        limit = {name: float(given.reshape(())) if given.size == 1 and given.ndim <= view.ndim else given}
+
+        def make(**bounds: Any) -> Op:
+            return Clip(**{"low": -math.inf, "high": math.inf, **bounds})
+        other = "high" if name == "low" else "low"
+        made = call.entrywise(make(**limit), view, names={name: c}) if isinstance(limit[name], float) else \
+            call.channelwise(view, {name: given}, make, {name: c})
+        # Min(Max(x, low), high): one Clip, if the value between the two is read here only
+        node = call.importer.nodes.get(made.value)
+        before = call.absorbed(x, Clip)
+        if before is not None:
+            first, second = before.op, node.op if node is not None else None
+            if node is not None and isinstance(first, Clip) and isinstance(second, Clip) and np.all(np.isinf(getattr(first, name))):
+                both = {other: getattr(first, other), name: getattr(second, name)}
+                if np.all(np.asarray(both["low"]) <= np.asarray(both["high"])):
+                    call.importer.nodes[node.name] = replace(node, op=Clip(**both), inputs=before.inputs)
+                    call.importer.inherit(node.name, before)
+                    return made
+            call.importer.restore(before)
+        return made
+    return read
+
+
+def prelu(call: Call) -> View:
+    slope = call.parameter(1)
+    if slope.size == 1:
+        return call.entrywise(PReLU(slope.reshape(1)), names={"slope": 1})
+    view = call.view()
+    if slope.ndim == 1 and len(slope) == view.sample[0] and view.ndim > 2 and (call.opset < 7 or len(slope) != view.sample[-1]):
+        # (C,) means the channels where it was written before opset 7 or would broadcast against nothing else
+        slope = slope.reshape(-1, *(1 for _ in view.sample[1:]))
+    return call.channelwise(view, {"slope": slope}, PReLU, {"slope": 1})
+
+
+def softmax(call: Call) -> View:
+    view = call.view()
+    axis = view.axis(call.integer("axis", 1 if call.opset < 13 else -1))
+    if call.opset < 13 and math.prod(view.sample[axis:]) != view.sample[axis]:
+        call.refuse(f"before opset 13 it runs over all axes from {axis + 1} on at once")
+    if view.index is None:
+        return call.emit(Softmax(axis + 1), call.value(view))
+    order = (axis, *(a for a in range(len(view.sample)) if a != axis))
+    made = call.emit(Softmax(1), call.value(view.transpose(_batched(view, order))))
+    return made.transpose((0, *(int(a) + 1 for a in np.argsort(order))))
+
+
+def _batched(view: View, order: Sequence[int]) -> list[int]:
+    """Axes of a tensor, the batch first, from axes of its samples."""
+    return [view.batch, *(a + (a >= view.batch) for a in order)]
+
+
+def gelu(call: Call) -> View:
+    return call.entrywise(GELU(approximate=call.text("approximate", "none") == "tanh"))
+
+
+def swish(call: Call) -> View:
+    if call.number("alpha", 1.0) != 1:
+        call.refuse(f"it has alpha {call.number('alpha', 1.0):g}; eqfact's SiLU has 1")
+    return call.entrywise(SiLU())
+
+
+def dropout(call: Call) -> View:
+    if call.has(2) and call.constant(2).any():
+        call.refuse("it is in training mode; export the network for inference")
+    return identity(call)
+
+
+def cast(call: Call) -> View:
+    to = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(call.integer("to", 0)))
+    if to != np.dtype(call.importer.dtype):
+        call.refuse(f"it casts to {to}; a network is computed in one type here, {np.dtype(call.importer.dtype)}")
+    return identity(call)

@@ -1,0 +1,33 @@
+"""What does each ONNX op type mean in eqfact? One short function each, in the table :data:`READERS`.
+
+A function gets a :class:`~eqfact.onnx.call.Call` and gives back the tensor (or tensors) that the node makes. It converts
+attributes and weights; axes are never guessed, because ONNX says for every op where the channels stand.
+"""
+
+from __future__ import annotations
+
+from eqfact.onnx import arithmetic, layers, moving
+from eqfact.onnx.call import Reader
+from eqfact.ops import Erf, HardSigmoid, HardSwish, LeakyReLU, ReLU, Sigmoid, Tanh
+
+READERS: dict[str, Reader] = {
+    "Conv": layers.conv, "ConvTranspose": layers.conv_transpose, "Gemm": layers.gemm, "MatMul": layers.matmul,
+    "BatchNormalization": layers.batch_normalization,
+    "MaxPool": layers.max_pool, "AveragePool": layers.average_pool,
+    "GlobalAveragePool": layers.global_average_pool, "GlobalMaxPool": layers.global_max_pool,
+    "ReduceMean": layers.reduce_space(average=True), "ReduceMax": layers.reduce_space(average=False),
+    "Add": arithmetic.add, "Sum": arithmetic.add, "Sub": arithmetic.subtract, "Mul": arithmetic.multiply,
+    "Div": arithmetic.divide, "Neg": arithmetic.negate,
+    "Relu": arithmetic.plain(lambda _: ReLU()),
+    "LeakyRelu": arithmetic.plain(lambda call: LeakyReLU(call.number("alpha", 0.01))),
+    "PRelu": arithmetic.prelu, "Clip": arithmetic.clip, "Max": arithmetic.bound("low"), "Min": arithmetic.bound("high"),
+    "Sigmoid": arithmetic.plain(lambda _: Sigmoid()), "Tanh": arithmetic.plain(lambda _: Tanh()), "Erf": arithmetic.plain(lambda _: Erf()),
+    "HardSigmoid": arithmetic.plain(lambda call: HardSigmoid(call.number("alpha", 0.2), call.number("beta", 0.5))),
+    "HardSwish": arithmetic.plain(lambda _: HardSwish()), "Gelu": arithmetic.gelu, "Swish": arithmetic.swish, "Softmax": arithmetic.softmax,
+    "Identity": moving.identity, "Dropout": arithmetic.dropout, "Cast": arithmetic.cast,
+    "Pad": moving.pad, "Resize": moving.resize, "Upsample": moving.resize, "Concat": moving.concat,
+    "Shape": moving.shape_of, "Size": moving.size_of, "Reshape": moving.reshape, "Flatten": moving.flatten,
+    "Squeeze": moving.squeeze, "Unsqueeze": moving.unsqueeze,
+    "Transpose": moving.transpose, "Slice": moving.slice_, "Split": moving.split, "Gather": moving.gather, "Expand": moving.expand,
+    "DepthToSpace": moving.depth_to_space, "SpaceToDepth": moving.space_to_depth,
+}

@@ -1,0 +1,177 @@
+"""How is a quantized network written so that an integer engine runs it? With QuantizeLinear and DequantizeLinear (QDQ).
+
+Every grid of the graph becomes a pair of them: activations are rounded where :class:`~eqfact.quantization.FakeQuantize` stands, weights
+are stored as whole numbers, biases as int32 with the scale ``s_x * s_w`` of their accumulator. Engines fuse what stands between
+two pairs into integer kernels; what ops that only move entries make gets a pair of its own, which changes nothing, for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from eqfact.graph import Graph, Node
+from eqfact.onnx.exporting import AnyArray, Path_, Writer, write_model
+from eqfact.onnx.origin import OnnxError, Origin
+from eqfact.ops import Commuting, Pad, Weighted
+from eqfact.ops.base import Array
+from eqfact.ops.grid import Grid
+from eqfact.quantization import FakeQuantize
+
+#: ONNX's integer types with their ranges, the smallest first.
+TYPES: dict[int, tuple[int, int]] = {
+    onnx.TensorProto.UINT4: (0, 15), onnx.TensorProto.INT4: (-8, 7), onnx.TensorProto.UINT8: (0, 255), onnx.TensorProto.INT8: (-128, 127),
+    onnx.TensorProto.UINT16: (0, 2**16 - 1), onnx.TensorProto.INT16: (-(2**15), 2**15 - 1),
+}
+#: From this opset on there are 4 and 16 bits, and scales for blocks of a tensor.
+WIDE_OPSET = 21
+
+
+def save_qdq(path: Path_, graph: Graph) -> None:
+    """Write a network that :func:`eqfact.quantize` has made as ONNX with QuantizeLinear and DequantizeLinear.
+
+    Weights become (u)int8 per tensor or per channel, activations uint8 or int8, biases int32 where they lie on the grid
+    ``s_x * s_w``. Grids of up to 4 bits are stored in 4 bits if the opset is 21 or newer (as for networks that came from no
+    file), else in 8; 16 bits and per-group weights need opset 21 and raise it. What is rounded to a grid narrower than its
+    type is clipped first. Scales, and all that is not quantized, are written in float32, so that an engine may round a value
+    that lies between two steps to the other one.
+
+    Raises :class:`OnnxError` (a :class:`ValueError`) that names the node, for a rounding other than half to even in
+    activations, and for all that :func:`eqfact.onnx.save` refuses; no file is left then.
+    """
+    write_model(path, _QdqWriter(path, graph).model())
+
+
+class _QdqWriter(Writer):
+    """A writer that knows on which grid each value lies."""
+
+    def __init__(self, path: Path_, graph: Graph) -> None:
+        super().__init__(path, graph)
+        self.grids: dict[str, Grid] = {}
+        if self.dtype == np.float64:
+            self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles
+        grids = [getattr(node.op, "grid", None) for node in graph.nodes]
+        narrow = any(isinstance(grid, Grid) and grid.qmax - grid.qmin < 16 for grid in grids)
+        if narrow and not any(isinstance(node.origin, Origin) for node in graph.nodes):
+            self.need_opset(WIDE_OPSET, graph.nodes[0])
+
+    def write(self, node: Node) -> None:
+        (first, *_) = node.inputs
+        if isinstance(node.op, FakeQuantize):
+            self._activation(node, first, node.op.grid)
+        elif isinstance(node.op, Commuting) and node.op.moves and first in self.grids and not (isinstance(node.op, Pad) and node.op.value):
+            inner = self.inner(node, "moved")
+            super().write(replace(node, name=inner))
+            self._activation(node, inner, self.grids[first], suffix=".quantize")
+        else:
+            super().write(node)
+
+    def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
+        """Round a value to its grid and back."""
+        if grid.rounding != "half_even":
+            raise OnnxError(f"{self.path}: node '{node.name}': ONNX rounds activations half to even, "
+                            f"the grid's rounding is '{grid.rounding}'; quantize with rounding='half_even'")
+        kind = self._type(grid, node)
+        axis = {"axis": 1} if grid.scale.size > 1 else {}
+        if (grid.qmin, grid.qmax) != TYPES[kind]:  # the type saturates later than the grid
+            shape = (-1, *(1 for _ in self.graph.shapes[node.name][1:])) if axis else ()
+            for name, q in (("low", grid.qmin), ("high", grid.qmax)):
+                bound = self.constant(grid.dequantize(q).astype(self.dtype).reshape(shape), f"{node.name}.{name}")
+                value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
+        scale, zero_point = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
+        whole = self.node("QuantizeLinear", [value, scale, zero_point], self.inner(node, "int"), node, suffix, **axis)
+        self.node("DequantizeLinear", [whole, scale, zero_point], node.name, node, f"{suffix}.dequantize", **axis)
+        self.grids[node.name] = grid
+
+    def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
+        grid = getattr(op, "grid", None)
+        if not isinstance(grid, Grid):
+            return super().weight(node, op, arranged)
+        q = replace(grid, rounding="half_even").quantize(op.weight)
+        if not np.array_equal(grid.dequantize(q).astype(op.weight.dtype), op.weight):
+            raise OnnxError(f"{self.path}: node '{node.name}': its weights do not lie on their grid; "
+                            "quantize the network again, after all changes")
+        kind = self._type(grid, node)
+        whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
+        _, known = self.made_of.get(id(op.weight), (None, ""))
+        if known and np.array_equal(self.initializers[f"{known}.int"], whole):
+            return known
+        scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, grid.zero_point))
+        scale, zero_point, where = _form(scales, zero_points)
+        attributes: dict[str, Any] = where
+        if "block_size" in attributes:
+            self.need_opset(WIDE_OPSET, node)
+        name = self.fresh(self.named(node, "weight"))
+        self.initializers[f"{name}.int"] = whole
+        self.names.add(f"{name}.int")
+        numbers = self._numbers(name, scale, zero_point, kind, scalar=not attributes)
+        self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}.int", *numbers], [name], name=f"{name}.dequantize", **attributes))
+        self.made_of[id(op.weight)] = op.weight, name
+        return name
+
+    def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
+        grid, read = getattr(node.op, "grid", None), self.grids.get(node.inputs[0])
+        if (name != "bias" or not isinstance(grid, Grid) or read is None or read.scale.size > 1
+                or grid.scale.size not in (1, np.size(value))):
+            return super().parameter(node, name, value, shape, key)
+        bias = np.asarray(value)
+        step = np.broadcast_to(read.scale.reshape(()) * grid.scale.reshape(-1), bias.shape)
+        whole = np.rint(bias / step)
+        if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
+            return super().parameter(node, name, value, shape, key)  # a bias that is not on the grid stays in float
+        own = self.fresh(self.named(node, "bias"))
+        self.constant(whole.astype(np.int32), f"{own}.int")
+        # the product that an engine forms of the scales that it reads
+        product = np.float32(read.scale.reshape(())) * grid.scale.reshape(-1).astype(np.float32)
+        scale = self.constant(product.reshape(()) if product.size == 1 else product, f"{own}.scale")
+        axis: dict[str, Any] = {} if product.size == 1 else {"axis": 0}
+        self.nodes.append(helper.make_node("DequantizeLinear", [f"{own}.int", scale], [own], name=f"{own}.dequantize", **axis))
+        return own
+
+    def _type(self, grid: Grid, node: Node) -> int:
+        """The smallest type that holds a grid and that the opset has."""
+        for kind, (low, high) in TYPES.items():
+            bits = (high - low + 1).bit_length() - 1
+            if low <= grid.qmin and grid.qmax <= high and (bits > 4 or self.standard.version >= WIDE_OPSET):
+                if bits > 8:
+                    self.need_opset(WIDE_OPSET, node)
+                return int(kind)
+        raise OnnxError(f"{self.path}: node '{node.name}': no integer type of ONNX holds whole numbers from {grid.qmin} to {grid.qmax}")
+
+    def _numbers(self, name: str, scale: Array, zero_point: Array, kind: int, *, scalar: bool) -> tuple[str, str]:
+        """Scale and zero point as initializers."""
+        shape = () if scalar else scale.shape
+        return (self.constant(scale.astype(np.float32).reshape(shape), f"{name}.scale"),
+                self.constant(zero_point.astype(helper.tensor_dtype_to_np_dtype(kind)).reshape(shape), f"{name}.zero_point"))
+
+
+def _form(scale: AnyArray, zero_point: AnyArray) -> tuple[AnyArray, AnyArray, dict[str, int]]:
+    """Scales given for every entry of a weight, as one number, one an index of an axis, or one a block along an axis."""
+    both = np.stack([scale, zero_point])
+    corner = both[(slice(None), *(slice(0, 1) for _ in scale.shape))]
+    if np.array_equal(both, np.broadcast_to(corner, both.shape)):
+        return corner[0], corner[1], {}
+    for axis in range(scale.ndim):
+        line = both[tuple(slice(None) if i in (0, axis + 1) else slice(0, 1) for i in range(both.ndim))]
+        if np.array_equal(both, np.broadcast_to(line, both.shape)):
+            return line[0].reshape(-1), line[1].reshape(-1), {"axis": axis}
+    # blocks: the coarsest along one axis that tell all scales
+    best: tuple[int, int, AnyArray] | None = None
+    for axis in range(scale.ndim):
+        count = scale.shape[axis]
+        for size in range(count, 0, -1):
+            blocks = np.take(both, np.arange(0, count, size), axis=axis + 1)
+            if np.array_equal(np.take(blocks, np.arange(count) // size, axis=axis + 1), both):
+                if best is None or blocks.size < best[2].size:
+                    best = (axis, size, blocks)
+                break
+    assert best is not None  # blocks of size 1 tell everything
+    axis, size, blocks = best
+    return blocks[0], blocks[1], {"axis": axis, "block_size": size}
+
+

@@ -1,0 +1,416 @@
+"""``sqnr`` against its formula in plain numbers, and ``verify``: yes to every equivalent network, no to planted mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import handmade
+import numpy as np
+import pytest
+from handmade import Maker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS as TABLE
+
+import eqfact as eq
+from eqfact.testing.strategies import batches, factorizations, networks
+
+# ------------------------------------------------------------------------------------------------ sqnr
+
+
+def sqnr_by_loops(reference, test):
+    signal = sum(v * v for v in reference)
+    noise = sum((v - w) ** 2 for v, w in zip(reference, test, strict=True))
+    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
+
+
+@given(st.lists(st.tuples(*[st.floats(-100, 100).map(lambda v: round(v, 6))] * 2), min_size=1, max_size=8))
+def test_sqnr_is_signal_over_noise_in_decibels(pairs):
+    reference, test = zip(*pairs, strict=True)
+    assert eq.sqnr(np.array(reference), np.array(test)) == pytest.approx(sqnr_by_loops(reference, test), rel=1e-12, abs=1e-12)
+
+
+def test_sqnr_by_hand():
+    assert eq.sqnr(np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]])) == pytest.approx(20)  # 25 / 0.25
+    assert eq.sqnr(np.ones(4), np.zeros(4)) == 0
+    assert eq.sqnr(np.ones(2, np.float32), np.array([1.0, 1.1], np.float32)) == pytest.approx(10 * math.log10(2 / 0.01), rel=1e-5)
+
+
+def test_sqnr_is_infinite_for_equal_arrays_and_minus_infinite_without_signal():
+    assert eq.sqnr(np.ones(3), np.ones(3)) == math.inf
+    assert eq.sqnr(np.zeros(3), np.zeros(3)) == math.inf
+    assert eq.sqnr(np.zeros(3), np.ones(3)) == -math.inf
+
+
+def test_sqnr_of_several_outputs_takes_all_entries_together():
+    reference, test = {"a": np.array([3.0]), "b": np.array([4.0, 0.0])}, {"b": np.array([4.0, 0.5]), "a": np.array([3.0])}
+    assert eq.sqnr(reference, test) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+def test_sqnr_does_not_depend_on_the_unit(scale):
+    """Squares of 1e-200 and 1e200 leave the range of floats: both sides are to be measured in one unit."""
+    reference, test = np.array([3.0, 4.0]), np.array([3.0, 4.5])
+    assert eq.sqnr(scale * reference, scale * test) == pytest.approx(20)
+
+
+def test_sqnr_refuses_what_cannot_be_compared():
+    with pytest.raises(ValueError, match=r"sqnr needs equal shapes, got \(2,\) and \(3,\)"):
+        eq.sqnr(np.ones(2), np.ones(3))
+    with pytest.raises(ValueError, match=r"sqnr needs equal shapes, got \(2, 1\) and \(2,\)"):
+        eq.sqnr(np.ones((2, 1)), np.ones(2))
+    with pytest.raises(ValueError, match=r"sqnr needs the same names on both sides, got \['a'\] and \['b'\]"):
+        eq.sqnr({"a": np.ones(1)}, {"b": np.ones(1)})
+    with pytest.raises(TypeError, match="sqnr compares two arrays or two dicts of arrays"):
+        eq.sqnr({"a": np.ones(1)}, np.ones(1))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="sqnr needs finite arrays"):
+            eq.sqnr(np.ones(2), np.array([1.0, bad]))
+
+
+# ------------------------------------------------------------------------------------------------ equivalent networks are equal
+
+each_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+each_net = pytest.mark.parametrize("build", handmade.NETS, ids=lambda f: f.__name__)
+
+
+@settings(max_examples=150)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g), factorizations(g, powers_of_two=False))))
+def test_every_rescaled_random_network_is_equal(drawn):
+    graph, x, factors = drawn
+    for a, b in ((graph, factors.apply(graph)), (factors.apply(graph), graph)):
+        verdict = eq.verify(a, b, x)
+        assert verdict, verdict.message
+        assert verdict.max_error <= verdict.bound
+
+
+@each_net
+@each_dtype
+def test_every_rescaled_network_is_equal_and_itself_without_error(build, dtype):
+    m = Maker(1, dtype)
+    graph = build(m)
+    x = m.data(graph)
+    itself = eq.verify(graph, graph, x)
+    assert itself.equal is True
+    assert itself.max_error == 0
+    assert itself.message.startswith("equal: largest error 0 within ")
+    rng = np.random.default_rng(2)
+    resolved = eq.channels(graph)
+    for spread in (0.1, 1.0, 5.0):  # factors up to a hundred thousand
+        factors = eq.Factorization(resolved, np.concatenate([[1.0], np.exp(rng.normal(scale=spread, size=resolved.degrees_of_freedom))]))
+        verdict = eq.verify(graph, factors.apply(graph), x)
+        assert verdict, verdict.message
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_every_topology_is_equal_to_its_rescaled_self(row):
+    rng = np.random.default_rng(3)
+    resolved = eq.channels(row.graph)
+    factors = eq.Factorization(resolved, np.concatenate([[1.0], np.exp(rng.normal(size=resolved.degrees_of_freedom))]))
+    assert eq.verify(row.graph, factors.apply(row.graph), row.data())
+
+
+@each_dtype
+def test_a_network_and_its_folded_one_are_equal(dtype):
+    m = Maker(4, dtype)
+    graph = eq.Graph.chain((2, 5), a=m.conv(3, 2, 2), bn=m.batchnorm(3), act=eq.ReLU(), b=m.conv(2, 3, 2), bn2=m.batchnorm(2))
+    assert eq.verify(graph, eq.fold_batchnorm(graph), m.data(graph))
+    assert eq.verify(eq.fold_batchnorm(graph), graph, m.data(graph))
+
+
+def test_networks_of_different_architecture_with_equal_outputs_are_equal():
+    m = Maker(5)
+    w1, w2 = m.weight(4, 3), m.weight(2, 4)
+    two = eq.Graph.chain((3,), hidden=eq.Dense(w1), out=eq.Dense(w2))
+    one = eq.Graph.chain((3,), out=eq.Dense(w2 @ w1))
+    assert eq.verify(two, one, m.data(two))
+    assert eq.verify(one, two, m.data(two))
+    wrong = eq.Graph.chain((3,), out=eq.Dense(w2 @ w1 * 1.001))
+    assert not eq.verify(two, wrong, m.data(two))
+    assert not eq.verify(wrong, two, m.data(two))
+
+
+def test_an_inner_value_of_the_same_name_but_another_meaning_does_not_decide():
+    """Two hidden units in another order under the same name: no factors explain it, yet the function is the same."""
+    w1, w2 = np.array([[1.0, 2.0], [-1.0, 3.0]]), np.array([[1.0, -2.0]])
+    a = eq.Graph.chain((2,), hidden=eq.Dense(w1), act=eq.ReLU(), out=eq.Dense(w2))
+    b = eq.Graph.chain((2,), hidden=eq.Dense(w1[::-1].copy()), act=eq.ReLU(), out=eq.Dense(w2[:, ::-1].copy()))
+    verdict = eq.verify(a, b, np.random.default_rng(6).normal(size=(9, 2)))
+    assert verdict
+    assert verdict.message.startswith("equal at the outputs")
+    assert "inner values of the same name differ, first 'hidden'" in verdict.message
+
+
+def test_outputs_may_not_differ_by_a_factor():
+    m = Maker(7)
+    graph = handmade.plain(m)
+    doubled = graph.with_ops({"fc": dataclasses.replace(graph["fc"].op, weight=2 * graph["fc"].op.weight, bias=2 * graph["fc"].op.bias)})
+    verdict = eq.verify(graph, doubled, m.data(graph))
+    assert not verdict
+    assert verdict.worst == "fc"
+
+
+# ------------------------------------------------------------------------------------------------ planted mistakes are found
+
+
+def rescaled(graph, seed=8):
+    """A rescaled network, as a correct pass would return it, and its factors."""
+    rng = np.random.default_rng(seed)
+    resolved = eq.channels(graph)
+    factors = eq.Factorization(resolved, np.concatenate([[1.0], np.exp(rng.normal(size=resolved.degrees_of_freedom))]))
+    return factors.apply(graph), factors
+
+
+def parts_at(graph, wrong, x, *places):
+    verdict = eq.verify(graph, wrong, x)
+    assert verdict.equal is False
+    assert not verdict
+    assert any(f"they part at '{place}'" in verdict.message for place in places), verdict.message
+    assert verdict.message.startswith("not equal")
+
+
+@each_net
+@each_dtype
+def test_a_weight_changed_by_one_percent_is_found(build, dtype):
+    """The largest weight that makes a live channel, in every layer, in the network as given and rescaled; unless hardly an output moves."""
+    m = Maker(9, dtype)
+    graph = build(m)
+    x = m.data(graph, 8)
+    tried = 0
+    for start in (graph, rescaled(graph)[0]):
+        for node in start:
+            if not isinstance(node.op, eq.Weighted) or isinstance(node.op, eq.BatchNorm):
+                continue
+            made = eq.values(graph, x)[node.name]
+            live = np.abs(made).max(axis=(0, *range(2, made.ndim))) > 0
+            weight = node.op.weight.copy()
+            where = np.unravel_index(np.argmax(np.abs(weight) * live.reshape(-1, *(1,) * (weight.ndim - 1))), weight.shape)
+            weight[where] *= 1.01
+            wrong = start.with_ops({node.name: dataclasses.replace(node.op, weight=weight)})
+            moved = max(float(np.abs(v - w).max() / np.abs(v).max()) for v, w in zip(outputs(start, x), outputs(wrong, x), strict=True))
+            if moved > 1e-5:
+                assert not eq.verify(graph, wrong, x), f"a weight of '{node.name}'"
+                assert not eq.verify(wrong, graph, x), f"a weight of '{node.name}'"
+                tried += 1
+    assert tried >= 2
+
+
+def outputs(graph, x):
+    every = eq.values(graph, x)
+    return [every[name] for name in graph.outputs]
+
+
+@each_dtype
+def test_a_bias_forgotten_when_rescaling_is_found(dtype):
+    m = Maker(10, dtype)
+    graph = handmade.plain(m)
+    b, _ = rescaled(graph)
+    wrong = b.with_ops({"conv2": dataclasses.replace(b["conv2"].op, bias=graph["conv2"].op.bias)})
+    parts_at(graph, wrong, m.data(graph), "conv2")
+
+
+@each_dtype
+def test_a_factor_applied_on_the_producers_side_alone_is_found(dtype):
+    m = Maker(11, dtype)
+    graph = handmade.plain(m)
+    b, factors = rescaled(graph)
+    wrong = b.with_ops({"fc": graph["fc"].op})
+    parts_at(graph, wrong, m.data(graph), "fc")
+    wrong = b.with_ops({"conv2": graph["conv2"].op.rescale(factors["conv2"], np.ones(4))})
+    parts_at(graph, wrong, m.data(graph), "conv2")
+
+
+def test_a_factor_applied_on_the_readers_side_alone_is_found():
+    m = Maker(12)
+    graph = handmade.plain(m)
+    b, factors = rescaled(graph)
+    wrong = b.with_ops({"conv1": graph["conv1"].op})
+    parts_at(graph, wrong, m.data(graph), "conv2")
+    assert (factors["conv1"] != 1).any()
+
+
+@each_dtype
+def test_relu6_left_at_6_in_a_rescaled_network_is_found_where_the_data_saturates(dtype):
+    m = Maker(13, dtype)
+    graph = handmade.mobile(m)
+    x = 8 * m.data(graph)
+    assert (eq.values(graph, x)["act1"] == 6).any()
+    b, _ = rescaled(graph)
+    parts_at(graph, b.with_ops({"act1": eq.ReLU6()}), x, "act1", "depth")
+
+
+def test_relu_instead_of_relu6_is_found_where_the_data_saturates():
+    m = Maker(14)
+    graph = handmade.mobile(m)
+    x = 8 * m.data(graph)
+    parts_at(graph, graph.with_ops({"act1": eq.ReLU()}), x, "act1")
+
+
+def test_a_wrong_concat_offset_is_found():
+    """The reader of a concat divided by the factors of another slice."""
+    m = Maker(15)
+    graph = handmade.concat(m)
+    b, factors = rescaled(graph)
+    shifted = np.roll(factors["cat"], 1)
+    wrong = b.with_ops({"d": graph["d"].op.rescale(factors["d"], shifted)})
+    parts_at(graph, wrong, m.data(graph), "d")
+
+
+def test_flatten_factors_tiled_instead_of_repeated_are_found():
+    m = Maker(16)
+    graph = handmade.plain(m)
+    b, factors = rescaled(graph)
+    wrong = b.with_ops({"fc": graph["fc"].op.rescale(np.ones(3), np.tile(factors["act2"], 4))})
+    parts_at(graph, wrong, m.data(graph), "fc")
+
+
+def test_swapped_channels_are_found():
+    m = Maker(17)
+    graph = handmade.plain(m)
+    order = [1, 0, 2, 3]
+    op = graph["conv1"].op
+    wrong = graph.with_ops({"conv1": dataclasses.replace(op, weight=op.weight[order], bias=op.bias[order])})
+    parts_at(graph, wrong, m.data(graph), "conv1")
+
+
+def test_a_residual_tie_ignored_is_found():
+    m = Maker(18)
+    graph = handmade.residual(m)
+    f = np.array([2.0, 1.0, 0.5, 1.0])
+    wrong = graph.with_ops({"b1": graph["b1"].op.rescale(f, np.ones(5))})
+    x = m.data(graph)
+    verdict = eq.verify(graph, wrong, x)
+    assert not verdict
+
+
+def test_an_attenuated_clip_that_stays_at_6_is_found_only_on_data_that_saturates():
+    """PAPER 4: the f >= 0.7 rule of the authors' script keeps the function on some data and breaks it on other data."""
+    graph = eq.Graph.chain((1,), a=eq.Dense(np.array([[1.0]])), act=eq.ReLU6(), b=eq.Dense(np.array([[1.0]])))
+    wrong = eq.Graph.chain((1,), a=eq.Dense(np.array([[0.7]])), act=eq.ReLU6(), b=eq.Dense(np.array([[1 / 0.7]])))
+    assert eq.verify(graph, wrong, np.array([[1.0], [5.0]]))
+    assert not eq.verify(graph, wrong, np.array([[1.0], [7.0]]))
+
+
+# ------------------------------------------------------------------------------------------------ depth
+
+
+def deep(layers, width, dtype):
+    """A chain of dense layers that neither grows nor dies."""
+    rng = np.random.default_rng(19)
+    ops = {}
+    for i in range(layers):
+        spread = np.exp(rng.normal(size=(width, 1)))
+        weight = rng.normal(size=(width, width)) * spread / np.sqrt(width) * 0.9
+        ops[f"fc{i}"] = eq.Dense(weight.astype(dtype), rng.normal(size=width).astype(dtype))
+        ops[f"act{i}"] = eq.ReLU()
+    ops["out"] = eq.Dense(rng.normal(size=(3, width)).astype(dtype))
+    return eq.Graph.chain((width,), **ops)
+
+
+@each_dtype
+def test_fifty_layers_are_still_equal_after_cross_layer_and_one_percent_in_the_middle_is_still_found(dtype):
+    graph = deep(50, 12, dtype)
+    x = np.random.default_rng(20).normal(size=(8, 12)).astype(dtype)
+    result = eq.equalize(graph)
+    verdict = eq.verify(graph, result.graph, x)
+    assert verdict, verdict.message
+    op = result.graph["fc25"].op
+    weight = op.weight.copy()
+    row = int(np.argmax(eq.values(graph, x)["act25"].max(axis=0) > 0))
+    weight[row, int(np.argmax(np.abs(weight[row] * eq.values(result.graph, x)["act24"].max(axis=0))))] *= 1.01
+    parts_at(graph, result.graph.with_ops({"fc25": dataclasses.replace(op, weight=weight)}), x, "fc25")
+
+
+def deep_normalized(layers, width, dtype):
+    """A residual network of convolutions, each with a BatchNorm behind it that gives its channels unit ranges."""
+    rng = np.random.default_rng(21)
+    nodes, stream = [], "x"
+    for i in range(layers):
+        weight = (rng.normal(size=(width, width, 3)) * np.exp(rng.normal(size=(width, 1, 1)))).astype(dtype)
+        gamma, beta, mean = (rng.normal(size=width).astype(dtype) for _ in range(3))
+        var = ((weight.astype(np.float64) ** 2).sum(axis=(1, 2)) * 2).astype(dtype)
+        nodes += [eq.Node(f"conv{i}", eq.Conv(weight, padding=1), [stream]),
+                  eq.Node(f"bn{i}", eq.BatchNorm(gamma, beta, mean, var), [f"conv{i}"]),
+                  eq.Node(f"act{i}", eq.LeakyReLU(0.3), [f"bn{i}"])]
+        stream = f"act{i}"
+        if i % 5 == 4:
+            nodes.append(eq.Node(f"add{i}", eq.Add(), [f"act{i}", f"act{i - 3}"]))
+            stream = f"add{i}"
+    nodes.append(eq.Node("out", eq.Conv(rng.normal(size=(2, width, 1)).astype(dtype)), [stream]))
+    return eq.Graph({"x": (width, 6)}, nodes, ["out"])
+
+
+@each_dtype
+def test_fifty_layers_are_still_equal_after_folding_and_equalization_and_one_percent_in_the_middle_is_still_found(dtype):
+    graph = deep_normalized(50, 8, dtype)
+    x = np.random.default_rng(22).normal(size=(4, 8, 6)).astype(dtype)
+    folded = eq.fold_batchnorm(graph)
+    assert len(folded) == len(graph) - 50
+    for method in ("one_step", "two_step", "cross_layer"):
+        result = eq.equalize(folded, method, stats=eq.calibrate(folded, x))
+        for a, b in ((graph, folded), (graph, result.graph), (folded, result.graph), (result.graph, graph)):
+            verdict = eq.verify(a, b, x)
+            assert verdict, verdict.message
+        op = result.graph["bn25"].op
+        read = np.abs(eq.values(result.graph, x)[result.graph["bn25"].inputs[0]]).max(axis=(0, 2))
+        weight = op.weight.copy()
+        weight[np.unravel_index(np.argmax(np.abs(weight) * read[:, None]), weight.shape)] *= 1.01
+        parts_at(graph, result.graph.with_ops({"bn25": dataclasses.replace(op, weight=weight)}), x, "bn25")
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+def test_the_fields_of_a_verification():
+    m = Maker(21)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    b, _ = rescaled(graph)
+    verdict = eq.verify(graph, b, x)
+    assert (verdict.equal, bool(verdict)) == (True, True)
+    assert 0 < verdict.max_error <= verdict.bound < 1e-10
+    assert verdict.worst in graph.shapes
+    assert f"at '{verdict.worst}'" in verdict.message
+
+
+def test_the_first_value_where_two_networks_part_is_named():
+    m = Maker(22)
+    graph = handmade.mobile(m)
+    x = m.data(graph)
+    for name in ("stem", "expand", "depth", "project", "head", "fc"):
+        op = graph[name].op
+        wrong = graph.with_ops({name: dataclasses.replace(op, bias=op.bias + np.linspace(1, 2, len(op.bias)))})
+        parts_at(graph, wrong, x, name)
+
+
+def test_networks_with_other_inputs_or_outputs_are_not_compared():
+    m = Maker(23)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    other = eq.Graph(dict(graph.inputs), graph.nodes, ["act2"])
+    with pytest.raises(ValueError, match=r"networks to compare need the same outputs, got .*'fc'.* and .*'act2'"):
+        eq.verify(graph, other, x)
+    taller = eq.Graph.chain((3, 6, 8), **{n.name: n.op for n in graph if n.name != "fc"} | {"fc": m.dense(3, 30)})
+    with pytest.raises(ValueError, match=r"networks to compare need the same inputs, got \{'x': \(3, 6, 6\)\} and \{'x': \(3, 6, 8\)\}"):
+        eq.verify(graph, taller, x)
+    narrow = eq.Graph.chain((3, 6, 6), **{n.name: n.op for n in graph if n.name != "fc"} | {"fc": m.dense(2, 20)})
+    with pytest.raises(ValueError, match="networks to compare need the same outputs"):
+        eq.verify(graph, narrow, x)
+
+
+def test_bad_data_is_refused_by_the_inputs_name():
+    graph = handmade.plain(Maker(24))
+    with pytest.raises(ValueError, match="input 'x' is an empty batch"):
+        eq.verify(graph, graph, np.zeros((0, 3, 6, 6)))
+    with pytest.raises(ValueError, match="input 'x' holds nan"):
+        eq.verify(graph, graph, np.full((1, 3, 6, 6), np.nan))
+    with pytest.raises(TypeError, match="input 'x' must be a floating array"):
+        eq.verify(graph, graph, np.zeros((1, 3, 6, 6), int))
+
+
+def test_the_outputs_may_come_in_another_order():
+    m = Maker(25)
+    graph = handmade.fan_out(m)
+    other = eq.Graph(dict(graph.inputs), graph.nodes, graph.outputs[::-1])
+    assert eq.verify(graph, other, m.data(graph))

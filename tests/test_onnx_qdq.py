@@ -1,0 +1,249 @@
+"""Quantized networks as ONNX with QuantizeLinear and DequantizeLinear: the same whole numbers, in an engine's types."""
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from onnx import TensorProto, numpy_helper
+
+import eqfact as eq
+import eqfact.onnx
+from eqfact.onnx import OnnxError
+from eqfact.quantization import FakeQuantize
+
+NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
+ACTIVATIONS = eq.UniformQuantizer(8, symmetric=False)
+
+
+def floats(*shape, seed=5):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def quantized(graph, weights=None, activations=ACTIVATIONS, **options):
+    """The network with weights and activations on grids, ranges from a few random samples."""
+    feeds = small.feeds_of(graph, batch=4, seed=1)
+    data = next(iter(feeds.values())) if len(feeds) == 1 else feeds
+    stats = eq.calibrate(graph, [data]) if activations is not None else None
+    return eq.quantize(graph, weights=weights or eq.UniformQuantizer(8), activations=activations, stats=stats, outputs=True, **options)
+
+
+def steps_apart(graph, path, batch=3):
+    """How many steps of its grid each output of the file in onnxruntime is away from eqfact's."""
+    feeds = small.feeds_of(graph, batch, seed=2)
+    ours, theirs = small.run_eq(graph, feeds), small.run_ort(path, feeds)
+    assert list(ours) == list(theirs)
+    return np.concatenate([np.rint(np.abs(theirs[o] - y) / graph[o].op.grid.scale.max()).ravel() for o, y in ours.items()])
+
+
+def layers(graph):
+    """Every piece of a quantized network between stored values, as a network that reads what the piece reads."""
+    stored = {node.name for node in graph.nodes if isinstance(node.op, FakeQuantize)}
+    for name in stored:
+        if graph[name].inputs[0] in graph.inputs:
+            continue
+        found, read, open_values = [], [], [name]
+        while open_values:
+            value = open_values.pop()
+            if value in read or any(node.name == value for node in found):
+                continue
+            if value in stored and value != name:
+                read.append(value)
+            else:
+                found.append(graph[value])
+                open_values += graph[value].inputs
+        again = [eq.Node(value, graph[value].op, [f"{value}.read"]) for value in read]
+        yield eq.Graph({f"{value}.read": graph.shapes[value] for value in read}, [*again, *found], [name])
+
+
+@pytest.fixture(params=NETS, ids=str)
+def net(request, tmp_path):
+    onnx.save(NETS[request.param](), tmp_path / "float.onnx")
+    return eq.fold_batchnorm(eqfact.onnx.load(tmp_path / "float.onnx"))
+
+
+QUANTIZERS = {
+    "per tensor": (eq.UniformQuantizer(8), ACTIVATIONS),
+    "per channel": (eq.UniformQuantizer(8, granularity="per_channel"), ACTIVATIONS),
+    "affine weights, symmetric activations": (eq.UniformQuantizer(8, symmetric=False), eq.UniformQuantizer(8)),
+    "narrow range": (eq.UniformQuantizer(8, narrow_range=True), eq.UniformQuantizer(8, narrow_range=True)),
+    "4 and 6 bits": (eq.UniformQuantizer(4, granularity="per_channel"), eq.UniformQuantizer(6, symmetric=False)),
+    "activations per channel": (eq.UniformQuantizer(8), eq.UniformQuantizer(8, symmetric=False, granularity="per_channel")),
+    "16 bits": (eq.UniformQuantizer(8), eq.UniformQuantizer(16)),
+    "per group": (eq.UniformQuantizer(4, granularity="per_group", group_size=3), ACTIVATIONS),
+}
+
+
+@pytest.mark.parametrize("weights, activations", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_every_layer_agrees_with_onnxruntime_within_one_step(weights, activations, net, tmp_path):
+    """On the same inputs. Over many layers a value that lies between two steps may go either way, and what follows from it grows."""
+    graph = quantized(net, weights, activations)
+    feeds = small.feeds_of(graph, batch=1, seed=2)
+    every, total, unequal, pieces = eq.values(graph, feeds), 0, 0, list(layers(graph))
+    assert len(pieces) > 5
+    for piece in pieces:
+        eqfact.onnx.save_qdq(tmp_path / "layer.onnx", piece)
+        (output,) = piece.outputs
+        theirs = small.run_ort(tmp_path / "layer.onnx", {name: every[name.removesuffix(".read")] for name in piece.inputs})[output]
+        scale = piece[output].op.grid.scale
+        apart = np.abs(theirs - every[output]) / scale.reshape(-1, *(1 for _ in theirs.shape[2:]))
+        assert apart.max() < 1.01, output
+        total, unequal = total + apart.size, unequal + int((apart > 0.5).sum())
+    # 16 bits are finer than the rounding of float32 sums
+    assert unequal <= (0.02 if activations.bits == 16 else 0.001) * total, (unequal, total)
+
+
+@pytest.mark.parametrize("weights, activations", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_whole_networks_agree_nearly_everywhere(weights, activations, net, tmp_path):
+    graph = quantized(net, weights, activations)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
+    if activations.bits < 16:
+        assert np.quantile(steps_apart(graph, tmp_path / "net.onnx", batch=1), 0.9) <= 1
+
+
+def test_weights_alone_may_be_quantized(net, tmp_path):
+    graph = eq.quantize(net, weights=eq.UniformQuantizer(8))
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    feeds = small.feeds_of(graph, batch=1)
+    small.close(small.run_ort(tmp_path / "net.onnx", feeds), small.run_eq(graph, feeds))
+    assert not [n for n in onnx.load(tmp_path / "net.onnx").graph.node if n.op_type == "QuantizeLinear"]
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def one_layer(op, shape, weights=None, tmp_path=None, **options):
+    graph = quantized(eq.Graph({"x": shape}, [eq.Node("y", op, ["x"])], ["y"]), weights, **options)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    model = onnx.load(tmp_path / "net.onnx")
+    assert steps_apart(graph, tmp_path / "net.onnx").max() <= 1
+    return graph, model, {t.name: t for t in model.graph.initializer}
+
+
+def attribute(model, name, key):
+    (node,) = (n for n in model.graph.node if name in n.output)
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == key), None)
+
+
+def test_types_and_scales_of_one_layer(tmp_path):
+    w, b = floats(4, 3, 2, 2), floats(4)
+    graph, model, tensors = one_layer(eq.Conv(w, b), (3, 5, 5), eq.UniformQuantizer(8, granularity="per_channel"), tmp_path)
+    assert [n.op_type for n in model.graph.node] == [
+        "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "DequantizeLinear", "Conv", "QuantizeLinear", "DequantizeLinear"]
+    node = graph["y.float"]
+    whole = numpy_helper.to_array(tensors["y.float.weight.int"])
+    assert whole.dtype == np.int8 and np.array_equal(whole, node.op.grid.quantize(node.op.weight))
+    assert np.allclose(whole * numpy_helper.to_array(tensors["y.float.weight.scale"])[:, None, None, None], node.op.weight, rtol=1e-6)
+    assert attribute(model, "y.float.weight", "axis") == 0
+    bias = numpy_helper.to_array(tensors["y.float.bias.int"])
+    assert bias.dtype == np.int32
+    s_x, s_w = (numpy_helper.to_array(tensors[name]) for name in ("x.quantized.scale", "y.float.weight.scale"))
+    assert np.array_equal(numpy_helper.to_array(tensors["y.float.bias.scale"]), s_x * s_w)
+    assert numpy_helper.to_array(tensors["y.zero_point"]).dtype == np.uint8 and tensors["y.scale"].data_type == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("op, shape, axis", [
+    (eq.Dense(floats(4, 3), floats(4)), (3,), 0),
+    (eq.Conv(floats(4, 1, 3), floats(4), groups=2), (2, 6), 0),
+    (eq.ConvTranspose(floats(4, 3, 2, 2), floats(4), stride=2), (3, 4, 4), 1),
+], ids=lambda v: type(v).__name__)
+def test_scales_a_channel_stand_along_the_axis_of_the_outputs(op, shape, axis, tmp_path):
+    _, model, _ = one_layer(op, shape, eq.UniformQuantizer(8, granularity="per_channel"), tmp_path)
+    assert attribute(model, "y.float.weight", "axis") == axis
+
+
+def test_scales_of_a_grouped_transposed_convolution_stand_in_blocks(tmp_path):
+    op = eq.ConvTranspose(floats(6, 2, 2), floats(6), groups=2)
+    _, model, _ = one_layer(op, (4, 4), eq.UniformQuantizer(8, granularity="per_channel"), tmp_path)
+    assert attribute(model, "y.float.weight", "block_size") == 2 and model.opset_import[0].version == 21
+
+
+def test_groups_of_input_channels_are_blocks(tmp_path):
+    quantizer = eq.UniformQuantizer(4, granularity="per_group", group_size=2)
+    _, model, tensors = one_layer(eq.Dense(floats(4, 6), floats(4)), (6,), quantizer, tmp_path)
+    assert (attribute(model, "y.float.weight", "axis"), attribute(model, "y.float.weight", "block_size")) == (1, 2)
+    assert tensors["y.float.weight.int"].data_type == TensorProto.INT4
+
+
+def test_four_bits_where_the_opset_has_them(net, tmp_path):
+    graph = quantized(net, eq.UniformQuantizer(4))
+    eqfact.onnx.save_qdq(tmp_path / "imported.onnx", graph)  # from a file of opset 17: kept
+    kinds = {t.data_type for t in onnx.load(tmp_path / "imported.onnx").graph.initializer if t.name.endswith(".int")}
+    assert TensorProto.INT8 in kinds and TensorProto.INT4 not in kinds
+    assert onnx.load(tmp_path / "imported.onnx").opset_import[0].version == 17
+    _, model, tensors = one_layer(eq.Dense(floats(4, 6)), (6,), eq.UniformQuantizer(4), tmp_path)
+    assert tensors["y.float.weight.int"].data_type == TensorProto.INT4 and model.opset_import[0].version == 21
+
+
+def test_grids_that_are_narrower_than_their_type_saturate_where_they_end(tmp_path):
+    x = np.float32([[-10.0, 0.3, 10.0]])
+    graph = eq.Graph({"x": (3,)}, [eq.Node("y", eq.ReLU(), ["x"])], ["y"])
+    stats = eq.calibrate(graph, [np.float32([[-1.0, 0.5, 1.0]])])
+    q = eq.quantize(graph, stats=stats, activations=eq.UniformQuantizer(5, symmetric=False), outputs=True)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    small.close(small.run_ort(tmp_path / "net.onnx", {"x": x}), {"y": eq.forward(q, x)}, 1e-6)
+
+
+def test_ops_that_only_move_entries_have_a_pair_of_their_own(tmp_path):
+    graph = eq.Graph({"x": (2, 4, 4)}, [eq.Node("p", eq.MaxPool(2), ["x"]), eq.Node("f", eq.Flatten(), ["p"]),
+                                       eq.Node("y", eq.Dense(floats(3, 8), floats(3)), ["f"])], ["y"])
+    q = quantized(graph)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    kinds = [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node]
+    assert kinds[:8] == ["QuantizeLinear", "DequantizeLinear", "MaxPool", "QuantizeLinear", "DequantizeLinear", "Flatten", "QuantizeLinear",
+                         "DequantizeLinear"]
+    assert steps_apart(q, tmp_path / "net.onnx").max() == 0
+
+
+def test_shared_weights_are_stored_once(tmp_path):
+    fc = eq.Dense(floats(3, 3), floats(3))
+    graph = eq.Graph({"x": (3,)}, [eq.Node("a", fc, ["x"]), eq.Node("y", eq.ReLU(), ["a"]), eq.Node("b", fc, ["y"])], ["b"])
+    q = quantized(graph)
+    weights = {id(n.op.weight) for n in q.nodes if isinstance(n.op, eq.Dense)}
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    stored = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.name.endswith("weight.int")]
+    assert len(stored) == len(weights)
+    assert steps_apart(q, tmp_path / "net.onnx").max() <= 1
+
+
+def test_names_of_layers_and_weights_survive(tmp_path):
+    onnx.save(small.mini_inception(), tmp_path / "float.onnx")
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized(eqfact.onnx.load(tmp_path / "float.onnx")))
+    before, after = onnx.load(tmp_path / "float.onnx").graph, onnx.load(tmp_path / "net.onnx").graph
+    assert {o for n in before.node for o in n.output} <= {o for n in after.node for o in n.output}
+    made = {n.name: list(n.input) for n in after.node}
+    for conv in (n for n in before.node if n.op_type == "Conv"):
+        assert made[conv.name][1:] == list(conv.input)[1:]  # the dequantized weight and bias have the names of the float ones
+
+
+def test_double_networks_are_written_in_single(tmp_path):
+    graph = eq.Graph({"x": (3,)}, [eq.Node("y", eq.Dense(floats(2, 3).astype(float)), ["x"])], ["y"])
+    stats = eq.calibrate(graph, [floats(9, 3).astype(float)])
+    q = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=ACTIVATIONS, stats=stats, outputs=True)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    x = floats(4, 3)
+    small.close(small.run_ort(tmp_path / "net.onnx", {"x": x}), {"y": eq.forward(q, x)}, float(q["y"].op.grid.scale[0]))
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_another_rounding_of_activations_is_refused(net, tmp_path):
+    graph = quantized(net, activations=eq.UniformQuantizer(8, symmetric=False, rounding="half_up"))
+    with pytest.raises(OnnxError, match=r"net.onnx: node .*half to even, the grid's rounding is 'half_up'"):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_weights_that_left_their_grid_are_refused(tmp_path):
+    graph = quantized(eq.Graph({"x": (3,)}, [eq.Node("y", eq.Dense(floats(2, 3)), ["x"])], ["y"]))
+    op = graph["y.float"].op
+    moved = graph.with_ops({"y.float": eq.Dense(op.weight * np.float32(1.3), grid=op.grid)})
+    with pytest.raises(OnnxError, match=r"node 'y\.float': its weights do not lie on their grid"):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", moved)
+
+
+def test_a_quantized_file_is_not_read_again(net, tmp_path):
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized(net))
+    with pytest.raises(OnnxError, match="quantized already"):
+        eqfact.onnx.load(tmp_path / "net.onnx")

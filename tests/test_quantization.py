@@ -1,0 +1,603 @@
+"""Quantizers against scalar formulas in exact fractions, and quantized networks against what an integer engine holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import handmade
+import numpy as np
+import pytest
+from handmade import Maker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eqfact as eq
+from eqfact.ops.grid import ROUNDINGS, rounded
+from eqfact.quantization import effective_bits, stored_values
+from eqfact.testing.strategies import batches, networks
+
+NEAREST = ("half_even", "half_away", "half_up")
+
+
+def quantizers():
+    """Every kind of quantizer."""
+    return st.builds(eq.UniformQuantizer, bits=st.integers(2, 16), symmetric=st.booleans(), signed=st.sampled_from([None, True, False]),
+                     narrow_range=st.booleans(), rounding=st.sampled_from(NEAREST))
+
+
+def ranges():
+    """``low <= high``, over many decades, of one sign or of both, and empty ones."""
+    number = st.one_of(st.floats(-100, 100, allow_subnormal=False), st.sampled_from([0.0, 1.0, -1.0, 1e-30, -1e30, 1e300]))
+    return st.tuples(number, number).map(sorted)
+
+
+# ------------------------------------------------------------------------------------------------ scalar formulas, exact
+
+
+def exact_rounded(x: Fraction, rounding: str) -> int:
+    whole = math.floor(x)
+    part = x - whole
+    if rounding == "floor" or part < Fraction(1, 2):
+        return whole
+    if part > Fraction(1, 2):
+        return whole + 1
+    return {"half_even": whole + whole % 2, "half_up": whole + 1, "half_away": whole + 1 if x > 0 else whole}[rounding]
+
+
+def exact_fake_quantized(x: float, grid) -> tuple[int, Fraction]:
+    """``q`` and ``scale (q - zero_point)`` in fractions, nothing rounded but what the grid rounds."""
+    scale, zero_point = Fraction(float(grid.scale)), int(grid.zero_point)
+    q = min(max(exact_rounded(Fraction(x) / scale, grid.rounding) + zero_point, grid.qmin), grid.qmax)
+    return q, scale * (q - zero_point)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_rounding_is_exact_at_ties_and_around_them(rounding):
+    numbers = [k / 4 for k in range(-20, 21)] + [0.49999999999999994, -0.49999999999999994, 2.5 - 2**-51, 2.5 + 2**-51, 4503599627370495.5]
+    assert rounded(np.array(numbers), rounding).tolist() == [exact_rounded(Fraction(x), rounding) for x in numbers]
+
+
+@pytest.mark.parametrize(("rounding", "expected"), [
+    ("half_even", [-2, -2, 0, 0, 2, 2]), ("half_away", [-3, -2, -1, 1, 2, 3]),
+    ("half_up", [-2, -1, 0, 1, 2, 3]), ("floor", [-3, -2, -1, 0, 1, 2])])
+def test_ties_by_hand(rounding, expected):
+    assert rounded(np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]), rounding).tolist() == expected
+
+
+def test_ties_go_to_even_by_default():
+    assert eq.UniformQuantizer().rounding == "half_even"
+    grid = eq.UniformQuantizer(bits=8).grid(-127.0, 127.0)
+    assert grid.quantize([0.5, 1.5, 2.5, -0.5, -1.5]).tolist() == [0, 2, 2, 0, -2]
+
+
+@given(x=st.lists(st.floats(-40, 40), min_size=1, max_size=8), bits=st.integers(2, 16), exponent=st.integers(-6, 3),
+       symmetric=st.booleans(), signed=st.booleans(), narrow=st.booleans(), rounding=st.sampled_from(ROUNDINGS), offset=st.integers(0, 3))
+@settings(max_examples=300)
+def test_fake_quantization_is_the_formula_in_exact_fractions(x, bits, exponent, symmetric, signed, narrow, rounding, offset):
+    quantizer = eq.UniformQuantizer(bits=bits, symmetric=symmetric, signed=signed, narrow_range=narrow, rounding=rounding)
+    step = 2.0**exponent  # scales that are powers of two, so that floats compute exactly, too
+    steps = quantizer.qmax - quantizer.qmin
+    grid = (quantizer.grid(0, step * ((1 << (bits - 1)) - 1)) if symmetric
+            else quantizer.grid(-min(offset, steps) * step, (steps - min(offset, steps)) * step))
+    assert float(grid.scale) == step
+    exact = [exact_fake_quantized(v, grid) for v in x]
+    assert grid.quantize(x).tolist() == [q for q, _ in exact]
+    assert [Fraction(v) for v in grid.fake_quantize(np.array(x)).tolist()] == [y for _, y in exact]
+
+
+@given(quantizers(), ranges())
+@settings(max_examples=200)
+def test_scale_and_zero_point_are_the_papers(quantizer, bounds):
+    low, high = bounds
+    grid = quantizer.grid(low, high)
+    levels = 2**quantizer.bits - (1 if quantizer.narrow_range else 0)
+    assert grid.qmax - grid.qmin == levels - 1
+    if low == high == 0:
+        assert float(grid.scale) == 1
+    elif quantizer.symmetric:
+        half = 2 ** (quantizer.bits - 1) - 1  # steps on the shorter side
+        np.testing.assert_allclose(grid.scale, max(abs(low), abs(high)) / half, rtol=1e-15)
+    else:
+        np.testing.assert_allclose(grid.scale, float((Fraction(max(high, 0.0)) - Fraction(min(low, 0.0))) / (levels - 1)), rtol=1e-15)
+
+
+def test_grids_by_hand():
+    signed = eq.UniformQuantizer(bits=8)
+    assert (signed.qmin, signed.qmax) == (-128, 127)
+    assert (float(signed.grid(-254.0, 3.0).scale), float(signed.grid(-254.0, 3.0).zero_point)) == (2.0, 0.0)
+    narrow = eq.UniformQuantizer(bits=8, narrow_range=True)
+    assert (narrow.qmin, narrow.qmax) == (-127, 127)
+    affine = eq.UniformQuantizer(bits=8, symmetric=False)
+    assert (affine.qmin, affine.qmax) == (0, 255)
+    assert (float(affine.grid(-64.0, 191.0).scale), float(affine.grid(-64.0, 191.0).zero_point)) == (1.0, 64.0)
+    assert (float(affine.grid(51.0, 255.0).scale), float(affine.grid(51.0, 255.0).zero_point)) == (1.0, 0.0)  # widened to hold zero
+    assert (float(affine.grid(-255.0, -51.0).scale), float(affine.grid(-255.0, -51.0).zero_point)) == (1.0, 255.0)
+    unsigned = eq.UniformQuantizer(bits=8, signed=False)
+    assert (unsigned.qmin, unsigned.qmax, float(unsigned.grid(-127.0, 0.0).zero_point)) == (0, 255, 128.0)
+    signed_affine = eq.UniformQuantizer(bits=8, symmetric=False, signed=True)
+    assert (signed_affine.qmin, signed_affine.qmax, float(signed_affine.grid(0.0, 255.0).zero_point)) == (-128, 127, -128.0)
+
+
+# ------------------------------------------------------------------------------------------------ laws of a grid
+
+
+@st.composite
+def grids_and_numbers(draw):
+    """A quantizer, a range, and numbers within it, at its ends and at its middles."""
+    quantizer, (low, high) = draw(quantizers()), draw(ranges())
+    parts = np.array([0.0, 1.0, 0.5, *draw(st.lists(st.floats(0, 1), max_size=6))])
+    x = low * (1 - parts) + high * parts
+    return quantizer, low, high, np.clip(x, low, high)
+
+
+@given(grids_and_numbers())
+@settings(max_examples=300)
+def test_the_error_is_at_most_half_a_step_within_the_range(drawn):
+    quantizer, low, high, x = drawn
+    grid = quantizer.grid(low, high)
+    error = np.abs(grid.fake_quantize(x) - x)
+    assert (error <= grid.scale / 2 * (1 + 1e-9)).all()
+
+
+@given(grids_and_numbers())
+@settings(max_examples=300)
+def test_quantizing_twice_is_quantizing_once(drawn):
+    quantizer, low, high, x = drawn
+    grid = quantizer.grid(low, high)
+    once = grid.fake_quantize(x)
+    assert np.array_equal(grid.fake_quantize(once), once)
+    assert np.array_equal(grid.quantize(once), grid.quantize(x))
+    if max(abs(low), abs(high)) < 1e38:
+        in_float32 = grid.fake_quantize(x.astype(np.float32))
+        assert np.array_equal(grid.fake_quantize(in_float32), in_float32)
+
+
+@given(grids_and_numbers())
+@settings(max_examples=100)
+def test_quantization_is_monotone_saturates_and_has_at_most_2_to_the_bits_levels(drawn):
+    quantizer, low, high, x = drawn
+    grid = quantizer.grid(low, high)
+    span = min(max(abs(low), abs(high), 1.0) * 3, 1e307)
+    wide = np.sort(np.concatenate([x, np.linspace(-span, span, 400)]))
+    q = grid.quantize(wide)
+    assert (np.diff(q) >= 0).all()
+    assert q.min() >= quantizer.qmin
+    assert q.max() <= quantizer.qmax
+    assert len(np.unique(q)) <= 2**quantizer.bits
+    assert grid.quantize([1e308, -1e308]).tolist() == [quantizer.qmax, quantizer.qmin]
+
+
+@given(quantizers(), ranges())
+@settings(max_examples=100)
+def test_zero_is_on_every_grid(quantizer, bounds):
+    grid = quantizer.grid(*bounds)
+    assert grid.fake_quantize(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert grid.quantize(np.zeros(1)).tolist() == [int(grid.zero_point)]
+    assert grid.dequantize(grid.zero_point) == 0
+
+
+@given(quantizers(), st.floats(1e-3, 1e3))
+def test_the_largest_magnitude_is_on_a_symmetric_grid(quantizer, top):
+    if quantizer.symmetric:
+        grid = quantizer.grid(-top, top / 2)
+        np.testing.assert_allclose(grid.fake_quantize(np.array([top, -top])), [top, -top], rtol=1e-15)
+
+
+@given(quantizers(), st.floats(1e-3, 1e3))
+def test_narrow_symmetric_grids_are_symmetric(quantizer, top):
+    narrow = eq.UniformQuantizer(bits=quantizer.bits, narrow_range=True, rounding="half_even")
+    grid, x = narrow.grid(-top, top), np.linspace(-2 * top, 2 * top, 41)
+    assert grid.qmin == -grid.qmax
+    np.testing.assert_array_equal(grid.fake_quantize(-x), -grid.fake_quantize(x))
+
+
+@given(quantizers(), ranges(), st.integers(-20, 20))
+@settings(max_examples=100)
+def test_quantization_commutes_with_powers_of_two(quantizer, bounds, exponent):
+    low, high = (np.clip(b, -1e290, 1e290) for b in bounds)
+    x = np.concatenate([np.linspace(low, high, 33), [2 * low - 1, 2 * high + 1]])
+    f = 2.0**exponent
+    if low < high or low != 0:
+        expected = f * quantizer.grid(low, high).fake_quantize(x)
+        np.testing.assert_array_equal(quantizer.grid(f * low, f * high).fake_quantize(f * x), expected)
+
+
+def test_a_floor_never_goes_up_and_errs_by_less_than_a_step():
+    x = np.linspace(-1, 1, 257)
+    grid = eq.UniformQuantizer(bits=5, rounding="floor").grid(-1.0, 1.0)
+    y = grid.fake_quantize(x)
+    assert (y <= x + 1e-15).all()
+    assert (x - y < grid.scale * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("top", [0.0, 5e-324, 1e-310])
+def test_a_range_of_zero_or_next_to_it_holds_zero_alone(symmetric, top):
+    grid = eq.UniformQuantizer(symmetric=symmetric).grid(-top, top)
+    assert float(grid.scale) == 1.0
+    assert grid.fake_quantize(np.array([top, -top, 0.0])).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("top", [1e-300, 1e-30, 1e30, 1e300, 1e308])
+def test_tiny_and_huge_ranges_keep_their_relative_error(symmetric, top):
+    x = np.linspace(-1, 1, 101) * top
+    y = eq.UniformQuantizer(bits=16, symmetric=symmetric).grid(-top, top).fake_quantize(x)
+    assert np.isfinite(y).all()
+    assert np.abs(y / top - x / top).max() < 2**-14
+
+
+# ------------------------------------------------------------------------------------------------ granularities
+
+
+def scales_by_loops(w, granularity, group_size, half):
+    """The symmetric scale of every weight, entry by entry."""
+    scales = np.empty(w.shape)
+    for index in np.ndindex(*w.shape):
+        o, i = index[:2]
+        shares = {"per_tensor": w, "per_channel": w[o]}.get(granularity)
+        if shares is None:
+            start = i // group_size * group_size
+            shares = w[o, start:start + group_size]
+        scales[index] = np.abs(shares).max() / half
+    return scales
+
+
+@pytest.mark.parametrize(("granularity", "group_size"), [("per_tensor", None), ("per_channel", None), ("per_group", 1), ("per_group", 2),
+                                                         ("per_group", 3), ("per_group", 99)])
+@pytest.mark.parametrize("name", ["dense", "conv", "grouped", "depthwise", "transposed"])
+def test_weights_that_share_a_scale_are_those_of_the_granularity(granularity, group_size, name):
+    m = Maker(1)
+    op = {"dense": m.dense(4, 5), "conv": m.conv(3, 5, 2, 2), "grouped": m.conv(4, 3, 2, groups=2), "depthwise": m.conv(4, 1, 3, groups=4),
+          "transposed": eq.ConvTranspose(m.weight(3, 4, 2))}[name]
+    grid = eq.UniformQuantizer(bits=4, granularity=granularity, group_size=group_size).weight_grid(op)
+    expected = scales_by_loops(op.weight, granularity, group_size, 7)
+    np.testing.assert_allclose(np.broadcast_to(grid.scale, op.weight.shape), expected, rtol=1e-15)
+    error = np.abs(grid.fake_quantize(op.weight) - op.weight)
+    assert (error <= expected / 2 * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped", "transposed"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_per_channel_weights_follow_power_of_two_factors_of_their_output_channels(name, symmetric):
+    m = Maker(2)
+    op = {"dense": m.dense(4, 5), "grouped": m.conv(4, 3, 2, groups=2), "transposed": eq.ConvTranspose(m.weight(4, 4, 2))}[name]
+    f, ones = np.array([0.25, 1.0, 8.0, 2.0]), np.ones(op.in_channels)
+    quantizer = eq.UniformQuantizer(bits=4, symmetric=symmetric, granularity="per_channel")
+
+    def rounded_weight(op):
+        return quantizer.weight_grid(op).fake_quantize(op.weight)
+
+    np.testing.assert_array_equal(rounded_weight(op.rescale(f, ones)), rounded_weight(op) * f.reshape(-1, *(1,) * (op.weight.ndim - 1)))
+
+
+def test_a_depthwise_network_quantized_per_channel_does_not_feel_powers_of_two():
+    """Every weight reads one channel and makes one, so both of its factors leave the row's grid as it is."""
+    m = Maker(3)
+    graph = eq.Graph.chain((4, 6), a=m.conv(4, 1, 3, groups=4), act=eq.ReLU6(), b=m.conv(4, 1, 2, groups=4), act2=eq.ReLU(),
+                           c=m.conv(4, 1, 1, groups=4))
+    x = m.data(graph)
+    factors = eq.Factorization.of(graph, {"act": [0.25, 1.0, 8.0, 2.0], "act2": [64.0, 0.5, 1.0, 4.0]})
+    stats = eq.calibrate(graph, x)
+    options = {"weights": eq.UniformQuantizer(bits=5, granularity="per_channel"),
+               "activations": eq.UniformQuantizer(bits=6, symmetric=False, granularity="per_channel")}
+    before = eq.forward(eq.quantize(graph, stats=stats, **options), x)
+    after = eq.forward(eq.quantize(factors.apply(graph), stats=factors.apply(stats), **options), x)
+    assert np.array_equal(before, after)
+    assert not np.array_equal(before, eq.forward(graph, x))
+
+
+def test_per_tensor_activations_share_one_grid_and_per_channel_ones_have_their_own():
+    low, high = np.array([0.0, -1.0]), np.array([3.0, 1.0])
+    assert eq.UniformQuantizer(bits=2, symmetric=False).activation_grid(low, high).scale.tolist() == [4 / 3]
+    assert eq.UniformQuantizer(bits=2, symmetric=False, granularity="per_channel").activation_grid(low, high).scale.tolist() == [1.0, 2 / 3]
+
+
+def test_effective_bits_are_bits_minus_the_log_of_the_ratio():
+    assert effective_bits(np.array([1.0, 0.25, 0.0]), 8).tolist() == [8.0, 6.0, -math.inf]
+    assert effective_bits(np.zeros(2), 8).tolist() == [-math.inf, -math.inf]
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+W8, A8 = eq.UniformQuantizer(bits=8), eq.UniformQuantizer(bits=8, symmetric=False)
+each_net = pytest.mark.parametrize("build", handmade.NETS, ids=lambda f: f.__name__)
+
+
+def on_grid(x, scale, zero_point, qmin, qmax):
+    """All entries are ``scale (q - zero_point)`` up to one rounding to their dtype."""
+    q = np.rint(x / scale) + zero_point
+    assert (q >= qmin).all()
+    assert (q <= qmax).all()
+    np.testing.assert_allclose(x, scale * (q - zero_point), rtol=4 * np.finfo(x.dtype).eps, atol=0)
+
+
+@each_net
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_of_a_quantized_network_are_on_their_grid(build, dtype, bits):
+    m = Maker(4, dtype)
+    graph = build(m)
+    quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits=bits))
+    for node in graph:
+        op = quantized[node.name].op
+        if not isinstance(op, eq.Weighted) or isinstance(op, eq.BatchNorm):
+            assert op is node.op
+            continue
+        scale = float(np.abs(node.op.weight).max()) / (2 ** (bits - 1) - 1)
+        on_grid(op.weight, scale, 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        assert len(np.unique(op.weight)) <= 2**bits
+        assert op.weight.dtype == dtype
+        assert np.abs(op.weight - node.op.weight).max() <= scale / 2 * (1 + 1e-5)
+        assert op.bias is node.op.bias or np.array_equal(op.bias, node.op.bias)  # no activation grid: biases stay in float
+        assert float(op.grid.scale.ravel()[0]) == pytest.approx(scale)
+
+
+@each_net
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_biases_are_multiples_of_input_scale_times_weight_scale(build, granularity):
+    m = Maker(5)
+    graph = build(m)
+    stats = eq.calibrate(graph, m.data(graph))
+    quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits=8, granularity=granularity), activations=A8, stats=stats)
+    seen = 0
+    for node in graph:
+        op = quantized[node.name if node.name not in stored_values(graph) else f"{node.name}.float"].op
+        if not isinstance(op, eq.Weighted) or isinstance(op, eq.BatchNorm) or op.bias is None:
+            continue
+        source = stored_source(graph, node.inputs[0])
+        low, high = min(float(stats[source].min.min()), 0), max(float(stats[source].max.max()), 0)
+        axes = None if granularity == "per_tensor" else tuple(range(1, op.weight.ndim))
+        step = (high - low) / 255 * np.abs(node.op.weight).max(axis=axes) / 127
+        multiples = op.bias / step
+        np.testing.assert_allclose(multiples, np.rint(multiples), atol=1e-6 * np.abs(multiples).max())
+        assert (np.abs(op.bias - node.op.bias) <= step / 2 * (1 + 1e-9)).all()
+        seen += 1
+    assert seen
+
+
+def stored_source(graph, value):
+    """The stored value on whose grid this one is: through ops that only move entries."""
+    while value not in stored_values(graph):
+        value = graph[value].inputs[0]
+    return value
+
+
+def test_biases_stay_in_float_on_request_and_where_a_scale_is_missing():
+    m = Maker(6)
+    graph = handmade.plain(m)
+    stats = eq.calibrate(graph, m.data(graph))
+    for options in ({"biases": False, "weights": W8, "activations": A8}, {"activations": A8}, {"weights": W8},
+                    {"weights": W8, "activations": eq.UniformQuantizer(symmetric=False, granularity="per_channel")}):
+        quantized = eq.quantize(graph, stats=stats, **options)
+        for name in ("conv1", "conv2", "fc"):
+            assert np.array_equal(quantized[name].op.bias, graph[name].op.bias)
+
+
+def test_biases_saturate_at_32_bits():
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0]]), np.array([1e9])))
+    quantized = eq.quantize(graph, weights=W8, activations=A8, stats=eq.calibrate(graph, np.array([[1.0]])))
+    assert quantized["fc"].op.bias[0] == pytest.approx((2**31 - 1) / 255 / 127)
+
+
+@each_net
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stored_values_are_on_their_grid_and_named_as_before(build, granularity, dtype):
+    m = Maker(7, dtype)
+    graph = build(m)
+    x = m.data(graph)
+    stats = eq.calibrate(graph, x)
+    quantizer = eq.UniformQuantizer(bits=5, symmetric=False, granularity=granularity)
+    quantized = eq.quantize(graph, activations=quantizer, stats=stats, outputs=True)
+    every = eq.values(quantized, x)
+    assert set(graph.shapes) <= set(every)
+    assert quantized.outputs == graph.outputs
+    for name in stored_values(graph, outputs=True):
+        value = every[f"{name}.quantized" if name in graph.inputs else name]
+        low, high = np.minimum(stats[name].min, 0), np.maximum(stats[name].max, 0)
+        if granularity == "per_tensor":
+            low, high = low.min(keepdims=True), high.max(keepdims=True)
+        scale = np.where(high > low, (high - low) / 31, 1)
+        shape = (-1, *(1,) * (value.ndim - 2))
+        on_grid(value, scale.reshape(shape), np.rint(-low / scale).reshape(shape), 0, 31)
+
+
+@each_net
+def test_moved_values_stay_on_the_grid_of_what_they_move(build):
+    m = Maker(8)
+    graph = build(m)
+    x = m.data(graph)
+    quantized = eq.quantize(graph, activations=eq.UniformQuantizer(bits=4, symmetric=False), stats=eq.calibrate(graph, x))
+    every = eq.values(quantized, x)
+    for node in graph:
+        if isinstance(node.op, (eq.Flatten, eq.MaxPool, eq.Permute, eq.Slice, eq.Pad, eq.Upsample)):
+            assert node.name not in stored_values(graph)
+            source = f"{node.inputs[0]}.quantized" if node.inputs[0] in graph.inputs else node.inputs[0]
+            assert set(np.unique(every[node.name])) <= set(np.unique(every[source])) | {0.0}
+
+
+def test_values_that_an_engine_stores_are_inputs_and_what_layers_make_behind_their_activation():
+    m = Maker(9)
+    assert stored_values(handmade.plain(m)) == ["x", "act1", "act2"]
+    assert stored_values(handmade.plain(m), outputs=True) == ["x", "act1", "act2", "fc"]
+    assert stored_values(handmade.inner_output(m)) == ["x", "act1", "act2"]
+    assert stored_values(handmade.mobile(m)) == ["x", "act", "act1", "act2", "project", "add", "act3", "pool"]
+    assert stored_values(handmade.concat(m)) == ["x", "act_a", "act_b", "c", "cat", "act_d"]
+    assert stored_values(handmade.two_inputs(m)) == ["x", "y", "a", "b", "act", "c", "curve", "act_d"]
+
+
+def test_an_inner_output_is_rounded_where_it_is_read():
+    m = Maker(10)
+    graph = handmade.inner_output(m)
+    x = m.data(graph)
+    quantized = eq.quantize(graph, activations=eq.UniformQuantizer(bits=3, symmetric=False), stats=eq.calibrate(graph, x))
+    outputs = eq.forward(quantized, x)
+    assert set(outputs) == {"act1", "fc"}
+    assert len(np.unique(outputs["act1"])) <= 8
+    assert len(np.unique(outputs["fc"])) > 8
+
+
+def test_a_quantized_layer_computes_what_integers_compute():
+    """``y = s_x s_w (sum (q_x - z_x) q_w + q_b)``, accumulated in Python integers."""
+    m = Maker(11)
+    graph = eq.Graph.chain((5,), fc=m.dense(3, 5))
+    x = m.data(graph, 6)
+    stats = eq.calibrate(graph, x)
+    quantized = eq.quantize(graph, weights=W8, activations=A8, stats=stats)
+    low, high = float(stats["x"].min.min()), float(stats["x"].max.max())
+    s_x, s_w = (high - low) / 255, float(np.abs(graph["fc"].op.weight).max()) / 127
+    z = round(-low / s_x)
+    expected = np.empty((6, 3))
+    for n, o in itertools.product(range(6), range(3)):
+        total = round(float(graph["fc"].op.bias[o]) / (s_x * s_w))
+        for i in range(5):
+            q_x = min(max(round(float(x[n, i]) / s_x) + z, 0), 255)
+            total += (q_x - z) * round(float(graph["fc"].op.weight[o, i]) / s_w)
+        expected[n, o] = s_x * s_w * total
+    np.testing.assert_allclose(eq.forward(quantized, x), expected, rtol=1e-12, atol=1e-12)
+
+
+@each_net
+def test_none_leaves_everything_in_float(build):
+    m = Maker(12)
+    graph = build(m)
+    quantized = eq.quantize(graph)
+    assert [(n.name, n.op, n.inputs) for n in quantized] == [(n.name, n.op, n.inputs) for n in graph]
+
+
+@each_net
+@settings(max_examples=3)
+@given(seed=st.integers(0, 99))
+def test_sixteen_bits_are_close_to_float(build, seed):
+    m = Maker(seed)
+    graph = build(m)
+    x = m.data(graph)
+    quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits=16), activations=eq.UniformQuantizer(bits=16, symmetric=False),
+                            stats=eq.calibrate(graph, x), biases=False)  # 32 bits do not hold a bias in steps of 16 + 16 bits
+    assert eq.sqnr(eq.forward(graph, x), eq.forward(quantized, x)) > 45
+
+
+@settings(max_examples=100)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))), quantizers())
+def test_random_networks_can_be_quantized_and_keep_names_shapes_and_dtype(drawn, quantizer):
+    graph, x = drawn
+    stats = eq.calibrate(graph, x)
+    quantized = eq.quantize(graph, weights=quantizer, activations=quantizer, stats=stats, outputs=True)
+    before, after = eq.values(graph, x), eq.values(quantized, x)
+    for name, value in before.items():
+        assert after[name].shape == value.shape
+        assert after[name].dtype == value.dtype
+        assert np.isfinite(after[name]).all()
+    assert quantized.outputs == graph.outputs
+    for node in graph:
+        if isinstance(node.op, eq.Weighted) and not isinstance(node.op, eq.BatchNorm):
+            made = quantized[f"{node.name}.float" if f"{node.name}.float" in after else node.name].op
+            assert len(np.unique(made.weight)) <= 2**quantizer.bits
+
+
+@settings(max_examples=40)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
+def test_quantizing_weights_twice_is_quantizing_once(drawn):
+    graph, x = drawn
+    once = eq.quantize(graph, weights=W8)
+    twice = eq.quantize(once, weights=W8)
+    for name, value in eq.values(once, x).items():
+        assert np.array_equal(eq.values(twice, x)[name], value)
+
+
+def test_a_shared_conv_is_quantized_alike_at_both_nodes():
+    m = Maker(13)
+    quantized = eq.quantize(handmade.shared(m), weights=W8)
+    assert np.array_equal(quantized["first"].op.weight, quantized["second"].op.weight)
+
+
+def test_fake_quantize_pins_what_it_touches():
+    m = Maker(14)
+    graph = handmade.plain(m)
+    quantized = eq.quantize(graph, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    assert eq.degrees_of_freedom(quantized) == 0
+    assert "FakeQuantize has a fixed grid" in eq.channels(quantized).pinned["act1"]
+
+
+def test_the_network_given_stays_as_it_is():
+    m = Maker(15)
+    graph = handmade.plain(m)
+    weight = graph["conv1"].op.weight.copy()
+    eq.quantize(graph, weights=W8, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    assert np.array_equal(graph["conv1"].op.weight, weight)
+    assert graph["conv1"].op.grid is None
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("bits", [1, 0, -8, 17, 8.0, "8", True, None])
+def test_bits_outside_2_to_16_are_refused(bits):
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 16, got"):
+        eq.UniformQuantizer(bits=bits)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"granularity": "per_row"}, "granularity must be one of .*, got 'per_row'"),
+    ({"rounding": "up"}, "rounding must be one of .*, got 'up'"),
+    ({"granularity": "per_group"}, "group_size goes with granularity 'per_group', got None"),
+    ({"group_size": 4}, "group_size goes with granularity 'per_group', got 4 with 'per_tensor'"),
+    ({"granularity": "per_group", "group_size": 0}, "group_size must be a positive integer, got 0"),
+    ({"granularity": "per_group", "group_size": 1.5}, "group_size must be a positive integer, got 1.5"),
+])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        eq.UniformQuantizer(**options)
+
+
+@pytest.mark.parametrize(("low", "high", "message"), [
+    (np.nan, 1.0, "a range to quantize must be finite"), (0.0, np.inf, "a range to quantize must be finite"),
+    (1.0, -1.0, "a range to quantize must not be empty, got low 1 above high -1")])
+def test_bad_ranges_are_refused(low, high, message):
+    with pytest.raises(ValueError, match=message):
+        eq.UniformQuantizer().grid(low, high)
+
+
+@pytest.mark.parametrize(("scale", "zero_point", "qmin", "qmax", "message"), [
+    (0.0, 0.0, 0, 1, "Grid scale must be positive"), (-1.0, 0.0, 0, 1, "Grid scale must be positive"),
+    (np.nan, 0.0, 0, 1, "Grid scale holds nan"), (1.0, 0.0, 1, 1, "Grid needs qmin < qmax"),
+    (1.0, 0.5, 0, 3, "Grid zero_point must be whole"), (1.0, 9.0, 0, 3, "Grid zero_point must be whole and within")])
+def test_bad_grids_are_refused(scale, zero_point, qmin, qmax, message):
+    with pytest.raises(ValueError, match=message):
+        eq.Grid(np.array([scale]), np.array([zero_point]), qmin, qmax)
+
+
+def test_activations_need_statistics_of_this_graph():
+    m = Maker(16)
+    graph, other = handmade.plain(m), handmade.mobile(m)
+    with pytest.raises(ValueError, match="quantizing activations needs their ranges: give stats=calibrate"):
+        eq.quantize(graph, activations=A8)
+    with pytest.raises(ValueError, match="the statistics lack value 'act': calibrate this graph"):
+        eq.quantize(other, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    more = {"conv1": m.conv(6, 3, 3, 3, stride=2, padding=1), "conv2": m.conv(5, 6, 2, 2)}
+    wider = eq.Graph.chain((3, 6, 6), **{n.name: n.op for n in graph} | more)
+    with pytest.raises(ValueError, match="the statistics of value 'act1' have 4 channels, the network has 6"):
+        eq.quantize(wider, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+
+
+def test_groups_are_for_weights():
+    m = Maker(17)
+    graph = handmade.plain(m)
+    with pytest.raises(ValueError, match="granularity 'per_group' is for weights"):
+        eq.quantize(graph, activations=eq.UniformQuantizer(granularity="per_group", group_size=2), stats=eq.calibrate(graph, m.data(graph)))
+
+
+def test_a_grid_that_does_not_fit_its_value_is_refused():
+    grid = eq.UniformQuantizer().grid(np.full(3, -1.0), np.ones(3))
+    with pytest.raises(ValueError, match=r"node 'fq': FakeQuantize has scales of shape \(3,\) for 2 channels"):
+        eq.Graph.chain((2,), fq=eq.FakeQuantize(grid))
+
+
+def test_a_name_that_is_taken_is_refused():
+    m = Maker(18)
+    graph = eq.Graph({"x": (2,)}, [eq.Node("x.quantized", m.dense(2, 2), ["x"])], ["x.quantized"])
+    with pytest.raises(ValueError, match=r"node 'x\.quantized': this name is taken already"):
+        eq.quantize(graph, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
