@@ -28,7 +28,8 @@ BLOCKS = ((16, 16, 1, 4), (16, 24, 2, 6), (24, 24, 1, 6), (24, 24, 1, 6), (24, 3
 STEM, LAST, CLASSES = 16, 128, 10
 EPOCHS, BATCH, WARM_UP = 300, 64, 5
 # torchvision trains MobileNetV2 with weight decay 4e-5, for a sum of learning rates near 1e4 over all its steps. Ours
-# is near 7e2, so 5e-4 gives the decay about as much time to act.
+# is near 7e2, so 5e-4 gives the decay about as much time to act: their product is 0.45 there, 0.35 here. The value
+# matters: it takes the weakest channels of the inner layers towards zero. With 4e-5 in this short training, ranges stay within 8 to 1.
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, BN_MOMENTUM = 0.2, 0.9, 5e-4, 0.1
 
 

@@ -39,6 +39,10 @@ class Factorization(Mapping[str, Array]):
                 _refuse(wrong[labels], value, by_label[labels], "factors must be positive and finite")
         object.__setattr__(self, "by_label", by_label)
 
+    # two factorizations are compared by value name, with numpy; Mapping's own == would ask for the truth of arrays
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     @classmethod
     def identity(cls, graph: Graph) -> Factorization:
         """All factors 1."""

@@ -72,7 +72,7 @@ def _into_maker(graph: Graph, node: Node) -> Graph | str:
     if obstacle := _not_alone(graph, value, maker):
         return obstacle
     s, t = _affine(node)
-    return _merge(graph, {maker.name, node.name}, Node(node.name, _scaled_rows(maker.op, s, t), maker.inputs))
+    return _merge(graph, {maker.name, node.name}, replace(maker, name=node.name, op=_scaled_rows(maker.op, s, t)))
 
 
 def _into_reader(graph: Graph, node: Node) -> Graph | str:
@@ -87,7 +87,7 @@ def _into_reader(graph: Graph, node: Node) -> Graph | str:
     s, t = _affine(node)
     if t.any() and not isinstance(reader.op, (Dense, BatchNorm)) and not (isinstance(reader.op, Conv) and not np.any(reader.op.padding)):
         return f"'{reader.name}' behind it ({type(reader.op).__name__}) meets the shift with only part of its taps at the border"
-    return _merge(graph, {node.name, reader.name}, Node(reader.name, _scaled_columns(reader.op, s, t), node.inputs))
+    return _merge(graph, {node.name, reader.name}, replace(reader, op=_scaled_columns(reader.op, s, t), inputs=node.inputs))
 
 
 def _not_alone(graph: Graph, value: str, weighted: Node) -> str | None:

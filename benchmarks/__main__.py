@@ -1,0 +1,54 @@
+"""How good is eqfact on real networks, and how fast?
+
+`python -m benchmarks quality` measures quantized networks, `python -m benchmarks speed` times and memory. Both keep what
+they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
+renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import peers, quality, speed
+from benchmarks.networks import SOURCES
+from benchmarks.results import write_page
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure eqfact on trained networks.")
+    commands = main.add_subparsers(dest="command", required=True)
+    rows = [row.name for row in quality.ROWS]
+
+    one = commands.add_parser("quality", help="SQNR and top-1 agreement of quantized networks")
+    one.add_argument("--only", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="NETWORK",
+                     help=f"networks, of {', '.join(SOURCES)}")
+    one.add_argument("--methods", nargs="*", choices=rows, default=rows, metavar="METHOD", help=f"rows, of: {'; '.join(rows)}")
+    one.add_argument("--peers", nargs="*", choices=list(peers.PEERS), metavar="PEER", default=[],
+                     help=f"other tools, of {', '.join(peers.PEERS)}; all of them without a name")
+    one.add_argument("--no-peers", dest="peers", action="store_const", const=[], help="no other tools (the default)")
+    one.add_argument("--jitters", type=int, default=quality.JITTERS, help="jitters of the factors for each half of the images")
+    one.add_argument("--serial", action="store_true", help="one process; the default takes one for each half of the images")
+
+    two = commands.add_parser("speed", help="time and memory, side by side with other runtimes")
+    two.add_argument("--only", nargs="+", choices=list(speed.PARTS), default=list(speed.PARTS), metavar="PART",
+                     help=f"parts, of {', '.join(speed.PARTS)}")
+
+    commands.add_parser("page", help="write docs/benchmarks.md again from docs/benchmarks.json")
+    return main
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    arguments = parser().parse_args(argv)
+    if arguments.command == "quality":
+        chosen = list(peers.PEERS) if "--peers" in argv and not arguments.peers and "--no-peers" not in argv else arguments.peers
+        quality.measure(arguments.only, arguments.methods, chosen, arguments.jitters, arguments.serial)
+    elif arguments.command == "speed":
+        speed.measure(arguments.only)
+    print(f"wrote {write_page()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
