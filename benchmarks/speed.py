@@ -147,12 +147,12 @@ FAMILIES: dict[str, tuple[str, Callable[[int, int], eq.Graph], list[tuple[int, i
 
 def measure_growth() -> None:
     """Time and peak memory over each family, and the exponents fitted to time against weights."""
-    for family, (_, make, sizes) in FAMILIES.items():
+    for family, (about, make, sizes) in FAMILIES.items():
         points = [_grown(make(width, depth), width, depth) for width, depth in sizes]
         for point in points:
             print(f"growth    {family:9s}{point['weights'] / 1e6:8.2f} M weights: {point['seconds']:7.2f} s in {point['sweeps']} sweeps, "
                   f"{1e3 * point['seconds_per_sweep']:.1f} ms each; peak {point['peak']:.2f} times the weights", flush=True)
-        results.keep("growth", {family: {"points": points, "exponent": _exponent(points, "seconds"),
+        results.keep("growth", {family: {"about": about, "points": points, "exponent": _exponent(points, "seconds"),
                                          "exponent_sweep": _exponent(points, "seconds_per_sweep")}})
 
 

@@ -129,17 +129,18 @@ def demo_text(facts: Facts) -> Iterator[str]:
            f"{100 * facts['top1']:.1f} % right.")
     yield ""
     columns = [q["bits"] for q in facts["rows"][0]["quality"]]
-    yield " " * 30 + "".join(f"{f'W{n}A8':^12}" for n in columns) + "    range ratio  same"
-    yield f"{'method':30}" + " top-1    dB" * len(columns) + "  weights values func.   time"
+    yield " " * 24 + "".join(f"{f'W{n}A8':^12}" for n in columns) + "    range ratio same"
+    yield f"{'method':24}" + " top-1    dB" * len(columns) + "  weights values func.  time"
     for row in facts["rows"]:
         cells = "".join(f"{100 * q['top1']:6.1f}{q['sqnr']:6.1f}" for q in row["quality"])
         verdict = "" if row["verification"] is None else "yes" if row["verification"]["equal"] else "NO"
         time = "" if row["verification"] is None else f"{row['seconds']:5.2f} s"
-        yield f"{row['name']:30}{cells}{row['weight_ratio']:9.0f}{row['value_ratio']:7.0f} {verdict:5}{time:>7}".rstrip()
+        yield f"{row['name']:24}{cells}{row['weight_ratio']:9.0f}{row['value_ratio']:7.0f} {verdict:4}{time:>7}".rstrip()
     yield ""
-    yield "W6A8: weights in 6 bits, activations in 8, one step per tensor; top-1 in percent; dB: SQNR of the logits; range"
-    yield "ratio: the largest among the channels of any one tensor; per-channel: no equalization, but one step per output"
-    yield f"channel of the weights; func.: verified to be the same function on {facts['verified_images']} of the images; optimal: for W8A8."
+    yield "W6A8: weights in 6 bits, activations in 8, one step per tensor; top-1 in percent; dB: SQNR of the"
+    yield "logits. Range ratio: the largest among the channels of any one tensor. Per-channel: not equalized,"
+    yield "but one step per output channel of the weights. Optimal: for W8A8. Bias corr.: iterative, on the"
+    yield f"calibration images. Same function: verified on {facts['verified_images']} of the images."
     if facts["plot"]:
         yield f"figure written to {facts['plot']}"
 

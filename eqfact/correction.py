@@ -9,246 +9,323 @@ and says how often its assumption fails.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
 from eqfact.factorization import Factorization
-from eqfact.graph import Data, Graph, Node, values, walk
-from eqfact.ops.base import Array, Commuting, Op, Weighted, along_channels
-from eqfact.ops.elementwise import Clip, Identity, ReLU
-from eqfact.ops.joining import Add, Concat, Flatten
-from eqfact.ops.space import AvgPool, GlobalAvgPool
-from eqfact.ops.weighted import BatchNorm, Conv
+from eqfact.graph import Data, Graph, Node, checked_inputs, walk
+from eqfact.ops.base import Array, Op, Shape, Weighted, along_channels, spread
+from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
+from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
+from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
+from eqfact.ops.weighted import BatchNorm, Conv, Dense
 from eqfact.quantization import rounded_bias
 
 Vector = npt.NDArray[np.float64]
+#: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
+Gaussians = Mapping[str, tuple[Vector, Vector]]
+
+#: What is linear up to a constant: the mean of its output is what it makes of the means of its inputs.
+AFFINE = (Weighted, Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Identity)
 
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A corrected network, and what was changed: the shift of the bias ``(C,)`` of every node that got one."""
+    """A corrected network, and what was changed: by how much the bias ``(C,)`` of every treated layer went up."""
 
     graph: Graph
     shifts: Mapping[str, Vector]
     message: str
+    #: Why other layers were left as they are, by name.
+    left: Mapping[str, str] = field(default_factory=dict)
+    #: For :func:`absorb_high_bias`: in which share of the entries seen of a layer's output its assumption fails, by name of the layer.
+    failed: Mapping[str, float] = field(default_factory=dict)
 
 
 def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     """Iterative bias correction: ``b += mean(y_float - y_quantized)``, in dependency order, on one batch (PAPER 7).
 
-    ``quantized`` is :func:`eqfact.quantize` of ``graph``; both run on the batch side by side, every layer of the second with all before it
-    already corrected. Layers that share their weights, and BatchNorms, are left as they are.
+    ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Biases on
+    the grid of their accumulator stay on it. Weights that several nodes share stay shared, but each node gets its own bias;
+    BatchNorms are left. :class:`ValueError` if a layer of ``quantized`` is not one of ``graph``.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))
     >>> correct_bias(net, q, np.array([[1.0], [3.0]])).graph["fc"].op.bias
     array([0. , 0.6])
     """
-    uses = _uses(quantized)
-    truth = _Lagging(walk(graph, batch))
-    shifts: dict[str, Vector] = {}
-    ops: dict[str, Op] = {}
-    left: list[str] = []
-    env = dict(_inputs(quantized, batch))
+    layers = _layers(graph, quantized)
+    made = set(layers.values())
+    truth = {name: _channel_means(value) for name, value in walk(graph, batch) if name in made}
+    ops: dict[str, Weighted] = {}
+    env = checked_inputs(quantized, batch)
     last = {name: node.name for node in quantized.nodes for name in node.inputs}
     for node in quantized.nodes:
         inputs = [env[i] for i in node.inputs]
         y = node.op.forward(*inputs)
-        if _correctable(node, uses):
-            reference = truth[_float_name(node.name, graph)]
-            axes = (0, *range(2, y.ndim))
-            shift = reference.mean(axis=axes, dtype=np.float64) - y.mean(axis=axes, dtype=np.float64)
-            ops[node.name], shifts[node.name] = _shifted(quantized, node, shift)
-            y = y + along_channels(shifts[node.name], y.ndim - 1).astype(y.dtype)
-        elif isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
-            left.append(node.name)
+        if node.name in layers:
+            ops[node.name] = _shifted(quantized, node, truth[layers[node.name]] - _channel_means(y))
+            if ops[node.name] is not node.op:
+                y = ops[node.name].forward(*inputs)  # not y + shift: what comes later must see the corrected network to the last bit
         env[node.name] = y
-        for name in dict.fromkeys(node.inputs):
-            if last[name] == node.name:
+        for name in dict.fromkeys((*node.inputs, node.name)):
+            if last.get(name, node.name) == node.name:
                 del env[name]
-    return Correction(quantized.with_ops(ops), shifts, _message("measured", shifts, left))
+    return _corrected("measured", quantized, ops, _batchnorms(quantized))
 
 
-def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Mapping[str, tuple[Vector, Vector]]) -> Correction:
-    """Data-free bias correction: ``b -= (W_q - W) E[x]``, with the means of activations from those before them (PAPER 7).
+def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Gaussians) -> Correction:
+    """Data-free bias correction: ``b += E[y_float] - E[y_quantized]`` for the same input, that is ``b - E[(W_q - W) x]`` (PAPER 7).
 
-    ``gaussians`` gives mean and standard deviation ``(C,)`` of values taken to be normal, as :func:`batchnorm_gaussians` reads them
-    off the unfolded network. Layers whose input has no known mean stay as they are.
+    ``gaussians`` gives mean and standard deviation ``(C,)`` of values taken to be normal, network inputs too, as
+    :func:`batchnorm_gaussians` reads them off the unfolded network; those of other values are not used. From there means pass exactly
+    through one activation and through everything linear, paddings included. Layers whose input's mean does not follow are left.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
+    >>> q = quantize(net, weights=UniformQuantizer(2))
+    >>> correct_bias_analytically(net, q, {"x": (2 * np.ones(1), np.ones(1))}).graph["fc"].op.bias
+    array([0. , 0.6])
     """
-    means = _expectations(graph, gaussians)
-    uses = _uses(quantized)
-    shifts: dict[str, Vector] = {}
-    ops: dict[str, Op] = {}
-    left: list[str] = []
+    layers, means = _layers(graph, quantized), _means(graph, gaussians)
+    floats = {node.name: node for node in graph.nodes}
+    ops: dict[str, Weighted] = {}
+    left = _batchnorms(quantized)
     for node in quantized.nodes:
-        if not isinstance(node.op, Weighted) or isinstance(node.op, BatchNorm):
+        if node.name not in layers:
             continue
-        name = _float_name(node.name, graph)
-        before = graph[name]
-        mean = means.get(before.inputs[0])
-        if mean is None or not _correctable(node, uses):
-            left.append(node.name)
+        op, before = node.op, floats[layers[node.name]]
+        assert isinstance(op, Weighted)
+        if not isinstance(before.op, Weighted) or before.op.weight.shape != op.weight.shape:
+            raise ValueError(f"layer '{node.name}' is not '{before.name}' with rounded weights: give the network that was quantized")
+        if (value := before.inputs[0]) not in means:
+            left[node.name] = f"the mean of '{value}' does not follow from the normal values"
             continue
-        assert isinstance(before.op, Weighted)
-        change = (node.op.taps().astype(np.float64) - before.op.taps()).sum(axis=3)
-        groups, _, inner = change.shape
-        ops[node.name], shifts[node.name] = _shifted(quantized, node, -(change @ mean.reshape(groups, inner, 1)).reshape(-1))
-    return Correction(quantized.with_ops(ops), shifts, _message("computed", shifts, left))
+        error: Weighted = replace(op, weight=op.weight.astype(np.float64) - before.op.weight,  # type: ignore[type-var]
+                                  bias=_bias(op) - _bias(before.op))
+        ops[node.name] = _shifted(quantized, node, -_channel_means(error.forward(means[value])))
+    return _corrected("computed", quantized, ops, left)
 
 
 def batchnorm_gaussians(graph: Graph, factorization: Factorization | None = None) -> dict[str, tuple[Vector, Vector]]:
-    """Mean ``beta`` and standard deviation ``|gamma|`` of what every BatchNorm of an unfolded network makes, rescaled if asked.
+    """Mean ``beta`` and standard deviation of what every BatchNorm of an unfolded network makes, rescaled if asked.
 
-    Folding keeps the names of these values, so the result describes the folded network too.
+    The deviation is ``|gamma| sqrt(var / (var + eps))``, the paper's ``|gamma|`` but for channels that hardly vary. Folding keeps the
+    names of these values, so the result describes the folded network too; those that a factorization does not know are gone there.
     """
     found: dict[str, tuple[Vector, Vector]] = {}
     for node in graph.nodes:
-        if isinstance(node.op, BatchNorm):
-            f = np.ones(len(node.op.gamma)) if factorization is None else factorization[node.name]
-            mean, deviation = node.op.beta.astype(np.float64) * f, np.abs(node.op.gamma).astype(np.float64) * f
-            found[node.name] = (mean, deviation)
+        if isinstance(node.op, BatchNorm) and (factorization is None or node.name in factorization):
+            f = 1.0 if factorization is None else factorization[node.name]
+            var = node.op.var.astype(np.float64)
+            deviation = np.abs(node.op.gamma) * np.sqrt(var / (var + node.op.eps))
+            found[node.name] = (node.op.beta * f).astype(np.float64), deviation * f
     return found
 
 
-def absorb_high_bias(graph: Graph, low: Mapping[str, Vector], batches: Iterable[Data]) -> Correction:
+def absorb_high_bias(graph: Graph, low: Mapping[str, Vector], batches: Data | Iterable[Data] = ()) -> Correction:
     """Move ``c = max(0, low)`` from the bias before a ReLU into the bias of the layer behind it (PAPER 7). **Not exact.**
 
     ``low`` bounds values before their activation from below, ``(C,)`` by name: ``beta - 3 |gamma|``, or the smallest value seen. Where
     the value lies below ``c`` the network changes; how often that happens on ``batches`` is said. Done where a layer feeds one ReLU
-    (or Clip from 0), that one layer without padding; anything else is left.
+    (or Clip from 0), and that one Dense or Conv without padding; anything else is left, and said.
+
+    >>> net = Graph.chain((1,), a=Dense(np.ones((1, 1)), np.array([5.0])), act=ReLU(), b=Dense(np.array([[2.0]])))
+    >>> done = absorb_high_bias(net, {"a": np.array([3.0])}, np.array([[0.0], [-4.0]]))
+    >>> done.shifts, done.failed
+    ({'a': array([-3.]), 'b': array([6.])}, {'a': 0.5})
     """
-    readers, uses = graph.readers, _uses(graph)
-    ops: dict[str, Op] = {}
-    shifts: dict[str, Vector] = {}
+    readers, uses = graph.readers, Counter(id(node.op) for node in graph.nodes)
+    ops: dict[str, Weighted] = {}
+    bounds: dict[str, Op] = {}
+    absorbed: dict[str, Vector] = {}
+    left = {name: "it is no value of the network" for name in low if name not in graph.shapes}
     for node in graph.nodes:
-        if node.name not in low or not _correctable(node, uses) or node.name in graph.outputs or len(readers[node.name]) != 1:
+        if node.name not in low:
             continue
-        (act,) = readers[node.name]
-        if act.name in graph.outputs or len(readers[act.name]) != 1 or not _cuts_at_zero(act.op):
-            continue
-        (reader,) = readers[act.name]
-        if not _correctable(reader, uses) or (isinstance(reader.op, Conv) and np.any(reader.op.padding)):
-            continue
-        c = np.maximum(low[node.name], 0)
-        if isinstance(act.op, Clip):
-            c = np.minimum(c, np.broadcast_to(act.op.high, c.shape))
+        c = np.maximum(_vector(f"the lower bound of value '{node.name}'", low[node.name], graph.shapes[node.name]), 0)
         if not c.any():
             continue
-        maker, behind = (ops.get(n.name, n.op) for n in (node, reader))
-        assert isinstance(maker, Weighted) and isinstance(behind, Weighted)
-        ops[node.name] = _with_bias(maker, -c)
-        taps = behind.taps().astype(np.float64).sum(axis=3)
-        ops[reader.name] = _with_bias(behind, (taps @ c.reshape(len(taps), -1, 1)).reshape(-1))
-        if isinstance(act.op, Clip):
-            ops[act.name] = replace(act.op, low=np.zeros_like(c), high=np.broadcast_to(act.op.high, c.shape) - c)
-        shifts[node.name] = -c
-    failed = seen = 0
-    for batch in batches:
-        for name, value in walk(graph, batch):
-            if name in shifts:
-                moved = np.flatnonzero(shifts[name])
-                below = value[:, moved] < along_channels(-shifts[name][moved], value.ndim - 1)
-                failed, seen = failed + int(below.sum()), seen + below.size
-    share = f"{100 * failed / seen:.3g} % of the entries seen lie below what was absorbed" if seen else "nothing was absorbed"
-    return Correction(graph.with_ops(ops), shifts, f"absorbed biases of {len(shifts)} layers, not exactly: {share}")
-
-
-class _Lagging:
-    """Values of a walk by name, computed up to the one that is asked for, and handed out once."""
-
-    def __init__(self, of: Iterator[tuple[str, Array]]) -> None:
-        self.of, self.known = of, dict[str, Array]()
-
-    def __getitem__(self, name: str) -> Array:
-        while name not in self.known:
-            found, value = next(self.of)
-            self.known[found] = value
-        value = self.known[name]
-        self.known.clear()
-        return value
-
-
-def _inputs(graph: Graph, batch: Data) -> Iterator[tuple[str, Array]]:
-    for name, value in walk(graph, batch):
-        if name not in graph.inputs:
-            return
-        yield name, value
-
-
-def _uses(graph: Graph) -> Counter[int]:
-    return Counter(id(node.op) for node in graph.nodes)
-
-
-def _correctable(node: Node, uses: Counter[int]) -> bool:
-    return isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm) and uses[id(node.op)] == 1
-
-
-def _float_name(name: str, graph: Graph) -> str:
-    """The float network's name of what a node of the quantized one computes."""
-    return name if name in graph.shapes else name.removesuffix(".float")
-
-
-def _with_bias(op: Weighted, shift: Vector) -> Weighted:
-    bias = shift if op.bias is None else op.bias + shift
-    return replace(op, bias=bias.astype(op.weight.dtype))  # type: ignore[type-var]  # every final op is a dataclass
-
-
-def _shifted(quantized: Graph, node: Node, shift: Vector) -> tuple[Op, Vector]:
-    """The op with its bias shifted, on the bias' grid if it has one, and the shift that came out."""
-    assert isinstance(node.op, Weighted)
-    op = rounded_bias(quantized, node, _with_bias(node.op, shift))
-    assert op.bias is not None
-    return op, op.bias.astype(np.float64) - (0 if node.op.bias is None else node.op.bias)
-
-
-def _message(how: str, shifts: Mapping[str, Vector], left: list[str]) -> str:
-    largest = max(shifts, key=lambda name: float(np.abs(shifts[name]).max()), default=None)
-    said = f"{how} shifts corrected in {len(shifts)} layers"
-    if largest is not None:
-        said += f", the largest by {float(np.abs(shifts[largest]).max()):.3g} at '{largest}'"
-    return said + (f"; left as they are: {', '.join(left)}" if left else "")
-
-
-def _cuts_at_zero(op: Op) -> bool:
-    return isinstance(op, ReLU) or (isinstance(op, Clip) and not np.any(op.low))
-
-
-def _expectations(graph: Graph, gaussians: Mapping[str, tuple[Vector, Vector]]) -> dict[str, Vector]:
-    """The means of all values that follow from normal ones through activations, sums, means and moves."""
-    means = {name: np.asarray(mean, np.float64) for name, (mean, _) in gaussians.items()}
-    for node in graph.nodes:
-        known = [means.get(i) for i in node.inputs]
-        if node.name in means or any(mean is None for mean in known):
+        behind = _behind(node, graph, readers, uses)
+        if isinstance(behind, str):
+            left[node.name] = behind
             continue
-        given = [mean for mean in known if mean is not None]
-        if isinstance(node.op, (ReLU, Clip)) and node.inputs[0] in gaussians:
-            low, high = (0.0, np.inf) if isinstance(node.op, ReLU) else (node.op.low, node.op.high)
-            means[node.name] = clipped_normal_mean(*gaussians[node.inputs[0]], low, high)
-        elif isinstance(node.op, Add):
-            means[node.name] = np.sum(given, axis=0)
-        elif isinstance(node.op, Flatten):
-            means[node.name] = np.repeat(given[0], graph.shapes[node.name][0] // len(given[0]))
-        elif isinstance(node.op, (AvgPool, GlobalAvgPool, Identity, Concat)):
-            assert isinstance(node.op, Commuting)
-            means[node.name] = node.op.carry(*given)
-    return means
+        act, reader = behind
+        if isinstance(act.op, Clip):
+            c = np.minimum(c, act.op.high)
+            bounds[act.name] = replace(act.op, high=act.op.high - c)
+        maker, taker = (ops.get(n.name, n.op) for n in (node, reader))
+        assert isinstance(maker, Weighted) and isinstance(taker, Weighted)
+        ops[node.name] = _with_bias(maker, -c)
+        taps = taker.taps().astype(np.float64).sum(axis=3)
+        ops[reader.name] = _with_bias(taker, (taps @ c.reshape(len(taps), -1, 1)).reshape(-1))
+        absorbed[node.name] = c
+    failed = _shares_below(graph, absorbed, batches)
+    said = f"absorbed biases of {len(absorbed)} layers"
+    if failed:
+        worst = max(failed, key=failed.__getitem__)
+        said += f", not exactly: up to {100 * failed[worst]:.3g} % of the entries seen ('{worst}') lie below what was absorbed"
+    elif absorbed:
+        said += ", not exactly: no data was given to say how often values lie below what was absorbed"
+    return Correction(graph.with_ops({**ops, **bounds}), _shifts(graph, ops), said + _said(left), left, failed)
 
 
-def clipped_normal_mean(mean: Vector, deviation: Vector, low: float | Array, high: float | Array) -> Vector:
+def clipped_normal_mean(mean: npt.ArrayLike, deviation: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> Vector:
     """``E[min(max(x, low), high)]`` for normal ``x``; all arguments ``(C,)`` or numbers.
 
     >>> clipped_normal_mean(np.zeros(1), np.ones(1), 0.0, np.inf).round(4)  # 1 / sqrt(2 pi)
     array([0.3989])
     """
     mean, deviation, low, high = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (mean, deviation, low, high)))
-    safe = np.where(deviation > 0, deviation, 1.0)
-    a, b = (low - mean) / safe, (high - mean) / safe
-    density_a, density_b = (np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi) for t in (a, b))
+    with np.errstate(over="ignore"):  # a bound that is infinitely many deviations away
+        a, b = (np.divide(bound - mean, deviation, out=np.zeros_like(mean), where=deviation > 0) for bound in (low, high))
+        density_a, density_b = (np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi) for t in (a, b))
     below = np.where(np.isfinite(low), low, 0.0) * ndtr(a)
     above = np.where(np.isfinite(high), high, 0.0) * ndtr(-b)
-    inside = mean * (ndtr(b) - ndtr(a)) + safe * (density_a - density_b)
-    return np.where(deviation > 0, below + inside + above, np.clip(mean, low, high))
+    inside = mean * (ndtr(b) - ndtr(a)) + deviation * (density_a - density_b)
+    result: Vector = np.where(deviation > 0, below + inside + above, np.clip(mean, low, high))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers and their biases
+
+def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
+    """The layers of the quantized network that have a bias to correct, and the names of the float network's values that they make."""
+    found = {}
+    for node in quantized.nodes:
+        if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
+            name = node.name if node.name in graph.shapes else node.name.removesuffix(".float")
+            if name in graph.inputs or graph.shapes.get(name) != quantized.shapes[node.name]:
+                raise ValueError(f"layer '{node.name}' of the quantized network makes no value of the float one: "
+                                 "give the network that was quantized")
+            found[node.name] = name
+    return found
+
+
+def _batchnorms(graph: Graph) -> dict[str, str]:
+    return {node.name: "BatchNorm is computed in float" for node in graph.nodes if isinstance(node.op, BatchNorm)}
+
+
+def _channel_means(value: Array) -> Vector:
+    means: Vector = value.mean(axis=(0, *range(2, value.ndim)), dtype=np.float64)
+    return means
+
+
+def _bias(op: Op) -> Vector:
+    """The bias in float64; 0 where there is none."""
+    assert isinstance(op, Weighted)
+    return np.zeros(op.out_channels) if op.bias is None else op.bias.astype(np.float64)
+
+
+def _with_bias(op: Weighted, shift: Vector) -> Weighted:
+    bias = (_bias(op) + shift).astype(op.weight.dtype if op.bias is None else op.bias.dtype)
+    return replace(op, bias=bias)  # type: ignore[type-var]  # every final op is a dataclass
+
+
+def _shifted(quantized: Graph, node: Node, shift: Vector) -> Weighted:
+    """The node's op with its bias shifted, and on the accumulator's grid if it was (none counts as 0); the op itself if nothing changes."""
+    op = node.op
+    assert isinstance(op, Weighted)
+    on_grid = np.array_equal(_bias(rounded_bias(quantized, node, op)), _bias(op))
+    shifted = _with_bias(op, shift)
+    shifted = rounded_bias(quantized, node, shifted) if on_grid else shifted
+    return op if np.array_equal(_bias(shifted), _bias(op)) else shifted
+
+
+def _shifts(graph: Graph, ops: Mapping[str, Weighted]) -> dict[str, Vector]:
+    """By how much the biases of these ops are above those of a graph's."""
+    return {node.name: _bias(ops[node.name]) - _bias(node.op) for node in graph.nodes if node.name in ops}
+
+
+def _corrected(how: str, quantized: Graph, ops: Mapping[str, Weighted], left: Mapping[str, str]) -> Correction:
+    shifts = _shifts(quantized, ops)
+    said = f"{how} shifts corrected in {len(shifts)} layers"
+    if shifts:
+        largest = {name: float(np.abs(shift).max()) for name, shift in shifts.items()}
+        worst = max(largest, key=largest.__getitem__)
+        said += f", the largest by {largest[worst]:.3g} at '{worst}'"
+    return Correction(quantized.with_ops(ops), shifts, said + _said(left), left)
+
+
+def _said(left: Mapping[str, str]) -> str:
+    return "; left as they are: " + ", ".join(f"'{name}' ({reason})" for name, reason in left.items()) if left else ""
+
+
+def _vector(what: str, value: npt.ArrayLike, shape: Shape) -> Vector:
+    vector = np.asarray(value, np.float64)
+    if vector.shape != shape[:1] or np.isnan(vector).any() or (vector == np.inf).any():
+        raise ValueError(f"{what} must be {shape[0]} numbers, one a channel, got {vector.tolist()[:4] if vector.ndim else vector} "
+                         f"of shape {vector.shape}")
+    return vector
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Means without data
+
+def _means(graph: Graph, gaussians: Gaussians) -> dict[str, Array]:
+    """The means ``(1, C, *spatial)`` of all values that follow from normal ones: one more walk over the graph, over means."""
+    normal = {name: tuple(_vector(f"a moment of value '{name}'", v, graph.shapes[name]) for v in gaussians[name])
+              for name in graph.shapes if name in gaussians}
+    means: dict[str, Array] = {name: spread(mean, graph.shapes[name])[None] for name, (mean, _) in normal.items()}
+    for node in graph.nodes:
+        given = [means[i] for i in node.inputs if i in means]
+        if node.name in means or len(given) < len(node.inputs):
+            continue
+        if isinstance(node.op, AFFINE):
+            means[node.name] = node.op.forward(*given)
+        elif (source := node.inputs[0]) in normal and (mean := _activated_mean(node.op, *normal[source])) is not None:
+            means[node.name] = spread(mean, graph.shapes[node.name])[None]
+    return means
+
+
+def _activated_mean(op: Op, mean: Vector, deviation: Vector) -> Vector | None:
+    """The mean of an activation of a normal value, if there is a formula."""
+    if isinstance(op, Clip):
+        return clipped_normal_mean(mean, deviation, op.low, op.high)
+    if isinstance(op, (ReLU, LeakyReLU, PReLU)):
+        slope = 0.0 if isinstance(op, ReLU) else op.slope
+        positive = clipped_normal_mean(mean, deviation, 0.0, np.inf)
+        return positive + slope * (mean - positive)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# High biases
+
+def _behind(node: Node, graph: Graph, readers: Mapping[str, Sequence[Node]], uses: Counter[int]) -> tuple[Node, Node] | str:
+    """The activation and the layer behind a layer, if a constant can move from its bias to the latter's; else the reason why not."""
+    if not isinstance(node.op, Weighted) or isinstance(node.op, BatchNorm):
+        return "it is not made by a layer with a bias"
+    path = [node]
+    for _ in range(2):
+        if path[-1].name in graph.outputs:
+            return f"'{path[-1].name}' is a network output"
+        if len(readers[path[-1].name]) != 1:
+            return f"'{path[-1].name}' has {len(readers[path[-1].name])} readers"
+        path += readers[path[-1].name]
+    _, act, reader = path
+    if not (isinstance(act.op, ReLU) or (isinstance(act.op, Clip) and not np.any(act.op.low))):
+        return f"'{act.name}' behind it is no ReLU and no Clip from 0"
+    if not isinstance(reader.op, (Dense, Conv)) or (isinstance(reader.op, Conv) and np.any(reader.op.padding)):
+        return f"'{reader.name}' behind the activation is no Dense and no Conv without padding"
+    for layer in (node, reader):
+        if uses[id(layer.op)] > 1:
+            return f"the weights of '{layer.name}' are used by {uses[id(layer.op)]} nodes"
+    return act, reader
+
+
+def _shares_below(graph: Graph, absorbed: Mapping[str, Vector], batches: Data | Iterable[Data]) -> dict[str, float]:
+    """The share of the entries, of the channels where something was absorbed, that lie below that."""
+    below, seen = Counter[str](), Counter[str]()
+    for batch in ([batches] if isinstance(batches, (np.ndarray, Mapping)) else batches):  # type: ignore[union-attr]
+        for name, value in walk(graph, batch):
+            if name in absorbed:
+                moved = np.flatnonzero(absorbed[name])
+                failed = value[:, moved] < along_channels(absorbed[name][moved], value.ndim - 1)
+                below[name] += int(failed.sum())
+                seen[name] += failed.size
+    return {name: below[name] / seen[name] for name in seen}

@@ -43,9 +43,9 @@ ROWS: tuple[tuple[str, str | None, str, bool], ...] = (
     ("cross-layer", "cross_layer", "per_tensor", False),
     ("optimal", "optimal", "per_tensor", False),
     ("per-channel", None, "per_channel", False),
-    ("cross-layer + bias correction", "cross_layer", "per_tensor", True),
-    ("optimal + bias correction", "optimal", "per_tensor", True),
-    ("per-channel + bias correction", None, "per_channel", True),
+    ("cross-layer + bias corr.", "cross_layer", "per_tensor", True),
+    ("optimal + bias corr.", "optimal", "per_tensor", True),
+    ("per-channel + bias corr.", None, "per_channel", True),
 )
 
 

@@ -195,7 +195,8 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
-    uncertainty[0] = 0
+    for name in ("", *b.inputs, *b.outputs):  # inputs and outputs keep the factor 1, whatever the labels say
+        uncertainty[resolved.labels[name] if name else 0] = 0
     found = {}
     for node in b.nodes:
         name = node.name

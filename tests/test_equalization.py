@@ -70,7 +70,7 @@ def test_every_method_keeps_the_function_of_random_networks(drawn):
         keeps_the_function(graph, x, eq.equalize(graph, method, stats=stats), method)
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
 def test_exact_keeps_every_bit_of_random_networks(drawn):
     graph, x = drawn
@@ -443,10 +443,10 @@ def test_every_reader_of_a_fan_out_is_divided():
 
 def test_m_is_the_largest_over_all_readers():
     nodes = [eq.Node("a", eq.Dense(np.array([[4.0], [2.0], [1.0]])), ["x"]), eq.Node("b", eq.Dense(np.array([[0.25, 1.0, 0.5]])), ["a"]),
-             eq.Node("c", eq.Dense(np.array([[4.0, 0.5, 8.0]])), ["a"])]
+             eq.Node("c", eq.Dense(np.array([[8.0, 0.5, 4.0]])), ["a"])]
     graph = eq.Graph({"x": (1,)}, nodes, ["b", "c"])
-    # m = max(1/4, 1/2), max(1, 1/16), max(1/2, 1) = 1/2, 1, 1; K m = 2, 2, 1
-    assert equalized(graph, np.ones((1, 1)), "two_step").factorization["a"].tolist() == [0.5, 1.0, 2.0]
+    # m = max(1/4, 1), max(1, 1/16), max(1/2, 1/2) = 1, 1, 1/2; K m = 4, 2, 1/2; with the first reader alone it would be 1, 2, 1/2
+    assert equalized(graph, np.ones((1, 1)), "two_step").factorization["a"].tolist() == [1.0, 2.0, 4.0]
 
 
 @each_method
@@ -796,7 +796,7 @@ def test_a_rule_that_returns_another_shape_is_refused(shape):
 
 @pytest.mark.parametrize("method", ["", "one-step", "cle", None, 3])
 def test_unknown_methods_are_refused(method):
-    with pytest.raises(ValueError, match=r"unknown method .*: use 'one_step', 'two_step', 'cross_layer', or a rule"):
+    with pytest.raises(ValueError, match=r"unknown method .*: use 'one_step', 'two_step', .*or a rule"):
         eq.equalize(handmade.plain(Maker(1)), method)
 
 

@@ -294,7 +294,7 @@ def test_no_obstacle_is_listed_for_what_can_be_folded():
 # ------------------------------------------------------------------------------------------------ on all networks
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
 def test_folding_keeps_every_value_of_random_networks(drawn):
     graph, x = drawn

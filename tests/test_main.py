@@ -110,14 +110,15 @@ def test_equalize_writes_what_the_library_returns(run, method):
     facts = facts_of(run, f"equalize net.npz -o eq.npz --fold --method {method} --data images.npz")
     folded = eq.fold_batchnorm(NET)
     stats = eq.calibrate(folded, IMAGES)
-    result = eq.equalize(folded, method, stats=stats)
+    grids = {"weights": eq.UniformQuantizer(bits=8), "activations": eq.UniformQuantizer(bits=8, symmetric=False)}
+    result = eq.equalize(folded, method, stats=stats, **grids, sensitivities=eq.gradient_sensitivities(folded, [IMAGES[:commands.SENSED]]))
     written = serialization.load("eq.npz")
     for node in result.graph:
         if isinstance(node.op, eq.Weighted):
             assert np.array_equal(written[node.name].op.weight, node.op.weight)
     assert facts["ok"] and facts["verification"]["equal"] and facts["message"] == result.message
     assert facts["degrees_of_freedom"] == FREE and facts["pinned"] == result.pinned
-    grids = {"weights": eq.UniformQuantizer(bits=8), "activations": eq.UniformQuantizer(bits=8, symmetric=False)}
+    assert facts["predicted_sqnr"] == pytest.approx(list(result.predicted)) and facts["gap_db"] == pytest.approx(result.gap_db)
     for side, graph, of in (("before", folded, stats), ("after", result.graph, result.factorization.apply(stats))):
         kernels = [np.abs(n.op.weight).reshape(len(n.op.weight), -1).max(axis=1) for n in graph if isinstance(n.op, eq.Weighted)]
         assert facts[side]["weight_ratio"] == pytest.approx(max(k.max() / k.min() for k in kernels))

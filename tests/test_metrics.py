@@ -75,7 +75,7 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 each_net = pytest.mark.parametrize("build", handmade.NETS, ids=lambda f: f.__name__)
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g), factorizations(g, powers_of_two=False))))
 def test_every_rescaled_random_network_is_equal(drawn):
     graph, x, factors = drawn

@@ -20,15 +20,32 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 TORCH = "torch==2.13.0"  # pinned for all, so that no peer brings a build of its own
-PEERS = {
-    "brevitas": ("brevitas==0.13.4", TORCH, "onnx", "onnxscript", "pillow", "lz4"),
-    "ppq": ("esp-ppq==1.3.12", TORCH),
-    "aimet": ("aimet-onnx==2.42.0", TORCH),
-    "onnxsim": ("onnxsim==0.8.1",),
-    "quark": ("amd-quark==0.13", TORCH),
-}
 INSTALL_SECONDS, RUN_SECONDS = 900, 600
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A module beside this one, what its environment needs, and which of its ways the module goes."""
+
+    module: str
+    requirements: tuple[str, ...]
+    way: str = "usual"
+
+
+BREVITAS = ("brevitas==0.13.4", TORCH, "onnx", "onnxscript", "pillow", "lz4")
+AIMET = ("aimet-onnx==2.42.0", TORCH)
+QUARK = ("amd-quark==0.13", TORCH, "onnxruntime")
+PEERS = {
+    "brevitas": Peer("brevitas", BREVITAS),
+    "brevitas, ReLU6 kept": Peer("brevitas", BREVITAS, "keep"),
+    "PPQ": Peer("ppq", ("esp-ppq==1.3.12", TORCH)),
+    "AIMET": Peer("aimet", AIMET),
+    "AIMET, ReLU6 kept": Peer("aimet", AIMET, "keep"),
+    "Quark": Peer("quark", QUARK),
+    "Quark, ReLU6 replaced": Peer("quark", QUARK, "replace"),
+    "onnxsim": Peer("onnxsim", ("onnxsim==0.8.1",)),
+}
 
 
 @dataclass(frozen=True)
@@ -45,21 +62,21 @@ class Answer:
         return {"requirement": self.requirement, "seconds": self.seconds, "remark": self.remark, "failure": self.failure}
 
 
-def equalize(peer: str, network: str, source: Path) -> Answer:
+def equalize(name: str, network: str, source: Path) -> Answer:
     """Run a peer on a network in its own environment."""
-    requirement = PEERS[peer][0]
+    peer = PEERS[name]
     folder = source.parent / "peers"
-    target, report = folder / f"{network}.{peer}.onnx", folder / f"{network}.{peer}.json"
+    target = folder / f"{network}.{peer.module}.{peer.way}.onnx"
+    report = target.with_suffix(".json")
     for stale in (target, report):
         stale.unlink(missing_ok=True)
     try:
-        python = environment(folder / peer, PEERS[peer])
-        module = [str(python), "-m", f"{__name__}.{peer}", network, str(source), str(target), str(report)]
-        _checked(module, RUN_SECONDS)
+        python = environment(folder / peer.module, peer.requirements)
+        _checked([str(python), "-m", f"{__name__}.{peer.module}", network, str(source), str(target), str(report), peer.way], RUN_SECONDS)
         found = json.loads(report.read_text())
     except (RuntimeError, OSError) as error:
-        return Answer(requirement, failure=str(error))
-    return Answer(requirement, target, found["seconds"], found["remark"])
+        return Answer(peer.requirements[0], failure=str(error).replace(str(ROOT), "."))
+    return Answer(peer.requirements[0], target, found["seconds"], found["remark"])
 
 
 def environment(folder: Path, requirements: tuple[str, ...]) -> Path:
@@ -84,9 +101,9 @@ def _checked(command: list[str], seconds: float) -> None:
 
 # For the modules beside this one --------------------------------------------------------------------------------------
 
-def arguments() -> tuple[str, str, str]:
-    """Network, the file to read and the file to write."""
-    return sys.argv[1], sys.argv[2], sys.argv[3]
+def arguments() -> tuple[str, str, str, str]:
+    """Network, the file to read, the file to write, and the way to go."""
+    return sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[5]
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
