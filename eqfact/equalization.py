@@ -1,31 +1,27 @@
 """How does a rule become an equivalent network? One loop: labels, ranges, rule, factors, until nothing moves.
 
 The loop owns the order (blocks in the order of their first maker), the sweeps, the bounds and the verdict; the rule is a
-value passed in (:mod:`eqfact.rules`). Between blocks the weights stay as they are: only factors are updated, and ranges
-are read off ``|W| f_out / f_in``. Sections 2 to 4 and 7 of PAPER.
+value passed in (:mod:`eqfact.rules`), and sees ranges that :mod:`eqfact.blocks` reads off weights and factors. Weights change once, at
+the end. Sections 2 to 4 and 7 of PAPER.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, check_statistics, layers, neighbours
 from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model
-from eqfact.ops.base import Commuting, Weighted, channel_vector
-from eqfact.ops.joining import Concat
 from eqfact.optimal import optimal
 from eqfact.quantization import UniformQuantizer
-from eqfact.rules import MAX_FACTOR, MAX_RATIO, Block, Maker, Rule, Vector, cross_layer, one_step, two_step
-
-Indices = npt.NDArray[np.int64]
+from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
 #: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
 #: factors of 1e8 blow up its bias (PAPER 9: EfficientNet-Lite0).
@@ -53,156 +49,11 @@ class EqualizeResult:
     gap_db: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A weighted op as the loop sees it: magnitudes, and the labels of the channels that it makes and reads."""
-
-    op: Weighted
-    #: Names of the values that it makes (several if the op is used several times).
-    values: tuple[str, ...]
-    #: Largest magnitude over the taps, ``(groups, out // groups, in // groups)``.
-    magnitude: npt.NDArray[np.float64]
-    made: Indices
-    read: Indices
-    #: Memory for products, shared by all layers: a sweep allocates nothing.
-    scratch: npt.NDArray[np.float64]
-
-    def made_range(self, f: Vector) -> Vector:
-        """Largest weight magnitude of every output channel, ``(out,)``."""
-        groups, _, inner = self.magnitude.shape
-        np.multiply(self.magnitude, (1 / f[self.read]).reshape(groups, 1, inner), out=self.scratch)
-        largest: Vector = self.scratch.max(axis=2).reshape(-1) * f[self.made]
-        return largest
-
-    def read_range(self, f: Vector) -> Vector:
-        """Largest weight magnitude of every input channel, ``(in,)``."""
-        groups, out, _ = self.magnitude.shape
-        np.multiply(self.magnitude, f[self.made].reshape(groups, out, 1), out=self.scratch)
-        largest: Vector = self.scratch.max(axis=1).reshape(-1) / f[self.read]
-        return largest
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPlan:
-    """Which labels a block holds, which layers make and read them, and whether a layer does both."""
-
-    labels: Indices
-    makers: tuple[Layer, ...]
-    readers: tuple[Layer, ...]
-    #: The label's place in ``labels``, or ``len(labels)`` for labels of other blocks.
-    place: Indices
-    reads_itself: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reads_itself", bool(set(map(id, self.makers)) & set(map(id, self.readers))))
-
-    def largest(self, layers: Iterable[Layer], labels: Callable[[Layer], Indices], ranges: Callable[[Layer], Vector]) -> Vector:
-        """The maximum of per-channel ranges over layers, for each label of the block."""
-        result = np.zeros(len(self.labels) + 1)
-        for layer in layers:
-            np.maximum.at(result, self.place[labels(layer)], ranges(layer))
-        return result[:-1]
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """Ranges of what a layer makes, after and before its activation, from the statistics, ``(out,)``."""
-
-    after: Vector
-    before: Vector
-    mates: float
-
-
-def layers(graph: Graph, resolved: Channels) -> tuple[Layer, ...]:
-    """The weighted ops of a network, each once, in dependency order."""
-    uses: dict[int, list[str]] = {}
-    for node in graph.nodes:
-        if isinstance(node.op, Weighted):
-            uses.setdefault(id(node.op), []).append(node.name)
-    first = [graph[names[0]] for names in uses.values()]
-    magnitudes = [np.abs(node.op.taps()).max(axis=3).astype(np.float64) for node in first if isinstance(node.op, Weighted)]
-    scratch = np.empty(max((m.size for m in magnitudes), default=0))
-    return tuple(Layer(node.op, tuple(names), magnitude, resolved.labels[node.name], resolved.labels[node.inputs[0]],
-                       scratch[:magnitude.size].reshape(magnitude.shape))
-                 for node, names, magnitude in zip(first, uses.values(), magnitudes, strict=True) if isinstance(node.op, Weighted))
-
-
-def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
-    """Group the free labels: what one layer makes belongs together, and so do layers that share a label."""
-    block_of = np.full(resolved.degrees_of_freedom + 1, -1)
-    members: list[list[Layer]] = []
-    for layer in found:
-        free = layer.made[layer.made > 0]
-        touched = sorted(set(block_of[free].tolist()) - {-1})
-        target = touched[0] if touched else len(members)
-        if not touched:
-            members.append([])
-        for other in touched[1:]:
-            members[target] += members[other]
-            members[other] = []
-            block_of[block_of == other] = target
-        members[target].append(layer)
-        block_of[free] = target
-    plans = []
-    for index, makers in enumerate(members):
-        labels = np.flatnonzero(block_of == index)
-        if len(labels):
-            place = np.full(len(block_of), len(labels))
-            place[labels] = np.arange(len(labels))
-            readers = tuple(layer for layer in found if (place[layer.read] < len(labels)).any())
-            plans.append(BlockPlan(labels, tuple(makers), readers, place))
-    return tuple(plans)
-
-
-def activation_of(graph: Graph, value: str) -> str:
-    """The value after the activations that directly follow: what an integer engine stores for this layer.
-
-    Activations are followed while each value has exactly one reader and is not an output.
-    """
-    readers = graph.readers
-    while len(readers[value]) == 1 and value not in graph.outputs:
-        (reader,) = readers[value]
-        if not (isinstance(reader.op, Commuting) and reader.op.activation):
-            break
-        value = reader.name
-    return value
-
-
-def _check_statistics(graph: Graph, stats: Statistics) -> None:
-    """An error if the statistics are not of this graph, or not finite."""
-    missing = sorted(set(graph.shapes) - set(stats))
-    if missing:
-        raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
-    for name, shape in graph.shapes.items():
-        if stats[name].max.shape != shape[:1]:
-            raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
-        if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
-            raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
-
-
-def _activations(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:
-    """A, P and the concat mates' A of every layer (PAPER 2 and 4)."""
-    _check_statistics(graph, stats)
-    largest = {}
-    for layer in found:
-        after = np.maximum.reduce([stats[activation_of(graph, v)].max_abs for v in layer.values])
-        before = np.maximum.reduce([np.maximum(-stats[v].min, 0) for v in layer.values])
-        largest[id(layer.op)] = Activation(after, before, 0.0)
-    for node in graph.nodes:
-        if isinstance(node.op, Concat):
-            inside = set(channel_vector(graph.labels[node.name]).tolist())
-            mates = [layer for layer in found if any(inside & set(channel_vector(graph.labels[v]).tolist()) for v in layer.values)]
-            top = max((float(largest[id(m.op)].after.max()) for m in mates), default=0.0)
-            for mate in mates:
-                old = largest[id(mate.op)]
-                largest[id(mate.op)] = replace(old, mates=max(old.mates, top))
-    return largest
-
-
 def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statistics | None = None, max_factor: float | None = None,
              preactivation: bool = False, tol: float | None = None, max_iter: int = 1000, include: Collection[str] | None = None,
              exclude: Collection[str] = (), exact: bool = False, weights: UniformQuantizer | None = None,
-             activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None, harmless: bool = False) -> EqualizeResult:
+             activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None,
+             harmless: bool = False) -> EqualizeResult:
     """Find factors by a method and return the equivalent network.
 
     ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
@@ -256,7 +107,7 @@ def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, wei
     """The noise model for the caller's quantizers: 8 bits, per tensor, if there are none."""
     if stats is None:
         raise ValueError("expected noise needs statistics: give stats=calibrate(graph, batches)")
-    _check_statistics(graph, stats)
+    check_statistics(graph, stats)
     if weights is None and activations is None:
         weights, activations = UniformQuantizer(8), UniformQuantizer(8, symmetric=False)
     sensitivities = forward_sensitivities(graph, stats) if sensitivities is None else sensitivities
@@ -282,8 +133,8 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
         raise ValueError(f"method {method!r} needs the ranges of activations: give stats=calibrate(graph, batches)")
     found = layers(graph, resolved)
     plans = blocks(found, resolved)
-    activations = _activations(graph, found, stats) if stats is not None and method != "cross_layer" else {}
-    neighbours = _neighbours(plans)
+    activations = activation_ranges(graph, found, stats) if stats is not None and method != "cross_layer" else {}
+    touched = neighbours(plans)
     f = np.ones(resolved.degrees_of_freedom + 1)
     residual: list[float] = []
     everything = set(range(len(plans)))
@@ -295,7 +146,7 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
             if index not in due and index not in pending:
                 continue
             pending.discard(index)
-            step = _checked(rule(_block(plan, f, activations, preactivation)), plan)
+            step = _checked(rule(block_ranges(plan, f, activations, preactivation)), plan)
             if plan.reads_itself and not once:
                 step = np.sqrt(step)  # both sides move at once: half the step in log keeps it from swinging
             old = f[plan.labels]
@@ -303,7 +154,7 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
             change = float(np.abs(np.log(f[plan.labels] / old)).max())
             moved = max(moved, change)
             if change > tol:
-                pending |= neighbours[index]
+                pending |= touched[index]
         residual.append(moved)
         if whole and moved <= tol:
             break
@@ -311,16 +162,6 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
     success = once or residual[-1] <= tol
     message = _message(method, success, residual, tol, bound, f, plans, resolved)
     return EqualizeResult(graph, Factorization(resolved, f), success, message, len(residual), tuple(residual), resolved.pinned)
-
-
-def _neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
-    """Which blocks share a layer with each block, so that a move of the one may move the other."""
-    users: dict[int, set[int]] = {}
-    for index, plan in enumerate(plans):
-        for layer in (*plan.makers, *plan.readers):
-            users.setdefault(id(layer), set()).add(index)
-    return [set().union(*(users[id(layer)] for layer in (*plan.makers, *plan.readers))) - (set() if plan.reads_itself else {index})
-            for index, plan in enumerate(plans)]
 
 
 def _method(method: str | Rule, max_factor: float | None) -> tuple[Rule, bool, float]:
@@ -362,31 +203,6 @@ def _resolved(graph: Graph, include: Collection[str] | None, exclude: Collection
     return Channels({name: renumbered[labels] for name, labels in resolved.labels.items()}, int(chosen.sum()), reasons)
 
 
-def _block(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
-    """The ranges of a block with the factors chosen so far."""
-    made_of = {id(layer): layer.made_range(f) for layer in plan.makers}
-    read_of = {id(layer): layer.read_range(f) for layer in plan.readers}
-    makers = []
-    for layer in plan.makers:
-        place = plan.place[layer.made]
-        mine = place < len(plan.labels)
-        kernel = made_of[id(layer)]
-        maker = Maker(place[mine], kernel[mine], held_kernel=float(kernel[~mine].max(initial=0.0)))
-        if (seen := activations.get(id(layer.op))) is not None:
-            # the statistics were taken once; the factors chosen so far scale what this layer puts out
-            after = seen.after * f[layer.made]
-            maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)),
-                            mates_activation=seen.mates, preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
-        makers.append(maker)
-    return Block(
-        tuple(makers),
-        made=plan.largest(plan.makers, lambda layer: layer.made, lambda layer: made_of[id(layer)]),
-        read=plan.largest(plan.readers, lambda layer: layer.read, lambda layer: read_of[id(layer)]),
-        consumed=plan.largest(plan.readers, lambda layer: layer.read,
-                              lambda layer: read_of[id(layer)] / (read_of[id(layer)].max() or 1.0)),
-    )
-
-
 def _checked(step: Vector, plan: BlockPlan) -> Vector:
     """The rule's factors, if they are usable."""
     step = np.asarray(step, np.float64)
@@ -414,7 +230,7 @@ def _message(method: str | Rule, success: bool, residual: list[float], tol: floa
     ones = np.ones_like(f)
     dead = at_bound = 0
     for plan in plans:
-        block = _block(plan, ones, {}, False)
+        block = block_ranges(plan, ones, {}, False)
         alive = (block.made > 0) & (block.read > 0)
         dead += int((~alive).sum())
         lowest = 1 / MAX_RATIO if method in ("one_step", "two_step") else 1 / bound

@@ -44,7 +44,8 @@ def backward(graph: Graph, x: Data, cotangent: Data) -> Gradients:
     return Gradients(of_values, of_weights)
 
 
-def reverse_walk(graph: Graph, env: Mapping[str, Array], cotangent: Data, seen: dict[str, Array]) -> Iterator[tuple[Node, list[Array], Array]]:
+def reverse_walk(graph: Graph, env: Mapping[str, Array], cotangent: Data,
+                 seen: dict[str, Array]) -> Iterator[tuple[Node, list[Array], Array]]:
     """Every node that the output depends on, last first, with its inputs and the cotangent of its output; fills ``seen`` by value.
 
     ``env`` holds the values of the forward pass.

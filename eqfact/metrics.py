@@ -107,8 +107,9 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     while inner := {name for name, value in last.items() if value.excess > 1} - set(b.outputs):
         shared -= inner
         last = _compare(a, b, truth, x, shared)
-    worst = max(b.outputs, key=lambda name: last[name].excess)
-    sharp = all(last[name].bound <= SHARP * float(np.abs(truth[name]).max()) for name in b.outputs)
+    made = [name for name in b.outputs if name in last]  # not an input that is put out as it came
+    worst = max(made, key=lambda name: last[name].excess)
+    sharp = all(last[name].bound <= SHARP * float(np.abs(truth[name]).max()) for name in made)
     if last[worst].excess <= 1 and sharp:
         return _verdict(True, last, worst, f"equal at the outputs: largest error {last[worst].error:.3g} within {last[worst].bound:.3g}; "
                         f"inner values of the same name differ, first '{parted[0]}'")
@@ -210,8 +211,11 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
             sharp_f, sharp_unsure = _read_off_weights(made_a[name], made_b)
             _, error, bound, _ = _against(truth[name], value, errors, sharp_f, sharp_unsure, u)
             explains = (sharp_unsure >= 0) & (error <= bound).all(axis=(0, *range(2, value.ndim)))
-            factor[labels[new]] = np.where(explains, sharp_f, f)[new]
-            uncertainty[labels[new]] = np.where(explains, sharp_unsure, unsure)[new]
+            f, unsure = np.where(explains, (sharp_f, sharp_unsure), (f, unsure))
+            # where several channels carry one label, the last to be written counts: the one that is surest of it
+            order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
+            order = order[new[order]]
+            factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
         expected, error, bound, doubt = _against(truth[name], value, errors, factor[labels], uncertainty[labels], u)
         found[name] = _worst(error, bound)
         if found[name].excess <= 1:

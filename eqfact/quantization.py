@@ -208,13 +208,15 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
     """
     readers = graph.readers
     moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves}
-
-    def fused(value: str) -> bool:
-        (reader,) = readers[value] if len(readers[value]) == 1 else (None,)
-        return reader is not None and isinstance(reader.op, Commuting) and reader.op.activation
-
     return [value for value in graph.shapes if value not in moved and (
-        (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or not fused(value))]
+        (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or fused_activation(readers[value]) is None)]
+
+
+def fused_activation(readers: tuple[Node, ...]) -> Node | None:
+    """The activation that an engine fuses with the op before it, because it alone reads that op's value."""
+    if len(readers) == 1 and isinstance(readers[0].op, Commuting) and readers[0].op.activation:
+        return readers[0]
+    return None
 
 
 def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:

@@ -19,7 +19,7 @@ ROWS = [
     ["factorization"],
     ["folding", "gradients", "metrics", "quantization", "rules"],
     ["noise"],
-    ["optimal"],
+    ["blocks", "optimal"],
     ["equalization"],
     ["correction"],
     ["serialization"],

@@ -45,6 +45,7 @@ def keeps_the_function(graph, x, result, method):
     """Equal within rounding; factors finite, positive and within the method's bound; 1 where pinned."""
     verdict = eq.verify(graph, result.graph, x)
     assert verdict.equal, verdict.message
+    assert verdict.message.startswith("equal: "), "inner values agree, too: " + verdict.message
     f = factors_of(result)
     assert np.isfinite(f).all()
     assert f.min() >= SMALLEST[method] * (1 - 1e-12)

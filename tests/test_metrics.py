@@ -82,6 +82,7 @@ def test_every_rescaled_random_network_is_equal(drawn):
     for a, b in ((graph, factors.apply(graph)), (factors.apply(graph), graph)):
         verdict = eq.verify(a, b, x)
         assert verdict, verdict.message
+        assert verdict.message.startswith("equal: "), "inner values agree, too"
         assert verdict.max_error <= verdict.bound
 
 
@@ -140,6 +141,26 @@ def test_an_inner_value_of_the_same_name_but_another_meaning_does_not_decide():
     assert verdict
     assert verdict.message.startswith("equal at the outputs")
     assert "inner values of the same name differ, first 'hidden'" in verdict.message
+
+
+def test_one_label_on_live_and_dead_channels_is_read_off_the_live_ones():
+    """A dead channel tells nothing of the factor that it shares with others: here both channels of the stream are one label."""
+    nodes = [eq.Node("a", eq.Dense(np.array([[1.0], [0.0]])), ["x"]), eq.Node("turn", eq.Permute((1, 0)), ["a"]),
+             eq.Node("add", eq.Add(), ["a", "turn"]), eq.Node("out", eq.Dense(np.array([[1.0, 2.0]])), ["add"])]
+    graph = eq.Graph({"x": (1,)}, nodes, ["out"])
+    verdict = eq.verify(graph, eq.Factorization.of(graph, {"a": [3.0, 3.0]}).apply(graph), np.array([[1.0], [-2.0]]))
+    assert verdict.message.startswith("equal: ")
+
+
+def test_an_input_that_is_put_out_as_it_came_is_equal():
+    m = Maker(7)
+    plain = handmade.plain(m)
+    graph = eq.Graph(dict(plain.inputs), plain.nodes, ["fc", "x"])
+    x = m.data(graph)
+    assert eq.verify(graph, rescaled(graph)[0], x)
+    op = graph["conv1"].op
+    wrong = graph.with_ops({"conv1": dataclasses.replace(op, weight=op.weight[[1, 0, 2, 3]], bias=op.bias[[1, 0, 2, 3]])})
+    assert not eq.verify(graph, wrong, x)
 
 
 def test_outputs_may_not_differ_by_a_factor():

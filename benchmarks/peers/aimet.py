@@ -13,9 +13,18 @@ from aimet_onnx.cross_layer_equalization import CrossLayerScaling, equalize_mode
 from benchmarks.peers import arguments, report, timed
 
 
+def bounds_as_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write the bounds of every Clip as Constant nodes, as torch exports them: AIMET sees a ReLU6 in no other form."""
+    bounds = {name for node in model.graph.node if node.op_type == "Clip" for name in node.input[1:]}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in bounds]:
+        model.graph.initializer.remove(tensor)
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], name=tensor.name, value=tensor))
+    return model
+
+
 def main() -> None:
     _, source, target, way = arguments()
-    model = onnx.load(source)
+    model = bounds_as_nodes(onnx.load(source))
     if way == "usual":
         _, seconds = timed(lambda: equalize_model(model))
         remark = "one call: folds, puts ReLU for ReLU6, scales, absorbs high biases"
