@@ -164,8 +164,9 @@ def sample(case: Case, row: Row, setting: Setting, f: eq.Factorization) -> dict[
 def samples(case: Case, row: Row, jitters: int) -> dict[str, Samples]:
     """Every setting of a row, jitter by jitter: the same jitters for all rows."""
     found: dict[str, Samples] = {}
+    seeds = range(jitters if not row.corrected else max(1, jitters // 2))  # a correction takes as long as three samples
     for name, setting in SETTINGS.items():
-        drawn = [sample(case, row, setting, jittered(case.factorization(row, setting), seed)) for seed in range(jitters)]
+        drawn = [sample(case, row, setting, jittered(case.factorization(row, setting), seed)) for seed in seeds]
         found[name] = {quantity: [round(one[quantity], 4) for one in drawn] for quantity in drawn[0]}
     return found
 
@@ -230,7 +231,7 @@ def measure_all(only: Sequence[str], methods: Sequence[str], chosen: Sequence[st
         for row in rows:
             measure_row(network, row, jitters, None, mapper)
         for peer in chosen:
-            measure_peer(network, peer, [row for row in ROWS if row.method is None and row.granularity == "per_tensor"], jitters, mapper)
+            measure_peer(network, peer, jitters, mapper)
 
 
 def measure_row(network: str, row: Row, jitters: int, path: Path | None, mapper: Mapper) -> None:
@@ -252,16 +253,17 @@ def keep_float(network: str) -> None:
     results.keep("float", {network: row})
 
 
-def measure_peer(network: str, peer: str, rows: Sequence[Row], jitters: int, mapper: Mapper) -> None:
-    """Equalize by another tool, compare the float outputs, and measure what it wrote as our own rows are."""
+def measure_peer(network: str, peer: str, jitters: int, mapper: Mapper) -> None:
+    """Equalize by another tool, compare the float outputs, and measure what it wrote as our own rows are, with half the jitters."""
     answer = peers.equalize(peer, network, networks.networks()[network])
+    rows = [row for row in ROWS if row.method is None and row.granularity == "per_tensor" and peers.PEERS[peer].equalizes]
     row = {"network": network, "peer": peer, **answer.as_row()}
     if answer.path is not None:
         try:
             row |= compare_float(network, answer.path)
             for plain in rows:
                 named = replace(plain, name=peer + (" + correction" if plain.corrected else ""))
-                measure_row(network, named, jitters, answer.path, mapper)
+                measure_row(network, named, jitters if named.corrected else max(1, jitters // 2), answer.path, mapper)
         except (ValueError, TypeError) as error:
             row["failure"] = f"eqfact cannot read what it wrote: {error}"
     results.keep("peers", {f"{network}: {peer}": row})

@@ -40,5 +40,8 @@ def __getattr__(name: str) -> Any:
     if name == "onnx":
         import importlib
 
-        return importlib.import_module("eqfact.onnx")
+        try:
+            return importlib.import_module("eqfact.onnx")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"eqfact.onnx needs the package {error.name}: pip install 'eqfact[onnx]'", name=error.name) from error
     raise AttributeError(f"module 'eqfact' has no attribute {name!r}")

@@ -18,7 +18,7 @@ from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
-from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import optimal
 from eqfact.quantization import UniformQuantizer
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
@@ -50,16 +50,16 @@ class EqualizeResult:
 
 
 def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statistics | None = None, max_factor: float | None = None,
-             preactivation: bool = False, tol: float | None = None, max_iter: int = 1000, include: Collection[str] | None = None,
+             preactivation: bool = False, tol: float | None = None, max_iter: int | None = None, include: Collection[str] | None = None,
              exclude: Collection[str] = (), exact: bool = False, weights: UniformQuantizer | None = None,
-             activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None,
+             activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None, objective: str = "noise",
              harmless: bool = False) -> EqualizeResult:
     """Find factors by a method and return the equivalent network.
 
     ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
-    graph), ``"cross_layer"`` (Nagel et al. 2019; swept until no ``|log f|`` moves by more than ``tol``, at most
-    ``max_iter`` sweeps), a rule of your own, swept likewise, or ``"optimal"`` (:mod:`eqfact.optimal`: the least expected noise, with a
-    certificate). ``max_factor`` bounds the factors: the paper's 16 for its two rules (amplification; a concat lift comes
+    graph), ``"cross_layer"`` (Nagel et al. 2019; swept until no ``|log f|`` moves by more than ``tol`` = 1e-3, at most
+    ``max_iter`` = 1000 sweeps), a rule of your own, swept likewise, or ``"optimal"`` (:mod:`eqfact.optimal`: the least expected noise,
+    certified to ``tol`` = 0.05 dB, in at most ``max_iter`` = 200 Newton steps). ``max_factor`` bounds the factors: the paper's 16 for its two rules (amplification; a concat lift comes
     on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's optional limit ``max(A / P_i, 1)``. ``include`` and
     ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds the factors to powers of two:
     outputs are then bit-identical.
@@ -67,7 +67,7 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     ``weights`` and ``activations`` are the quantizers that one intends to use (8 bits, per tensor, if neither is given), and
     ``sensitivities`` what the noise model weighs them with (:func:`eqfact.forward_sensitivities` of ``stats`` if not given;
     :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; other methods predict it if quantizers or
-    sensitivities are given. ``harmless`` returns the network as it is where the expected noise would not fall.
+    sensitivities are given. With ``objective="range"`` it minimises the product of all ranges, and needs no data. ``harmless`` returns the network as it is where the expected noise would not fall.
 
     Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
     Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.
@@ -76,7 +76,8 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     >>> equalize(net).factorization["act"]
     array([0.5, 2. ])
     """
-    tol = {"optimal": 1e-7}.get(str(method), 1e-3) if tol is None else tol
+    tol = (0.05 if method == "optimal" else 1e-3) if tol is None else tol
+    max_iter = (200 if method == "optimal" else 1000) if max_iter is None else max_iter
     if not (np.isfinite(tol) and tol >= 0):
         raise ValueError(f"tol must be a finite number of at least 0, got {tol}")
     if exact and max_factor is not None and np.isfinite(max_factor) and max_factor >= 1:
@@ -86,25 +87,31 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     resolved = _resolved(graph, include, exclude)
     model = None
     if method == "optimal" or harmless or sensitivities is not None or weights is not None or activations is not None:
-        model = _noise_model(graph, resolved, stats, weights, activations, sensitivities)
+        model = _noise_model(graph, resolved, stats, weights, activations, sensitivities, objective)
     if method == "optimal":
         assert model is not None
-        found = _optimum(graph, resolved, model, CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor, tol, max_iter)
+        bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
+        found = _optimum(graph, resolved, model, objective, bound, tol, int(max_iter))
     else:
         found = _swept(graph, resolved, method, stats, max_factor, preactivation, tol, max_iter)
     factorization = found.factorization.power_of_two() if exact else found.factorization
     predicted, message = None, found.message
     if model is not None:
-        predicted = (model.sqnr(), model.sqnr(factorization))
-        if harmless and not predicted[1] > predicted[0]:
+        predicted = (model.sqnr(), model.sqnr(factorization)) if objective == "noise" else None
+        if harmless and predicted is None:
+            raise ValueError("harmless compares the expected noise: it goes with objective='noise'")
+        if harmless and predicted is not None and not predicted[1] > predicted[0]:
             factorization, predicted = Factorization.identity(graph), (predicted[0], predicted[0])
             message += "; the expected noise would not fall, so the network is returned as it is"
     return replace(found, graph=factorization.apply(graph), factorization=factorization, predicted=predicted, message=message)
 
 
 def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, weights: UniformQuantizer | None,
-                 activations: UniformQuantizer | None, sensitivities: Sensitivities | None) -> NoiseModel:
+                 activations: UniformQuantizer | None, sensitivities: Sensitivities | None, objective: str) -> NoiseModel:
     """The noise model for the caller's quantizers: 8 bits, per tensor, if there are none."""
+    if objective == "range" and stats is None:
+        return noise_model(graph, None, weights=weights or UniformQuantizer(8), activations=None,
+                           sensitivities=unit_sensitivities(graph), resolved=resolved)
     if stats is None:
         raise ValueError("expected noise needs statistics: give stats=calibrate(graph, batches)")
     check_statistics(graph, stats)
@@ -114,15 +121,17 @@ def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, wei
     return noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities, resolved=resolved)
 
 
-def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, bound: float, tol: float, max_iter: int) -> EqualizeResult:
-    """The factorization of least expected noise, and its certificate."""
+def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str, bound: float, tol: float,
+             max_iter: int) -> EqualizeResult:
+    """The factorization of the least objective, and its certificate."""
     if not (np.isfinite(bound) and bound >= 1):
         raise ValueError(f"max_factor must be a finite number of at least 1, got {bound}")
-    best = optimal(model, box=bound, tol=tol, max_iter=int(max_iter))
-    message = (f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} iterations; "
-               f"no factors within [1/{bound:g}, {bound:g}] lower the expected noise by more than {best.gap_db:.2g} dB")
-    return EqualizeResult(graph, Factorization(resolved, best.f), True, message, best.iterations, best.residual, resolved.pinned,
-                          bound=best.bound, gap_db=best.gap_db)
+    best = optimal(model, objective=objective, box=bound, tol=tol, max_iter=max_iter)
+    what = "expected noise" if objective == "noise" else "mean of all squared ranges"
+    message = (f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} Newton steps; "
+               f"no factors within [1/{bound:g}, {bound:g}] lower the {what} by more than {best.gap_db:.2g} dB")
+    return EqualizeResult(graph, Factorization(resolved, best.f), best.gap_db <= tol, message, best.iterations, best.residual,
+                          resolved.pinned, bound=best.bound, gap_db=best.gap_db)
 
 
 def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statistics | None, max_factor: float | None, preactivation: bool,

@@ -8,7 +8,7 @@ one positive factor a channel, the walk starts afresh from it: so the bound stay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, Node, checked_inputs, values
 from eqfact.ops.base import Array, Shape, Weighted, along_channels
+from eqfact.ops.elementwise import Clip
+from eqfact.ops.weighted import BatchNorm
 
 Vector = npt.NDArray[np.float64]
 
@@ -157,8 +159,9 @@ class _Slopes:
     #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
     ROUNDINGS = 8.0
 
-    def __init__(self) -> None:
+    def __init__(self, u: float) -> None:
         self.s: dict[str, Array] = {}
+        self.u = u
 
     def start(self, name: str, value: Array, factor: Array | float = 1.0, doubt: Array | float = 0.0) -> None:
         """A value taken as it is, times a factor of some doubt."""
@@ -169,19 +172,32 @@ class _Slopes:
         """The slopes of a node's output, ``(2, C, *spatial)``."""
         op, inputs = node.op, [self.s[i] for i in node.inputs]
         with np.errstate(over="ignore", invalid="ignore"):
-            s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
+            if isinstance(op, Weighted):
+                s = _without_bias(op).forward(*inputs)
+            elif isinstance(op, Clip):
+                s = inputs[0]
+            else:
+                s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
         s = np.where(np.isfinite(s) & (s > 0), s, 0.0)
-        if isinstance(op, Weighted):
-            s[1] += self.ROUNDINGS * s[0]
+        s[1] += ((self.ROUNDINGS if isinstance(op, Weighted) else 0.0) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
         self.s[node.name] = s
         return s
+
+
+def _without_bias(op: Weighted) -> Weighted:
+    """``|W|`` alone."""
+    if isinstance(op, BatchNorm):
+        none = np.zeros_like(op.beta)
+        return replace(op, gamma=np.abs(op.gamma), beta=none, mean=none)
+    return replace(op, weight=np.abs(op.weight), bias=None)  # type: ignore[type-var]  # every final op is a dataclass
 
 
 def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str]) -> dict[str, _Agreement]:
     """Walk both networks, compare at every shared value, and start afresh where they agree."""
     rounding_a, rounding_b, errors_a = _Roundings(), _Roundings(), {}
-    slopes_a, slopes_b, made_a = _Slopes(), _Slopes(), {}
     env = dict(checked_inputs(b, x))
+    u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
+    slopes_a, slopes_b, made_a = _Slopes(u), _Slopes(u), {}
     for name in env:
         rounding_a.start(name, truth[name])
         rounding_b.start(name, env[name])
@@ -192,7 +208,6 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
         if node.name in shared:
             rounding_a.start(node.name, truth[node.name])
             slopes_a.start(node.name, truth[node.name])
-    u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown

@@ -102,6 +102,13 @@ def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
     return Sensitivities(of_weights, of_values, 1.0)
 
 
+def unit_sensitivities(graph: Graph) -> Sensitivities:
+    """All sensitivities 1: for objectives that look at ranges alone."""
+    taps = {node.name: node.op.taps().shape[:3] for node in graph.nodes if isinstance(node.op, Weighted)}
+    return Sensitivities({name: np.ones(shape) for name, shape in taps.items()},
+                         {name: np.ones(shape[0]) for name, shape in graph.shapes.items()}, 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Tensor:
     """A quantized tensor as the noise model sees it: entries ``a f_out / f_in``, sensitivities ``S (f_in / f_out)**2``."""

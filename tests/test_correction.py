@@ -61,7 +61,7 @@ def bias_of(op):
 
 
 def accumulator_steps(q, setting):
-    """The step ``s_x s_w`` of every layer's bias ``(C,)``, 0 where there is none: scales carried from the FakeQuantizes on."""
+    """The step ``s_x s_w`` of every layer's bias ``(C,)``, 0 where it is in float: scales carried from the FakeQuantizes on."""
     scales, steps = {}, {}
     for node in q:
         if isinstance(node.op, FakeQuantize):
@@ -71,7 +71,7 @@ def accumulator_steps(q, setting):
     for node in layers(q):
         s_x, out = scales.get(node.inputs[0], np.zeros(0)), len(node.op.weight)
         s_w = np.zeros(0) if node.op.grid is None else node.op.grid.scale.reshape(-1)
-        whole = setting.get("biases", True) and s_x.size == 1 and s_w.size in (1, out)
+        whole = (setting.get("biases", True) or node.op.bias is None) and s_x.size == 1 and s_w.size in (1, out)
         steps[node.name] = np.broadcast_to(s_x * s_w, (out,)) if whole else np.zeros(out)
     return steps
 
@@ -191,15 +191,17 @@ def test_biases_stay_on_the_grid_of_their_accumulator_only_if_they_were():
             assert (parts.max() < 1e-6) == whole
 
 
-def test_a_layer_without_bias_gets_one_on_the_grid():
-    graph = eq.Graph.chain((3,), fc=eq.Dense(np.random.default_rng(0).normal(size=(4, 3))), act=eq.ReLU())
+@FLOAT
+def test_a_layer_without_bias_gets_one_on_the_grid(dtype):
+    graph = eq.Graph.chain((3,), fc=eq.Dense(np.random.default_rng(0).normal(size=(4, 3)).astype(dtype)), act=eq.ReLU())
     x = np.random.default_rng(1).normal(size=(9, 3)) + 1
     q = quantized(graph, x, SETTINGS["W3A8 and outputs"])
     corrected = eq.correct_bias(graph, q, x)
     step = accumulator_steps(q, {})["fc"]
     assert np.array_equal(corrected.shifts["fc"], corrected.graph["fc"].op.bias)
+    assert corrected.graph["fc"].op.bias.dtype == dtype
     assert np.abs(corrected.shifts["fc"]).min() > 0
-    np.testing.assert_allclose(corrected.shifts["fc"] / step, np.rint(corrected.shifts["fc"] / step), atol=1e-9)
+    np.testing.assert_allclose(corrected.shifts["fc"] / step, np.rint(corrected.shifts["fc"] / step), atol=1e-4)
 
 
 def test_shared_weights_stay_shared_and_each_use_gets_its_own_bias():
@@ -243,6 +245,8 @@ def test_another_network_is_refused():
     narrow = eq.Graph.chain((2,), fc=eq.Dense(np.ones((1, 2))))
     with pytest.raises(ValueError, match="layer 'fc' of the quantized"):
         eq.correct_bias(narrow, eq.Graph.chain((2,), fc=eq.Dense(np.ones((2, 2)))), np.ones((1, 2)))
+    with pytest.raises(ValueError, match="layer 'x' of the quantized"):  # an input there
+        eq.correct_bias(narrow, eq.Graph({"y": (2,)}, [eq.Node("x", eq.Dense(np.eye(2)), ["y"])], ["x"]), np.ones((1, 2)))
 
 
 def test_data_that_forward_refuses_is_refused():

@@ -45,7 +45,6 @@ def keeps_the_function(graph, x, result, method):
     """Equal within rounding; factors finite, positive and within the method's bound; 1 where pinned."""
     verdict = eq.verify(graph, result.graph, x)
     assert verdict.equal, verdict.message
-    assert verdict.message.startswith("equal: "), "inner values agree, too: " + verdict.message
     f = factors_of(result)
     assert np.isfinite(f).all()
     assert f.min() >= SMALLEST[method] * (1 - 1e-12)
@@ -62,13 +61,15 @@ def bit_identical(graph, x, result):
         assert before[name].tobytes() == after[name].tobytes() or np.array_equal(before[name], after[name])
 
 
-@settings(max_examples=700)
+@settings(max_examples=600)
 @given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
 def test_every_method_keeps_the_function_of_random_networks(drawn):
     graph, x = drawn
     stats = eq.calibrate(graph, x)
     for method in METHODS:
-        keeps_the_function(graph, x, eq.equalize(graph, method, stats=stats), method)
+        result = eq.equalize(graph, method, stats=stats)
+        keeps_the_function(graph, x, result, method)
+        assert eq.verify(result.graph, graph, x).message.startswith("equal: "), "and so do all inner values"
 
 
 @settings(max_examples=150)

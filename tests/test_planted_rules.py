@@ -16,7 +16,7 @@ import test_rules
 from handmade import Maker
 
 import eqfact as eq
-from eqfact import equalization, folding, metrics, quantization, rules
+from eqfact import blocks, equalization, folding, metrics, quantization, rules
 from eqfact.ops import base, grid
 from eqfact.ops.base import Weighted
 
@@ -119,32 +119,32 @@ def test_a_concat_without_lift_is_caught(caught):
 
 
 def test_readers_beyond_the_first_that_are_forgotten_are_caught(caught):
-    right = equalization.BlockPlan.largest
+    right = blocks.BlockPlan.largest
 
     def first_only(plan, layers, labels, ranges):
         return right(plan, list(layers)[:1], labels, ranges)
 
-    caught(test_equalization.test_m_is_the_largest_over_all_readers, (equalization.BlockPlan, "largest", first_only))
-    caught(converges_on(handmade.fan_out), (equalization.BlockPlan, "largest", first_only))
+    caught(test_equalization.test_m_is_the_largest_over_all_readers, (blocks.BlockPlan, "largest", first_only))
+    caught(converges_on(handmade.fan_out), (blocks.BlockPlan, "largest", first_only))
 
 
 def test_a_depthwise_kernel_range_that_collapses_to_one_number_is_caught(caught):
     """Fault 2 of the authors' script."""
-    right = equalization.Layer.made_range
+    right = blocks.Layer.made_range
 
     def collapsed(layer, f):
         k = right(layer, f)
         return np.full_like(k, k.max()) if layer.op.groups > 1 else k
 
-    wrong = (equalization.Layer, "made_range", collapsed)
+    wrong = (blocks.Layer, "made_range", collapsed)
     caught(lambda: test_equalization.test_fault_2_outputs_of_depthwise_layers_are_amplified("one_step"), wrong)
     caught(converges_on(handmade.mobile), wrong)
 
 
 def test_ranges_of_stale_weights_are_caught(caught):
     """Ranges taken once, before earlier layers were rescaled."""
-    right = equalization.Layer.made_range
-    wrong = (equalization.Layer, "made_range", lambda layer, f: right(layer, np.where(np.arange(len(f)) < 5, 1.0, f)))
+    right = blocks.Layer.made_range
+    wrong = (blocks.Layer, "made_range", lambda layer, f: right(layer, np.where(np.arange(len(f)) < 5, 1.0, f)))
     caught(lambda: test_equalization.test_the_papers_rules_agree_with_a_step_by_step_implementation("one_step", False, 1), wrong)
 
 

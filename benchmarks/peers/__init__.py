@@ -26,11 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Peer:
-    """A module beside this one, what its environment needs, and which of its ways the module goes."""
+    """A module beside this one, what its environment needs, which of its ways the module goes, and whether that equalizes."""
 
     module: str
     requirements: tuple[str, ...]
     way: str = "usual"
+    equalizes: bool = True
 
 
 BREVITAS = ("brevitas==0.13.4", TORCH, "onnx", "onnxscript", "pillow", "lz4")
@@ -44,7 +45,7 @@ PEERS = {
     "AIMET, ReLU6 kept": Peer("aimet", AIMET, "keep"),
     "Quark": Peer("quark", QUARK),
     "Quark, ReLU6 replaced": Peer("quark", QUARK, "replace"),
-    "onnxsim": Peer("onnxsim", ("onnxsim==0.8.1",)),
+    "onnxsim": Peer("onnxsim", ("onnxsim==0.8.1",), equalizes=False),
 }
 
 
