@@ -1,0 +1,50 @@
+"""README and docs tell the truth: their code prints what stands below it, the README's commands are those of the gate."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_print_what_stands_below_them(path):
+    for code, expected in re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+        assert printed.getvalue() == expected
+
+
+def test_there_are_examples_to_run():
+    assert sum(len(blocks("python", path.read_text())) for path in DOCUMENTS) >= 2
+
+
+def test_the_gate_runs_the_readmes_two_commands():
+    gate = (ROOT / ".ci" / "run").read_text().splitlines()
+    main_job, tests, *_ = (block.strip() for block in blocks("sh"))
+    assert "demo" in main_job and main_job in gate
+    assert "pytest" in tests and tests in gate
+
+
+def test_every_module_is_on_the_map():
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", README))
+    modules = {path.stem for path in (ROOT / "eqfact").iterdir() if (path.suffix == ".py" or (path / "__init__.py").exists())}
+    assert modules - {"__init__", "__main__"} - {"demo", "files", "plotting", "report"} <= named
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), target
