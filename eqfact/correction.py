@@ -50,8 +50,8 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     """Iterative bias correction: ``b += mean(y_float - y_quantized)``, in dependency order, on one batch (PAPER 7).
 
     ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Biases on
-    the grid of their accumulator stay on it. Weights that several nodes share stay shared, but each node gets its own bias;
-    BatchNorms are left. :class:`ValueError` if a layer of ``quantized`` is not one of ``graph``.
+    the grid of their accumulator stay on it, and within its 32 bits. Weights that several nodes share stay shared, but each node
+    gets its own bias; BatchNorms are left. :class:`ValueError` if a layer of ``quantized`` is not one of ``graph``.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))

@@ -151,7 +151,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     whose extrema give the ranges. Every value that an engine stores is rounded: inputs, and the values of layers after
     their activation; ops that only select or move entries stay on the grid of their input; network outputs are rounded with
     ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. ``biases``: to whole
-    multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations).
+    multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would not fit,
+    ``s_w`` is raised.
 
     Fold BatchNorm first: one that is left is computed in float.
     """
@@ -159,7 +160,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
     nodes: list[Node] = []
     grids: dict[str, Grid] = {}
-    on_grid: dict[int, Weighted] = {}
+    on_grid: dict[tuple[int, bytes], Weighted] = {}
     rename: dict[str, str] = {}
     stored = set(stored_values(graph, outputs=outputs)) if activations is not None else set()
 
@@ -180,12 +181,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     for node in graph.nodes:
         op = node.op
         if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
-            if id(op) not in on_grid:  # an op used twice stays one op, unless its uses need different biases
-                grid = weights.weight_grid(op)
-                on_grid[id(op)] = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]
-            op = on_grid[id(op)]
-            if biases and node.inputs[0] in grids:
-                op = _on_accumulator(op, grids[node.inputs[0]])
+            input_grid = grids.get(node.inputs[0]) if biases else None
+            grid = _roomy(weights.weight_grid(op), op, input_grid)
+            key = (id(op), grid.scale.tobytes())
+            if key not in on_grid:  # an op used twice stays one op, unless its uses need different grids or biases
+                on_grid[key] = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]
+            op = on_grid[key] if input_grid is None else _on_accumulator(on_grid[key], input_grid)
         elif isinstance(op, Commuting) and op.moves and node.inputs[0] in grids:
             grids[node.name] = grids[node.inputs[0]]
         name = f"{node.name}.float" if node.name in stored else node.name
@@ -232,10 +233,25 @@ def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
     return op
 
 
+def _roomy(grid: Grid, op: Weighted, input_grid: Grid | None) -> Grid:
+    """The weights' grid, its scale raised where a bias would not fit into 32 bits at ``s_x * s_w`` (channels of next to no weight)."""
+    if op.bias is None or not _has_accumulator(op, grid, input_grid):
+        return grid
+    assert input_grid is not None
+    needed = np.abs(op.bias.astype(np.float64)) / (input_grid.scale.reshape(()) * (2**31 - 2))
+    needed = needed.max() if grid.scale.size == 1 else needed.reshape(grid.scale.shape)
+    return replace(grid, scale=np.maximum(grid.scale, needed))
+
+
+def _has_accumulator(op: Weighted, grid: Grid | None, input_grid: Grid | None) -> bool:
+    """Is there one scale ``s_x * s_w`` for all products that add up to an output channel?"""
+    return grid is not None and input_grid is not None and input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight))
+
+
 def _on_accumulator(op: Weighted, input_grid: Grid) -> Weighted:
     """The op with its bias on the grid of its integer accumulator, int32 with scale ``s_x * s_w``, where that is one number a channel."""
     grid, bias = op.grid, op.bias
-    if bias is None or grid is None or input_grid.scale.size > 1 or grid.scale.size not in (1, len(op.weight)):
+    if bias is None or grid is None or not _has_accumulator(op, grid, input_grid):
         return op
     step = np.broadcast_to(input_grid.scale.reshape(()) * grid.scale.reshape(-1), bias.shape)
     step = np.maximum(step, np.finfo(np.float64).tiny)

@@ -96,7 +96,9 @@ def leaves_no_mean_error(graph, q, x, setting):
     corrected = eq.correct_bias(graph, q, x)
     steps = accumulator_steps(q, setting)
     for name, error in mean_errors(graph, corrected.graph, x).items():
-        assert (np.abs(error) <= steps[name] / 2 + rounding(graph, x, name)).all(), name
+        # a bias that int32 cannot hold, in steps far smaller than itself, goes as far as it can
+        saturated = (steps[name] > 0) & (np.abs(bias_of(corrected.graph[name].op)) > 0.999 * 2**31 * steps[name])
+        assert (saturated | (np.abs(error) <= steps[name] / 2 + rounding(graph, x, name))).all(), name
 
 
 # ------------------------------------------------------------------------------------------------ iterative

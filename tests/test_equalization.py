@@ -61,7 +61,7 @@ def bit_identical(graph, x, result):
         assert before[name].tobytes() == after[name].tobytes() or np.array_equal(before[name], after[name])
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g))))
 def test_every_method_keeps_the_function_of_random_networks(drawn):
     graph, x = drawn

@@ -376,10 +376,11 @@ def test_biases_stay_in_float_on_request_and_where_a_scale_is_missing():
             assert np.array_equal(quantized[name].op.bias, graph[name].op.bias)
 
 
-def test_biases_saturate_at_32_bits():
+def test_a_huge_bias_keeps_its_value_and_fits_into_32_bits():
     graph = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0]]), np.array([1e9])))
     quantized = eq.quantize(graph, weights=W8, activations=A8, stats=eq.calibrate(graph, np.array([[1.0]])))
-    assert quantized["fc"].op.bias[0] == pytest.approx((2**31 - 1) / 255 / 127)
+    assert quantized["fc"].op.bias[0] == pytest.approx(1e9)
+    assert quantized["fc"].op.bias[0] / (quantized["fc"].op.grid.scale.item() / 255) < 2**31
 
 
 @each_net
@@ -601,3 +602,18 @@ def test_a_name_that_is_taken_is_refused():
     graph = eq.Graph({"x": (2,)}, [eq.Node("x.quantized", m.dense(2, 2), ["x"])], ["x.quantized"])
     with pytest.raises(ValueError, match=r"node 'x\.quantized': this name is taken already"):
         eq.quantize(graph, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_a_bias_too_large_for_its_accumulator_raises_the_scale_of_the_weights(granularity):
+    weight = np.array([[1.0, -0.5], [1e-12, 2e-12]])
+    bias = np.array([0.25, 3.0])
+    net = eq.Graph.chain((2,), fc=eq.Dense(weight, bias), act=eq.ReLU(), out=eq.Dense(np.ones((1, 2))))
+    stats = eq.calibrate(net, np.array([[1.0, 1.0], [-1.0, 0.5]]))
+    quantized = eq.quantize(net, weights=eq.UniformQuantizer(8, granularity=granularity),
+                            activations=eq.UniformQuantizer(8, symmetric=False), stats=stats)
+    op = quantized["fc"].op
+    (input_scale,) = quantized["x.quantized"].op.grid.scale
+    accumulator = bias / (input_scale * op.grid.scale.reshape(-1))
+    assert np.abs(accumulator).max() < 2**31
+    np.testing.assert_allclose(op.bias, bias, rtol=1e-2)

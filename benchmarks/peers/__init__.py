@@ -9,6 +9,8 @@ the last line of its error is kept. Nothing here is imported by the library.
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -76,7 +78,7 @@ def equalize(name: str, network: str, source: Path) -> Answer:
         _checked([str(python), "-m", f"{__name__}.{peer.module}", network, str(source), str(target), str(report), peer.way], RUN_SECONDS)
         found = json.loads(report.read_text())
     except (RuntimeError, OSError) as error:
-        return Answer(peer.requirements[0], failure=str(error).replace(str(ROOT), "."))
+        return Answer(peer.requirements[0], failure=re.sub(r"(/[^\s/:'\"]+){2,}/", "", str(error)))  # no folders of this machine
     return Answer(peer.requirements[0], target, found["seconds"], found["remark"])
 
 
@@ -84,7 +86,7 @@ def environment(folder: Path, requirements: tuple[str, ...]) -> Path:
     """The Python of a virtual environment with these requirements, made if it is not there."""
     python, done = folder / "bin" / "python", folder / "installed.txt"
     if not (done.exists() and done.read_text().split() == list(requirements)):
-        venv.create(folder, with_pip=True)
+        venv.create(folder, clear=True, with_pip=True, symlinks=os.name != "nt")
         _checked([str(python), "-m", "pip", "install", "--quiet", *requirements], INSTALL_SECONDS)
         done.write_text("\n".join(requirements))
     return python
