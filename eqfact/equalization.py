@@ -59,15 +59,16 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
     ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
     graph), ``"cross_layer"`` (Nagel et al. 2019; swept until no ``|log f|`` moves by more than ``tol`` = 1e-3, at most
     ``max_iter`` = 1000 sweeps), a rule of your own, swept likewise, or ``"optimal"`` (:mod:`eqfact.optimal`: the least expected noise,
-    certified to ``tol`` = 0.05 dB, in at most ``max_iter`` = 200 Newton steps). ``max_factor`` bounds the factors: the paper's 16 for its two rules (amplification; a concat lift comes
-    on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's optional limit ``max(A / P_i, 1)``. ``include`` and
-    ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds the factors to powers of two:
-    outputs are then bit-identical.
+    certified to ``tol`` = 0.05 dB, in at most ``max_iter`` = 200 Newton steps; with ``objective="range"`` the least product of all
+    ranges, which needs no data). ``max_factor`` bounds the factors: the paper's 16 for its two rules (amplification; a concat lift and
+    a residual stream's own minimum come on top), ``[1/1024, 1024]`` otherwise. ``preactivation`` adds the paper's optional limit
+    ``max(A / P_i, 1)``. ``include`` and ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds
+    the factors to powers of two: outputs are then bit-identical.
 
     ``weights`` and ``activations`` are the quantizers that one intends to use (8 bits, per tensor, if neither is given), and
     ``sensitivities`` what the noise model weighs them with (:func:`eqfact.forward_sensitivities` of ``stats`` if not given;
     :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; other methods predict it if quantizers or
-    sensitivities are given. With ``objective="range"`` it minimises the product of all ranges, and needs no data. ``harmless`` returns the network as it is where the expected noise would not fall.
+    sensitivities are given. ``harmless`` returns the network as it is where the expected noise would not fall.
 
     Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
     Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.

@@ -17,27 +17,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.linalg import LinearOperator, cg, splu
 from scipy.special import entr
 
-from eqfact.noise import Indices, NoiseModel, Tensor, Vector
+from eqfact.logsums import Curvature, LogMean, LogSum, axes_of, made_and_read, safe_log
+from eqfact.noise import NoiseModel, Tensor, Vector
 
 #: Exponents of the smooth maxima, stage by stage; the last one stays.
 EXPONENTS = (2.0, 4.0, 8.0, 16.0, 32.0)
 
-#: A stage ends after so many Newton steps, or when the slope (l1 norm of ``d log N / d u``) is below ``SLOPE / sum of exponents so far``.
-STAGE_STEPS, SLOPE = 6, 0.1
+#: A stage ends after so many Newton steps, or when the slope within the box costs the bound less than this part of the gap so far.
+STAGE_STEPS, SLOPE = 8, 0.1
+
+#: The gap that the first stage assumes before it: 20 dB.
+BEFORE = float(np.log(100))
 
 #: No ``u`` moves by more than this over ``sqrt(p)`` in a Newton step.
 LONGEST_STEP = 4.0
 
-#: Iterations of conjugate gradients per Newton step.
-CG_STEPS = 6
-GG = 2.0
-
-#: Channels with a coupling above this, in units of their own curvatures, are coupled one by one.
-COUPLING = 0.1
 
 #: exp(600) is still finite in float64: within one stage, p-th powers move by no more than exp(+-300) on either side.
 REACH = 300.0
@@ -90,19 +86,21 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     best, lowest, bound = u, _exact(terms, u), -np.inf
     if not terms or limit == 0 or size == 1:
         return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest)), 0, ())
-    iterations, total, residual = 0, 0.0, [np.inf]
-    while residual[-1] > tol and iterations < max_iter and (len(residual) < 12 or residual[-1] < 0.99 * residual[-6]):
-        p = EXPONENTS[min(len(residual), len(EXPONENTS)) - 1]
-        total += p
+    iterations, gap, residual = 0, BEFORE, list[float]()
+    while True:
+        p = EXPONENTS[min(len(residual), len(EXPONENTS) - 1)]
         for term in terms:
             term.begin(u, p)
-        u, now, steps = _minimize(terms, u, p, limit, SLOPE / total, min(STAGE_STEPS, max_iter - iterations))
+        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, min(STAGE_STEPS, max_iter - iterations))
         iterations += steps
         if (exact := _exact(terms, u)) < lowest:
             best, lowest = u, exact
         bound = max(bound, _lower_bound(terms, now, u, limit))
-        residual.append((lowest - bound) * 10 / np.log(10))
-    return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest))), iterations, tuple(residual[1:]))
+        gap = max(lowest - bound, 0.0)
+        residual.append(float(gap * 10 / np.log(10)))
+        stalled = len(residual) > 10 and residual[-1] > 0.99 * residual[-6]
+        if residual[-1] <= tol or iterations >= max_iter or stalled:
+            return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest))), iterations, tuple(residual))
 
 
 def _limit(objective: str, box: float) -> float:
@@ -142,12 +140,15 @@ def _terms(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> l
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """The logarithm of the smooth objective, its slope by label, the share of every term's grids in it, and the slope by rows and columns."""
+    """The smooth objective at a point."""
 
+    #: The logarithm.
     value: float
+    #: Its slope by label, and term by term by rows and columns.
     slope: Vector
-    shares: list[Vector]
     slopes: list[tuple[Vector, Vector]]
+    #: The share of each grid, term by term.
+    shares: list[Vector]
 
 
 def _evaluate(terms: Sequence[Term], u: Vector) -> State:
@@ -157,7 +158,7 @@ def _evaluate(terms: Sequence[Term], u: Vector) -> State:
     for term, (rows, columns) in zip(terms, slopes, strict=True):
         slope += np.bincount(term.tensor.made, rows, len(u)) + np.bincount(term.tensor.read, columns, len(u))
     slope[0] = 0
-    return State(value, slope, shares, slopes)
+    return State(value, slope, slopes, shares)
 
 
 def _combined(terms: Sequence[Term], logs: Sequence[Vector]) -> tuple[float, list[Vector]]:
@@ -179,81 +180,24 @@ def _lower_bound(terms: Sequence[Term], now: State, u: Vector, limit: float) -> 
     return float(value - (now.slope * u + np.abs(now.slope) * limit).sum()) - ROUNDOFF
 
 
-class LogSum:
-    """``log sum exp(logs + q (u_made - u_read))`` over each grid of a tensor, for ``u`` around a centre.
-
-    Arrays are ``(groups, out, in)``, with 1 in the place of what is summed over.
-    """
-
-    def __init__(self, tensor: Tensor, logs: Vector, q: float, centre: Vector) -> None:
-        self.tensor, self.q = tensor, q
-        self.centre = made, read = _both(tensor, centre)
-        self.logs = logs + q * (made - read)
-        top = self.logs.max(axis=_axes(tensor), keepdims=True)
-        self.top = np.where(np.isfinite(top), top, 0.0)
-        self.summands = np.exp(self.logs - self.top)
-
-    def at(self, u: Vector) -> Vector:
-        """The value by grid. What follows is at the same ``u``."""
-        made, read = (now - then for now, then in zip(_both(self.tensor, u), self.centre, strict=True))
-        self.moved = self.q * made, -self.q * read
-        self.made, self.read = np.exp(self.moved[0]), np.exp(self.moved[1])
-        rows = self.made * (self.summands @ self.read.swapaxes(1, 2))
-        self.total = rows.sum(axis=_axes(self.tensor), keepdims=True)
-        self.rows = _ratio(rows, self.total)
-        self.log: Vector = self.top + _log(self.total)
-        return self.log
-
-    def columns(self, amount: Vector) -> Vector:
-        """The sum over the rows of all shares, ``(groups, 1, in)``, each grid counting by its amount; ``rows`` is that over the columns."""
-        columns: Vector = self.read * ((_ratio(amount, self.total) * self.made).swapaxes(1, 2) @ self.summands)
-        return columns
-
-    def log_shares(self) -> Vector:
-        """The logarithm of every entry's share in its grid."""
-        made, read = self.moved
-        logs: Vector = self.logs + (made - np.where(np.isfinite(self.log), self.log, 0.0)) + read
-        return logs
-
-
-class LogMean:
-    """``q`` times the mean of ``u_made - u_read`` over the live rows and columns of each grid; otherwise like :class:`LogSum`."""
-
-    def __init__(self, tensor: Tensor, q: float) -> None:
-        self.tensor, self.q = tensor, q
-        live = np.max([part > 0 for part in tensor.parts], axis=0)
-        live = live if tensor.by_row else live.any(axis=2, keepdims=True) & live.any(axis=1, keepdims=True)
-        self.shares = _ratio(live.astype(np.float64), live.sum(axis=_axes(tensor), keepdims=True))
-        self.rows = self.shares.sum(axis=2, keepdims=True)
-
-    def at(self, u: Vector) -> Vector:
-        made, read = _both(self.tensor, u)
-        value: Vector = self.q * (self.rows * made - self.shares @ read.swapaxes(1, 2)).sum(axis=_axes(self.tensor), keepdims=True)
-        return value
-
-    def columns(self, amount: Vector) -> Vector:
-        columns: Vector = (amount * self.shares).sum(axis=1, keepdims=True)
-        return columns
-
-
 class Term:
     """The logarithm of one tensor's noise, ``2 log R + log Q - log 12 steps**2``, by grid: one of all its rows, or one a row."""
 
     def __init__(self, tensor: Tensor, weight: float, share: float | None = None) -> None:
         self.tensor = tensor
-        self.entries = [_log(part) for part in tensor.parts]
+        self.entries = [safe_log(part) for part in tensor.parts]
         self.constant = np.log(weight / (12 * tensor.steps**2))
         self.ranges: list[LogSum] = []
         centre = np.zeros(1 + max(tensor.made.max(), tensor.read.max()))
-        self.sum = LogSum(tensor, _log(tensor.sensitivity), -2.0, centre) if share is None else LogMean(tensor, -2.0)
-        live = np.max([part.max(axis=_axes(tensor), keepdims=True) for part in tensor.parts], axis=0) > 0
+        self.sum = LogSum(tensor, safe_log(tensor.sensitivity), -2.0, centre) if share is None else LogMean(tensor, -2.0)
+        live = np.max([part.max(axis=axes_of(tensor), keepdims=True) for part in tensor.parts], axis=0) > 0
         #: The grids' shares in a mean of logarithms, if the objective is one.
         self.fixed = None if share is None else share * live / live.sum()
 
     def begin(self, u: Vector, p: float) -> None:
         """Begin a stage around ``u``: the shares of all entries so far are their weights."""
         self.p = p
-        weights = [r.log_shares() for r in self.ranges] or [0.0] * len(self.entries)
+        weights = [r.log_shares() for r in self.ranges] or [np.zeros(1) for _ in self.entries]
         self.ranges = [LogSum(self.tensor, p * a + w, p, u) for a, w in zip(self.entries, weights, strict=True)]
 
     def at(self, u: Vector) -> Vector:
@@ -265,18 +209,18 @@ class Term:
 
     def exact(self, u: Vector) -> Vector:
         """The same without smoothing."""
-        made, read = _both(self.tensor, u)
-        log_range = np.logaddexp.reduce([(a + made - read).max(axis=_axes(self.tensor), keepdims=True) for a in self.entries])
+        made, read = made_and_read(self.tensor, u)
+        log_range = np.logaddexp.reduce([(a + made - read).max(axis=axes_of(self.tensor), keepdims=True) for a in self.entries])
         value: Vector = 2 * log_range + self.sum.at(u) + self.constant
         return value
 
     def geometric(self, share: Vector, u: Vector) -> float:
         """``sum share log(N / share)`` with the geometric mean of entries in the place of every maximum, weighted by their shares."""
-        made, read = _both(self.tensor, u)
+        made, read = made_and_read(self.tensor, u)
         value = self.sum.at(u) + self.constant
         for part, a, r in zip(self.parts, self.entries, self.ranges, strict=True):
             weights = np.exp(r.log_shares())
-            mean = (weights * np.where(weights > 0, a + made - read, 0.0)).sum(axis=_axes(self.tensor), keepdims=True)
+            mean = (weights * np.where(weights > 0, a + made - read, 0.0)).sum(axis=axes_of(self.tensor), keepdims=True)
             value = value + 2 * (part * mean + entr(part))
         sum_of_logs = float((share * np.where(share > 0, value, 0.0)).sum())
         return sum_of_logs + (float(entr(share).sum()) if self.fixed is None else 0.0)
@@ -293,6 +237,28 @@ class Term:
             rows += piece.q * amount * piece.rows
             columns -= piece.q * piece.columns(amount)
         return rows.reshape(-1), columns.reshape(-1)
+
+    def bend(self, curvature: Curvature, share: Vector, slopes: tuple[Vector, Vector]) -> None:
+        """Add the second derivatives: of every log-sum, and of the logarithms of sums of parts and of grids, ``w g g'`` for each summand.
+
+        If grids are as many as rows, these last are not summed but bounded by a diagonal: ``g g' <= |g|_1 diag |g|``.
+        """
+        made, read, by_row = self.tensor.made, self.tensor.read, self.tensor.by_row
+        for amount, piece in self.pieces(share):
+            if isinstance(piece, LogSum):
+                curvature.covariance(piece, amount * piece.q**2)
+        if len(self.ranges) == 2:
+            amount = 2 * share * self.parts[0] * self.parts[1]
+            (rows, columns), (other_rows, other_columns) = ((r.rows, r.columns(amount)) for r in self.ranges)
+            if by_row:
+                curvature.diagonal(read, 2 * (columns + other_columns))
+            elif amount > 0:
+                difference = (amount * (rows - other_rows)).reshape(-1), (other_columns - columns).reshape(-1)
+                curvature.rank_one(made, difference[0], read, difference[1], 1 / amount.item())
+        if self.fixed is None and by_row:
+            curvature.diagonal(read, 2 * np.abs(slopes[1]))
+        elif self.fixed is None:
+            curvature.rank_one(made, slopes[0], read, slopes[1], 1 / share.item())
 
 
 # ------------------------------------------------------------------------------------------------------ Newton's method
@@ -320,116 +286,10 @@ def _minimize(terms: Sequence[Term], u: Vector, p: float, limit: float, slope: f
 
 
 def _newton_step(terms: Sequence[Term], now: State, free: npt.NDArray[np.bool_]) -> Vector:
-    """To the minimum of the quadratic model over the free labels: ``sum share (H + g g')`` from every grid, ``g g'`` for ``log sum exp``."""
+    """To the minimum of the quadratic model over the free labels."""
     curvature = Curvature(len(free))
     for term, share, slopes in zip(terms, now.shares, now.slopes, strict=True):
         if not share.any():
             continue
-        for amount, piece in term.pieces(share):
-            if isinstance(piece, LogSum):
-                curvature.covariance(piece, amount * piece.q**2)
-        if term.fixed is None and term.tensor.by_row:
-            curvature.diagonal(term.tensor.read, GG * np.abs(slopes[1]))
-        elif term.fixed is None:
-            curvature.rank_one(term.tensor.made, slopes[0], term.tensor.read, slopes[1], 1 / share.item())
+        term.bend(curvature, share, slopes)
     return curvature.solve(-now.slope, free)
-
-
-class Curvature:
-    """A quadratic form of the labels: a Laplacian (a diagonal, and links between two labels) and rank-one terms."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.entries: list[tuple[Indices, Indices, Vector]] = []
-        self.spans: list[tuple[Indices, Vector]] = []
-        self.amounts: list[float] = []
-
-    def rank_one(self, made: Indices, rows: Vector, read: Indices, columns: Vector, amount: float) -> None:
-        """``amount (rows . u_made + columns . u_read)**2``."""
-        self.spans.append((np.concatenate([made, read]), np.concatenate([rows, columns])))
-        self.amounts.append(amount)
-
-    def diagonal(self, labels: Indices, x: Vector) -> None:
-        self.entries.append((labels, labels, x.reshape(-1)))
-
-    def covariance(self, piece: LogSum, amount: Vector) -> None:
-        """``amount`` times the covariance of ``u_made - u_read`` under the entries' shares: a log-sum's second derivative.
-
-        ``sum w (u_made - u_read)**2 - (sum w (u_made - u_read))**2``, with the products ``u_made u_read`` one by one where they couple
-        strongly, and as if rows and columns were independent elsewhere. If every row has a grid of its own, ``u_made`` cancels; the
-        least over a free number in its place takes off the mean.
-        """
-        tensor, made = piece.tensor, piece.tensor.made
-        if tensor.by_row:
-            made = np.arange(self.size, self.size + len(made))
-            self.size += len(made)
-        rows, columns = amount * piece.rows, piece.columns(amount)
-        self.entries += [(made, made, rows.reshape(-1)), (tensor.read, tensor.read, columns.reshape(-1))]
-        left, right = _ratio(_ratio(amount, piece.total) * piece.made, np.sqrt(rows)), _ratio(piece.read, np.sqrt(columns))
-        strong = np.flatnonzero(piece.summands * left * right > COUPLING)
-        _, out, inner = piece.summands.shape
-        row = strong // inner
-        column = row // out * inner + strong % inner
-        link = piece.summands.reshape(-1)[strong] * (_ratio(amount, piece.total) * piece.made).reshape(-1)[row] * piece.read.reshape(-1)[column]
-        self.entries += [(made[row], tensor.read[column], -link), (tensor.read[column], made[row], -link)]
-        rows, columns = rows.reshape(-1), columns.reshape(-1)
-        if not tensor.by_row:
-            self.rank_one(made, rows, tensor.read, -columns, -1 / amount.item())
-        weak_rows = np.maximum(rows - np.bincount(row, link, len(rows)), 0)
-        weak_columns = np.maximum(columns - np.bincount(column, link, len(columns)), 0)
-        if (weak := float(weak_rows.sum())) > 1e-6 * float(rows.sum()):  # -2 x y = ((x - y)**2 - (x + y)**2) / 2
-            self.rank_one(made, weak_rows, tensor.read, weak_columns, -1 / (2 * weak))
-            self.rank_one(made, weak_rows, tensor.read, -weak_columns, 1 / (2 * weak))
-
-    def solve(self, target: Vector, free: npt.NDArray[np.bool_]) -> Vector:
-        """Where the form's slope is the target, on free labels; 0 elsewhere. Flat directions (a dead channel, an orbit) get a tiny ridge."""
-        chosen = np.append(free, np.ones(self.size - len(free), bool))
-        count = int(chosen.sum())
-        place = np.where(chosen, np.cumsum(chosen) - 1, -1)
-        i, j, x = (np.concatenate(arrays) for arrays in zip(*self.entries, strict=True))
-        i, j = place[i], place[j]
-        mine = (i >= 0) & (j >= 0)
-        i, j, x = i[mine], j[mine], x[mine]
-        diagonal = np.bincount(i[i == j], x[i == j], count)
-        ridge = 1e-6 * diagonal + 1e-9 * diagonal.max()
-        every = np.arange(count)
-        laplacian = coo_array((np.append(x, ridge), (np.append(i, every), np.append(j, every))), shape=(count, count)).tocsc()
-        form = laplacian
-        if self.spans:
-            rows = place[np.concatenate([labels for labels, _ in self.spans])]
-            columns = np.repeat(np.arange(len(self.spans)), [len(labels) for labels, _ in self.spans])
-            values = np.concatenate([value for _, value in self.spans])
-            spans = coo_array((values[rows >= 0], (rows[rows >= 0], columns[rows >= 0])), shape=(count, len(self.spans))).tocsr()
-            across, amounts = spans.T.tocsr(), np.array(self.amounts)
-            form = LinearOperator((count, count), lambda v: laplacian @ v + spans @ (amounts * (across @ v)), dtype=np.float64)
-        factors = splu(laplacian, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-        metric = LinearOperator((count, count), factors.solve, dtype=np.float64)
-        step = np.zeros(self.size)
-        step[chosen], _ = cg(form, np.append(target, np.zeros(self.size - len(free)))[chosen], M=metric, maxiter=CG_STEPS)
-        return step[:len(free)]
-
-
-# -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _axes(tensor: Tensor) -> int | tuple[int, ...]:
-    """What one grid spans of ``(groups, out, in)``."""
-    return 2 if tensor.by_row else (0, 1, 2)
-
-
-def _both(tensor: Tensor, u: Vector) -> tuple[Vector, Vector]:
-    """What a tensor makes and reads, beside its rows and columns."""
-    groups, out, inner = tensor.sensitivity.shape
-    return u[tensor.made].reshape(groups, out, 1), u[tensor.read].reshape(groups, 1, inner)
-
-
-def _log(x: Vector) -> Vector:
-    """Logarithm, minus infinity at 0."""
-    with np.errstate(divide="ignore"):
-        return np.log(x)
-
-
-def _ratio(a: Vector, b: Vector) -> Vector:
-    """``a / b``, and 0 where ``b`` is 0."""
-    result: Vector = a / np.where(b > 0, b, np.inf)
-    return result

@@ -19,7 +19,7 @@ ROWS = [
     ["factorization"],
     ["folding", "gradients", "metrics", "quantization", "rules"],
     ["noise"],
-    ["blocks", "optimal"],
+    ["blocks", "logsums", "optimal"],
     ["equalization"],
     ["correction"],
     ["serialization"],

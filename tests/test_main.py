@@ -467,7 +467,7 @@ def test_demo_prints_a_table_that_fits_a_page(run, small_demo):
     status, text = run("demo --plot figure.png")
     assert status == 0
     for name, *_ in demo.ROWS:
-        assert re.search(rf"^{name} +\d+\.\d +-?\d+\.\d", text, re.MULTILINE)
+        assert re.search(rf"^{re.escape(name)} +\d+\.\d +-?\d+\.\d", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 100 and text.isascii()
     assert "figure written to figure.png" in text and Path("figure.png").read_bytes().startswith(b"\x89PNG")
 
