@@ -82,24 +82,32 @@ def gradient_sensitivities(graph: Graph, batches: Iterable[Data], *, projections
 
 
 def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
-    """Noise-to-signal ratios at the output of each op that reads the noise (PAPER 6), from statistics alone.
+    """Noise-to-signal ratios at what reads the noise, from statistics alone: the mean over the channels of a weighted op (PAPER 6), or of
+    the value itself where something else reads it.
 
-    Their sum is no prediction of the output's noise, but a measure that needs neither data nor gradients; ``signal`` is 1.
+    Their sum is no prediction of the output's noise, but a measure that needs neither data nor gradients, and does not depend on which
+    equivalent network it is taken of; ``signal`` is 1. Channels that are 0 on the data count for nothing.
     """
     of_weights: dict[str, Vector] = {}
     of_values: dict[str, Vector] = {name: np.zeros(shape[0]) for name, shape in graph.shapes.items()}
     for node in graph.nodes:
-        power = float(stats[node.name].mean_square.sum()) or 1.0
         for value in dict.fromkeys(node.inputs):
             if isinstance(node.op, Weighted):
                 taps = node.op.taps().astype(np.float64)
-                groups, _, inner, _ = taps.shape
-                read = stats[value].mean_square.reshape(groups, 1, inner)
-                of_weights[node.name] = (taps != 0).sum(axis=3) * read / power
-                of_values[value] += (taps**2).sum(axis=(1, 3)).reshape(-1) / power
-            elif graph.shapes[node.name][0] == graph.shapes[value][0]:
-                of_values[value] += 1 / power
+                groups, out, inner, _ = taps.shape
+                made, read = _per_power(stats, node.name).reshape(groups, out, 1), stats[value].mean_square.reshape(groups, 1, inner)
+                of_weights[node.name] = (taps != 0).sum(axis=3) * read * made
+                of_values[value] += ((taps**2).sum(axis=3) * made).sum(axis=1).reshape(-1)
+            else:
+                of_values[value] += _per_power(stats, value)
     return Sensitivities(of_weights, of_values, 1.0)
+
+
+def _per_power(stats: Statistics, value: str) -> Vector:
+    """``1 / E[x**2]`` a channel, over the number of channels; 0 for those that are 0 on the data."""
+    power = stats[value].mean_square
+    per_power: Vector = np.divide(1 / len(power), power, out=np.zeros_like(power), where=power > 0)
+    return per_power
 
 
 def unit_sensitivities(graph: Graph) -> Sensitivities:
