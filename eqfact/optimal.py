@@ -85,7 +85,7 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     u = _start(start, size, limit)
     best, lowest, bound = u, _exact(terms, u), -np.inf
     if not terms or limit == 0 or size == 1:
-        return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest)), 0, ())
+        return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
     iterations, gap, residual = 0, BEFORE, list[float]()
     while True:
         p = EXPONENTS[min(len(residual), len(EXPONENTS) - 1)]
@@ -100,7 +100,7 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
         residual.append(float(gap * 10 / np.log(10)))
         stalled = len(residual) > 10 and residual[-1] > 0.99 * residual[-6]
         if residual[-1] <= tol or iterations >= max_iter or stalled:
-            return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest))), iterations, tuple(residual))
+            return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
 
 
 def _limit(objective: str, box: float) -> float:
@@ -241,7 +241,7 @@ class Term:
     def bend(self, curvature: Curvature, share: Vector, slopes: tuple[Vector, Vector]) -> None:
         """Add the second derivatives: of every log-sum, and of the logarithms of sums of parts and of grids, ``w g g'`` for each summand.
 
-        If grids are as many as rows, these last are not summed but bounded by a diagonal: ``g g' <= |g|_1 diag |g|``.
+        If grids are as many as rows, a diagonal of that size stands for these last.
         """
         made, read, by_row = self.tensor.made, self.tensor.read, self.tensor.by_row
         for amount, piece in self.pieces(share):
@@ -256,7 +256,8 @@ class Term:
                 difference = (amount * (rows - other_rows)).reshape(-1), (other_columns - columns).reshape(-1)
                 curvature.rank_one(made, difference[0], read, difference[1], 1 / amount.item())
         if self.fixed is None and by_row:
-            curvature.diagonal(read, 2 * np.abs(slopes[1]))
+            for amount, piece in self.pieces(share):
+                curvature.diagonal(read, abs(piece.q) / 2 * piece.columns(amount))
         elif self.fixed is None:
             curvature.rank_one(made, slopes[0], read, slopes[1], 1 / share.item())
 
