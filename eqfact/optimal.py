@@ -22,8 +22,8 @@ from scipy.special import entr
 from eqfact.logsums import Curvature, LogMean, LogSum, axes_of, made_and_read, safe_log
 from eqfact.noise import NoiseModel, Tensor, Vector
 
-#: Exponents of the smooth maxima, stage by stage; the last one stays.
-EXPONENTS = (2.0, 4.0, 8.0, 16.0, 32.0)
+#: The exponent of the smooth maxima doubles with every stage up to the second, and then with every stage of few steps up to the third.
+FIRST_EXPONENT, EXPONENT, LAST_EXPONENT, FEW_STEPS = 2.0, 32.0, 4096.0, 3
 
 #: A stage ends after so many Newton steps, or when the slope within the box costs the bound less than this part of the gap so far.
 STAGE_STEPS, SLOPE = 8, 0.1
@@ -77,7 +77,7 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     >>> net = Graph.chain((1,), fc1=Dense(np.array([[4.0], [1.0]])), act=ReLU(), fc2=Dense(np.array([[1.0, 4.0]])))
     >>> model = noise_model(net, None, weights=UniformQuantizer(8), activations=None, sensitivities=unit_sensitivities(net))
     >>> f = optimal(model, objective="range", tol=1e-4).f
-    >>> round(f[2] / f[1], 3)
+    >>> round(float(f[2] / f[1]), 3)
     4.0
     """
     limit, size = _limit(objective, box), model.channels.degrees_of_freedom + 1
@@ -86,18 +86,19 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     best, lowest, bound = u, _exact(terms, u), -np.inf
     if not terms or limit == 0 or size == 1:
         return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
-    iterations, gap, residual = 0, BEFORE, list[float]()
+    p, iterations, gap, residual = FIRST_EXPONENT, 0, BEFORE, list[float]()
     while True:
-        p = EXPONENTS[min(len(residual), len(EXPONENTS) - 1)]
         for term in terms:
             term.begin(u, p)
-        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, min(STAGE_STEPS, max_iter - iterations))
+        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, min(STAGE_STEPS if residual else max_iter, max_iter - iterations))
         iterations += steps
         if (exact := _exact(terms, u)) < lowest:
             best, lowest = u, exact
         bound = max(bound, _lower_bound(terms, now, u, limit))
         gap = max(lowest - bound, 0.0)
         residual.append(float(gap * 10 / np.log(10)))
+        if p < EXPONENT or (steps <= FEW_STEPS and p < LAST_EXPONENT):
+            p *= 2
         stalled = len(residual) > 10 and residual[-1] > 0.99 * residual[-6]
         if residual[-1] <= tol or iterations >= max_iter or stalled:
             return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
