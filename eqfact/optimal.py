@@ -25,7 +25,8 @@ from eqfact.noise import NoiseModel, Tensor, Vector
 #: The exponent of the smooth maxima doubles with every stage up to the second, and then with every stage of few steps up to the third.
 FIRST_EXPONENT, EXPONENT, LAST_EXPONENT, FEW_STEPS = 2.0, 32.0, 4096.0, 3
 
-#: A stage ends after so many Newton steps, or when the slope within the box costs the bound less than this part of the gap so far.
+#: A stage (but the first) ends after so many Newton steps, or when the slope within the box costs the bound less than this part of the
+#: gap so far.
 STAGE_STEPS, SLOPE = 8, 0.1
 
 #: The gap that the first stage assumes before it: 20 dB.
@@ -90,7 +91,8 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     while True:
         for term in terms:
             term.begin(u, p)
-        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, min(STAGE_STEPS if residual else max_iter, max_iter - iterations))
+        most = min(STAGE_STEPS, max_iter - iterations) if residual else max_iter
+        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, most)
         iterations += steps
         if (exact := _exact(terms, u)) < lowest:
             best, lowest = u, exact

@@ -110,10 +110,10 @@ def test_start_and_orbit_do_not_matter(build):
     assert abs(10 * np.log10(optimal(elsewhere).noise / expected.noise)) <= 0.1
 
 
-def test_where_nothing_is_free_the_gap_is_zero():
+def test_where_nothing_is_free_the_gap_is_the_margin_for_roundoff():
     net = eq.Graph.chain((2,), fc=eq.Dense(np.eye(2)))
     result = eq.equalize(net, "optimal", stats=eq.calibrate(net, np.eye(2)))
-    assert result.success and result.gap_db == 0 and np.array_equal(result.graph["fc"].op.weight, np.eye(2))
+    assert result.success and 0 <= result.gap_db < 1e-7 and np.array_equal(result.graph["fc"].op.weight, np.eye(2))
 
 
 def test_dead_and_constant_channels_get_finite_factors_and_keep_the_function():

@@ -1,0 +1,316 @@
+"""Expected noise against injected noise, real quantizers and loops; sensitivities against Jacobians and loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import handmade
+import numpy as np
+import pytest
+from nets import NETS
+
+import eqfact as eq
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, predict_noise, unit_sensitivities
+from eqfact.ops import Weighted
+from eqfact.quantization import stored_values
+
+W8, A8 = eq.UniformQuantizer(8), eq.UniformQuantizer(8, symmetric=False)
+each_net = pytest.mark.parametrize("net", NETS, ids=str)
+
+
+def smooth_net(seed=0):
+    """Curves without kinks, so that a small step makes small noise; a depthwise and a grouped layer, a residual, two outputs."""
+    m = handmade.Maker(seed)
+    return eq.Graph({"x": (2, 4, 4)}, [
+        eq.Node("conv", m.conv(4, 2, 3, 3, padding=1), ["x"]), eq.Node("curve", eq.Tanh(), ["conv"]),
+        eq.Node("depth", m.conv(4, 1, 2, 2, groups=4), ["curve"]), eq.Node("mix", m.conv(4, 2, 1, 1, groups=2), ["depth"]),
+        eq.Node("add", eq.Add(), ["mix", "depth"]), eq.Node("gate", eq.Sigmoid(), ["add"]), eq.Node("pool", eq.GlobalAvgPool(), ["gate"]),
+        eq.Node("flat", eq.Flatten(), ["pool"]), eq.Node("fc", m.dense(3, 4), ["flat"]), eq.Node("other", m.conv(1, 4, 1, 1), ["add"]),
+    ], ["fc", "other"])
+
+
+def data_of(graph, batch=6, seed=1):
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=(batch, *shape)) for name, shape in graph.inputs.items()}
+    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
+
+
+def outputs_of(graph, x):
+    env = eq.values(graph, x)
+    return np.concatenate([env[name].reshape(len(env[name]), -1) for name in graph.outputs], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------- injected noise
+
+
+def with_noise_at(graph, value, noise):
+    """The network with an Add of a constant behind a value, for every reader and output: noise is the same at all entries' own place."""
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Inject(eq.Identity):
+        def forward(self, x):
+            return x + noise
+
+    nodes = []
+    for node in graph.nodes:
+        nodes.append(dataclasses.replace(node, inputs=tuple("noisy" if i == value else i for i in node.inputs)))
+        if node.name == value:
+            nodes.append(eq.Node("noisy", Inject(), [value]))
+    if value in graph.inputs:
+        nodes.insert(0, eq.Node("noisy", Inject(), [value]))
+    return eq.Graph(dict(graph.inputs), nodes, ["noisy" if name == value else name for name in graph.outputs])
+
+
+def test_expected_noise_is_the_mean_of_injected_noise_tensor_by_tensor():
+    graph = smooth_net()
+    x = data_of(graph, 4)
+    stats = eq.calibrate(graph, x)
+    weights, activations = eq.UniformQuantizer(14), eq.UniformQuantizer(14, symmetric=False)
+    model = noise_model(graph, stats, weights=weights, activations=activations,
+                        sensitivities=gradient_sensitivities(graph, [x], projections=60))
+    clean, rng = outputs_of(graph, x), np.random.default_rng(3)
+    assert set(model.terms()) == {f"{n.name}.weight" for n in graph.nodes if isinstance(n.op, Weighted)} | set(stored_values(graph))
+    for name, expected in model.terms().items():
+        measured = []
+        for _ in range(150):
+            if name.endswith(".weight"):
+                node = graph[name.removesuffix(".weight")]
+                step = 2 * np.abs(node.op.weight).max() / (2 * (2**13 - 1))
+                noisy = dataclasses.replace(node.op, weight=node.op.weight + rng.uniform(-step / 2, step / 2, node.op.weight.shape))
+                moved = eq.Graph(dict(graph.inputs), [dataclasses.replace(n, op=noisy) if n is node else n for n in graph.nodes],
+                                 graph.outputs)
+            else:
+                low, high = min(stats[name].min.min(), 0), max(stats[name].max.max(), 0)
+                step = (high - low) / (2**14 - 1)
+                moved = with_noise_at(graph, name, rng.uniform(-step / 2, step / 2, (len(clean), *graph.shapes[name])))
+            measured.append(np.square(outputs_of(moved, x) - clean).sum(axis=1).mean())
+        assert np.mean(measured) == pytest.approx(expected, rel=0.2), name
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("setting", ["weights", "activations", "both", "per channel"])
+def test_expected_sqnr_is_close_to_that_of_real_quantization(bits, setting):
+    found = []
+    for seed in range(6):
+        graph = smooth_net(seed)
+        x = data_of(graph, 40)
+        stats = eq.calibrate(graph, x)
+        weights = eq.UniformQuantizer(bits, granularity="per_channel" if setting == "per channel" else "per_tensor")
+        options = {"weights": None if setting == "activations" else weights,
+                   "activations": None if setting in ("weights", "per channel") else eq.UniformQuantizer(bits, symmetric=False)}
+        model = noise_model(graph, stats, sensitivities=gradient_sensitivities(graph, [x]), **options)
+        clean = outputs_of(graph, x)
+        noise = outputs_of(eq.quantize(graph, stats=stats, biases=False, **options), x) - clean
+        found.append(model.sqnr() - 10 * np.log10(np.square(clean).sum() / np.square(noise).sum()))
+    assert np.abs(found).max() < 5  # few weights: their errors are a small sample
+    assert abs(np.mean(found)) < 1.5
+
+
+def test_a_bit_less_is_six_decibels():
+    graph = smooth_net()
+    x = data_of(graph)
+    s, stats = gradient_sensitivities(graph, [x]), eq.calibrate(graph, x)
+    found = [noise_model(graph, stats, weights=None, activations=eq.UniformQuantizer(bits, symmetric=False), sensitivities=s).sqnr()
+             for bits in (8, 9)]
+    assert found[1] - found[0] == pytest.approx(20 * np.log10(511 / 255), rel=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- sensitivities
+
+
+def squared_jacobian(graph, x):
+    """Per image, summed over outputs: squared derivatives by every weight and every entry of every value, by central differences."""
+    step = 1e-5
+    of_weights, of_values = {}, {}
+    for node in graph.nodes:
+        if isinstance(node.op, Weighted):
+            squared = np.zeros(node.op.weight.shape)
+            for index in np.ndindex(*squared.shape):
+                moved = [dataclasses.replace(node.op, weight=node.op.weight + sign * step * unit(squared.shape, index)) for sign in (1, -1)]
+                up, down = (outputs_of(eq.Graph(dict(graph.inputs), [dataclasses.replace(n, op=op) if n is node else n for n in graph.nodes],
+                                                graph.outputs), x) for op in moved)
+                squared[index] = np.square((up - down) / (2 * step)).sum(axis=1).mean() * (node.op.weight[index] != 0)
+            of_weights[node.name] = squared
+    env = eq.values(graph, x)
+    for value, shape in graph.shapes.items():
+        squared = np.zeros(shape)
+        for index in np.ndindex(*shape):
+            up, down = (outputs_of(with_noise_at(graph, value, sign * step * unit(shape, index)), x) for sign in (1, -1))
+            live = env[value][(slice(None), *index)] != 0
+            squared[index] = (np.square((up - down) / (2 * step)).sum(axis=1) * live).mean()
+        of_values[value] = squared
+    return of_weights, of_values
+
+
+def unit(shape, index):
+    array = np.zeros(shape)
+    array[index] = 1
+    return array
+
+
+def one_output():
+    """Some weights and some activations are 0; a single output, so that a projection is exact: v is +1 or -1."""
+    m = handmade.Maker(4)
+    graph = eq.Graph.chain((2, 3), conv=m.conv(3, 2, 2), act=eq.ReLU(), depth=m.conv(3, 1, 2, groups=3), curve=eq.Tanh(), flat=eq.Flatten(),
+                           fc=m.dense(1, 3))
+    weight = graph["conv"].op.weight.copy()
+    weight[0, 1] = 0
+    nodes = [dataclasses.replace(n, op=dataclasses.replace(n.op, weight=weight)) if n.name == "conv" else n for n in graph.nodes]
+    return eq.Graph(dict(graph.inputs), nodes, graph.outputs)
+
+
+def test_gradient_sensitivities_are_the_squared_jacobian():
+    graph = one_output()
+    x = data_of(graph, 5)
+    assert (eq.values(graph, x)["act"] == 0).any()
+    s = gradient_sensitivities(graph, [x[:2], x[2:]], projections=1)
+    of_weights, of_values = squared_jacobian(graph, x)
+    for name, squared in of_weights.items():
+        op = graph[name].op
+        groups, out, inner, _ = op.taps().shape
+        assert s.weights[name] == pytest.approx(squared.reshape(groups, out, inner, -1).sum(axis=3), rel=1e-5, abs=1e-9)
+    for value, squared in of_values.items():
+        assert s.activations[value] == pytest.approx(squared.reshape(len(squared), -1).sum(axis=1), rel=1e-5, abs=1e-9)
+    assert s.signal == pytest.approx(np.square(eq.forward(graph, x)).sum() / 5)
+    assert s.weights["conv"][0, 0, 1] == 0
+
+
+def test_random_projections_add_up_the_outputs_on_average():
+    graph = smooth_net()
+    x = data_of(graph, 2)
+    s = gradient_sensitivities(graph, [x], projections=800)
+    of_weights, of_values = squared_jacobian(graph, x)
+    for name, squared in of_weights.items():
+        assert s.weights[name].sum() == pytest.approx(squared.sum(), rel=0.15), name
+    for value, squared in of_values.items():
+        assert s.activations[value].sum() == pytest.approx(squared.sum(), rel=0.15), value
+
+
+def test_with_means_only_what_varies_counts():
+    w = np.array([[2.0, 3.0]])
+    graph = eq.Graph.chain((2,), fc=eq.Dense(w))
+    x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    s = gradient_sensitivities(graph, [x], projections=1, means=eq.calibrate(graph, x))
+    assert s.weights["fc"] == pytest.approx(np.array([[[1.0, 0.0]]]))  # the variance of what is read
+    assert gradient_sensitivities(graph, [x], projections=1).weights["fc"] == pytest.approx(np.array([[[5.0, 25.0]]]))  # mean squares
+
+
+def test_gradient_sensitivities_repeat_bit_for_bit_and_say_what_they_lack():
+    graph = smooth_net()
+    x = data_of(graph)
+    one, other = (gradient_sensitivities(graph, [x], seed=7) for _ in range(2))
+    assert all(one.weights[n].tobytes() == other.weights[n].tobytes() for n in one.weights)
+    split = gradient_sensitivities(graph, [x[:1], x[1:]], seed=7)
+    assert all(np.array_equal(one.activations[n], split.activations[n]) for n in one.activations)
+    with pytest.raises(ValueError, match="projections must be at least 1, got 0"):
+        gradient_sensitivities(graph, [x], projections=0)
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        gradient_sensitivities(graph, [])
+
+
+@each_net
+def test_forward_sensitivities_are_noise_to_signal_at_the_readers(net):
+    graph, x = net.graph, net.data(3)
+    env = eq.values(graph, x)
+    s = forward_sensitivities(graph, eq.calibrate(graph, x))
+    expected = {value: np.zeros(shape[0]) for value, shape in graph.shapes.items()}
+    for node in graph.nodes:
+        power = np.square(env[node.name]).mean(axis=(0, *range(2, env[node.name].ndim))).sum()  # per pixel, all channels
+        for value in dict.fromkeys(node.inputs):
+            read = env[value]
+            mean_square = np.square(read).mean(axis=(0, *range(2, read.ndim)))
+            if isinstance(node.op, Weighted):
+                groups, out, inner, _ = (taps := node.op.taps()).shape
+                for g in range(groups):
+                    for i in range(inner):
+                        column = taps[g, :, i].astype(float)
+                        expected[value][g * inner + i] += np.square(column).sum() / power
+                        for o in range(out):
+                            live = np.count_nonzero(column[o])
+                            assert s.weights[node.name][g, o, i] == pytest.approx(live * mean_square[g * inner + i] / power)
+            elif graph.shapes[node.name][0] == len(mean_square):
+                expected[value] += 1 / power
+    for value, array in expected.items():
+        assert s.activations[value] == pytest.approx(array), value
+    assert s.signal == 1
+
+
+def test_unit_sensitivities_count_every_entry_once():
+    graph = smooth_net()
+    s = unit_sensitivities(graph)
+    assert s.weights["depth"].shape == (4, 1, 1)
+    assert all((array == 1).all() for array in (*s.weights.values(), *s.activations.values()))
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+@each_net
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_a_factorization_moves_the_model_as_it_moves_the_network(net, granularity):
+    """Predicted for a factorization, or for the network it makes: the sensitivities are rescaled with it."""
+    graph, x = net.graph, net.data(3)
+    options = {"weights": eq.UniformQuantizer(8, granularity=granularity), "activations": A8}
+    model = noise_model(graph, eq.calibrate(graph, x), sensitivities=gradient_sensitivities(graph, [x], projections=1), **options)
+    rng = np.random.default_rng(5)
+    channels = model.channels
+    moved = eq.Factorization(channels, np.exp2(np.append(0.0, rng.integers(-3, 4, channels.degrees_of_freedom))))
+    after = moved.apply(graph)
+    other = noise_model(after, eq.calibrate(after, x), sensitivities=gradient_sensitivities(after, [x], projections=1), **options)
+    assert model.terms(moved) == pytest.approx(other.terms(), rel=1e-6)
+    assert model.sqnr(moved) == pytest.approx(other.sqnr())
+    assert model.by_label(moved)[0] == 1
+
+
+def test_terms_are_in_decibels_and_add_up():
+    graph = smooth_net()
+    x = data_of(graph)
+    stats, s = eq.calibrate(graph, x), gradient_sensitivities(graph, [x])
+    noise = predict_noise(graph, stats, weights=W8, activations=A8, sensitivities=s)
+    model = noise_model(graph, stats, weights=W8, activations=A8, sensitivities=s)
+    assert set(noise) == set(model.terms())
+    assert -10 * np.log10(sum(10 ** (db / 10) for db in noise.values())) == pytest.approx(model.sqnr())
+
+
+def test_ranges_and_steps_are_those_of_the_quantizers():
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.array([[3.0], [-1.0]])))
+    s, stats = unit_sensitivities(graph), eq.calibrate(graph, np.array([[2.0], [5.0]]))
+
+    def noise(name, **options):
+        return noise_model(graph, stats, **{"weights": None, "activations": None, "sensitivities": s} | options).terms()[name]
+
+    assert noise("fc.weight", weights=W8) == pytest.approx((3 / 127) ** 2 / 12 * 2)
+    assert noise("fc.weight", weights=eq.UniformQuantizer(4)) == pytest.approx((3 / 7) ** 2 / 12 * 2)
+    assert noise("fc.weight", weights=A8) == pytest.approx((4 / 255) ** 2 / 12 * 2)  # from -1 to 3
+    assert noise("fc.weight", weights=eq.UniformQuantizer(8, granularity="per_channel")) == pytest.approx((9 + 1) / 127**2 / 12)
+    assert noise("x", activations=A8) == pytest.approx((5 / 255) ** 2 / 12)  # 0 is on every grid
+
+
+def test_a_shared_layer_is_one_tensor():
+    (net,) = [net for net in NETS if net.name == "conv used twice"]
+    x = net.data(3)
+    s = gradient_sensitivities(net.graph, [x], projections=1)
+    model = noise_model(net.graph, None, weights=W8, activations=None, sensitivities=s)
+    assert list(model.terms()) == ["stem.weight", "first.weight", "head.weight"]
+    (shared,) = [t for t in model.tensors if t.name == "first.weight"]
+    assert shared.sensitivity == pytest.approx(s.weights["first"] + s.weights["second"])
+
+
+def test_what_makes_no_noise_is_left_out():
+    graph = smooth_net()
+    x = data_of(graph)
+    nothing = noise_model(graph, eq.calibrate(graph, x), weights=W8, activations=A8, sensitivities=Sensitivities({}, {}, 1.0))
+    assert isinstance(nothing, NoiseModel)
+    assert nothing.terms() == {}
+    assert nothing.sqnr() == np.inf
+    zero = eq.Graph.chain((1,), fc=eq.Dense(np.zeros((2, 1))))
+    assert noise_model(zero, None, weights=W8, activations=None, sensitivities=unit_sensitivities(zero)).terms() == {}
+
+
+def test_what_the_model_cannot_say_is_refused():
+    graph = smooth_net()
+    s = unit_sensitivities(graph)
+    with pytest.raises(ValueError, match="not 'per_group'"):
+        noise_model(graph, None, weights=eq.UniformQuantizer(8, granularity="per_group", group_size=2), activations=None, sensitivities=s)
+    with pytest.raises(ValueError, match="needs their ranges: give stats=calibrate"):
+        noise_model(graph, None, weights=None, activations=A8, sensitivities=s)
