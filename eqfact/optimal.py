@@ -35,7 +35,6 @@ BEFORE = float(np.log(100))
 #: No ``u`` moves by more than this over ``sqrt(p)`` in a Newton step.
 LONGEST_STEP = 4.0
 
-
 #: exp(600) is still finite in float64: within one stage, p-th powers move by no more than exp(+-300) on either side.
 REACH = 300.0
 

@@ -10,7 +10,15 @@ import pytest
 from nets import NETS
 
 import eqfact as eq
-from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, predict_noise, unit_sensitivities
+from eqfact.noise import (
+    NoiseModel,
+    Sensitivities,
+    forward_sensitivities,
+    gradient_sensitivities,
+    noise_model,
+    predict_noise,
+    unit_sensitivities,
+)
 from eqfact.ops import Weighted
 from eqfact.quantization import stored_values
 
@@ -67,18 +75,17 @@ def test_expected_noise_is_the_mean_of_injected_noise_tensor_by_tensor():
     stats = eq.calibrate(graph, x)
     weights, activations = eq.UniformQuantizer(14), eq.UniformQuantizer(14, symmetric=False)
     model = noise_model(graph, stats, weights=weights, activations=activations,
-                        sensitivities=gradient_sensitivities(graph, [x], projections=60))
+                        sensitivities=gradient_sensitivities(graph, [x], projections=250))
     clean, rng = outputs_of(graph, x), np.random.default_rng(3)
     assert set(model.terms()) == {f"{n.name}.weight" for n in graph.nodes if isinstance(n.op, Weighted)} | set(stored_values(graph))
     for name, expected in model.terms().items():
         measured = []
-        for _ in range(150):
+        for _ in range(250):
             if name.endswith(".weight"):
                 node = graph[name.removesuffix(".weight")]
                 step = 2 * np.abs(node.op.weight).max() / (2 * (2**13 - 1))
                 noisy = dataclasses.replace(node.op, weight=node.op.weight + rng.uniform(-step / 2, step / 2, node.op.weight.shape))
-                moved = eq.Graph(dict(graph.inputs), [dataclasses.replace(n, op=noisy) if n is node else n for n in graph.nodes],
-                                 graph.outputs)
+                moved = with_op(graph, node, noisy)
             else:
                 low, high = min(stats[name].min.min(), 0), max(stats[name].max.max(), 0)
                 step = (high - low) / (2**14 - 1)
@@ -87,23 +94,26 @@ def test_expected_noise_is_the_mean_of_injected_noise_tensor_by_tensor():
         assert np.mean(measured) == pytest.approx(expected, rel=0.2), name
 
 
-@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("bits", [10, 16])
 @pytest.mark.parametrize("setting", ["weights", "activations", "both", "per channel"])
-def test_expected_sqnr_is_close_to_that_of_real_quantization(bits, setting):
+def test_expected_noise_is_that_of_real_quantization(bits, setting):
+    """Within the scatter: rounding errors of the last weights show in eight outputs only, whatever the number of images."""
     found = []
-    for seed in range(6):
-        graph = smooth_net(seed)
-        x = data_of(graph, 40)
+    for seed in range(8):
+        normal = np.random.default_rng(seed).normal
+        graph = eq.Graph.chain((8, 2), conv=eq.Conv(normal(size=(24, 8, 1)) / 3), act=eq.Tanh(), flat=eq.Flatten(),
+                               fc=eq.Dense(normal(size=(32, 48)) / 7), curve=eq.Sigmoid(), out=eq.Dense(normal(size=(8, 32)) / 6))
+        x = data_of(graph, 30)
         stats = eq.calibrate(graph, x)
         weights = eq.UniformQuantizer(bits, granularity="per_channel" if setting == "per channel" else "per_tensor")
         options = {"weights": None if setting == "activations" else weights,
                    "activations": None if setting in ("weights", "per channel") else eq.UniformQuantizer(bits, symmetric=False)}
         model = noise_model(graph, stats, sensitivities=gradient_sensitivities(graph, [x]), **options)
-        clean = outputs_of(graph, x)
-        noise = outputs_of(eq.quantize(graph, stats=stats, biases=False, **options), x) - clean
-        found.append(model.sqnr() - 10 * np.log10(np.square(clean).sum() / np.square(noise).sum()))
-    assert np.abs(found).max() < 5  # few weights: their errors are a small sample
-    assert abs(np.mean(found)) < 1.5
+        noise = outputs_of(eq.quantize(graph, stats=stats, biases=False, **options), x) - outputs_of(graph, x)
+        found.append(np.square(noise).sum(axis=1).mean() / sum(model.terms().values()))
+    assert min(found) > 1 / 6
+    assert max(found) < 6
+    assert np.mean(found) == pytest.approx(1, abs=0.5)
 
 
 def test_a_bit_less_is_six_decibels():
@@ -118,6 +128,10 @@ def test_a_bit_less_is_six_decibels():
 # ----------------------------------------------------------------------------------------------------- sensitivities
 
 
+def with_op(graph, node, op):
+    return eq.Graph(dict(graph.inputs), [dataclasses.replace(n, op=op) if n is node else n for n in graph.nodes], graph.outputs)
+
+
 def squared_jacobian(graph, x):
     """Per image, summed over outputs: squared derivatives by every weight and every entry of every value, by central differences."""
     step = 1e-5
@@ -125,11 +139,10 @@ def squared_jacobian(graph, x):
     for node in graph.nodes:
         if isinstance(node.op, Weighted):
             squared = np.zeros(node.op.weight.shape)
-            for index in np.ndindex(*squared.shape):
-                moved = [dataclasses.replace(node.op, weight=node.op.weight + sign * step * unit(squared.shape, index)) for sign in (1, -1)]
-                up, down = (outputs_of(eq.Graph(dict(graph.inputs), [dataclasses.replace(n, op=op) if n is node else n for n in graph.nodes],
-                                                graph.outputs), x) for op in moved)
-                squared[index] = np.square((up - down) / (2 * step)).sum(axis=1).mean() * (node.op.weight[index] != 0)
+            for index in np.argwhere(node.op.weight).tolist():
+                moved = (step * unit(squared.shape, tuple(index)) * sign + node.op.weight for sign in (1, -1))
+                up, down = (outputs_of(with_op(graph, node, dataclasses.replace(node.op, weight=weight)), x) for weight in moved)
+                squared[tuple(index)] = np.square((up - down) / (2 * step)).sum(axis=1).mean()
             of_weights[node.name] = squared
     env = eq.values(graph, x)
     for value, shape in graph.shapes.items():
@@ -209,27 +222,23 @@ def test_gradient_sensitivities_repeat_bit_for_bit_and_say_what_they_lack():
 
 
 @each_net
-def test_forward_sensitivities_are_noise_to_signal_at_the_readers(net):
+def test_forward_sensitivities_are_noise_to_signal_where_the_noise_is_read(net):
     graph, x = net.graph, net.data(3)
-    env = eq.values(graph, x)
-    s = forward_sensitivities(graph, eq.calibrate(graph, x))
+    power = {value: np.square(array).mean(axis=(0, *range(2, array.ndim))) for value, array in eq.values(graph, x).items()}
     expected = {value: np.zeros(shape[0]) for value, shape in graph.shapes.items()}
+    s = forward_sensitivities(graph, eq.calibrate(graph, x))
     for node in graph.nodes:
-        power = np.square(env[node.name]).mean(axis=(0, *range(2, env[node.name].ndim))).sum()  # per pixel, all channels
+        size = len(power[node.name])
         for value in dict.fromkeys(node.inputs):
-            read = env[value]
-            mean_square = np.square(read).mean(axis=(0, *range(2, read.ndim)))
             if isinstance(node.op, Weighted):
                 groups, out, inner, _ = (taps := node.op.taps()).shape
-                for g in range(groups):
-                    for i in range(inner):
-                        column = taps[g, :, i].astype(float)
-                        expected[value][g * inner + i] += np.square(column).sum() / power
-                        for o in range(out):
-                            live = np.count_nonzero(column[o])
-                            assert s.weights[node.name][g, o, i] == pytest.approx(live * mean_square[g * inner + i] / power)
-            elif graph.shapes[node.name][0] == len(mean_square):
-                expected[value] += 1 / power
+                for g, o, i in np.ndindex(groups, out, inner):
+                    made, read = power[node.name][g * out + o], g * inner + i
+                    weight = np.count_nonzero(taps[g, o, i]) * power[value][read] / made / size if made else 0
+                    assert s.weights[node.name][g, o, i] == pytest.approx(weight)
+                    expected[value][read] += np.square(taps[g, o, i]).sum() / made / size if made else 0
+            else:
+                expected[value] += [1 / p / len(power[value]) if p else 0 for p in power[value]]
     for value, array in expected.items():
         assert s.activations[value] == pytest.approx(array), value
     assert s.signal == 1
