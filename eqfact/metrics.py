@@ -100,7 +100,7 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
             raise ValueError(f"networks to compare need the same {what}, got {of_a} and {of_b}")
     truth = values(a, x)
     shared = {name for name, shape in b.shapes.items() if a.shapes.get(name) == shape}
-    found = _compare(a, b, truth, x, shared, True)
+    found = _compare(a, b, truth, x, shared)
     parted = [name for name, value in found.items() if value.excess > 1]
     if not parted:
         worst = max(found, key=lambda name: found[name].excess)
@@ -108,10 +108,10 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     last = found
     while inner := {name for name, value in last.items() if value.excess > 1} - set(b.outputs):
         shared -= inner
-        last = _compare(a, b, truth, x, shared, False)
+        last = _compare(a, b, truth, x, shared)
     made = [name for name in b.outputs if name in last]  # not an input that is put out as it came
     worst = max(made, key=lambda name: last[name].excess)
-    sharp = all(last[name].loosest <= SHARP * float(np.abs(truth[name]).max()) for name in made)
+    sharp = all(last[name].bound <= SHARP * float(np.abs(truth[name]).max()) for name in made)
     if last[worst].excess <= 1 and sharp:
         return _verdict(True, last, worst, f"equal at the outputs: largest error {last[worst].error:.3g} within {last[worst].bound:.3g}; "
                         f"inner values of the same name differ, first '{parted[0]}'")
@@ -121,12 +121,11 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
 
 @dataclass(frozen=True)
 class _Agreement:
-    """The entry of a value where the error is largest against its bound; ``excess`` is their ratio, ``loosest`` the largest bound."""
+    """The entry of a value where the error is largest against its bound; ``excess`` is their ratio."""
 
     error: float
     bound: float
     excess: float
-    loosest: float
 
 
 class _Roundings:
@@ -193,7 +192,7 @@ def _without_bias(op: Weighted) -> Weighted:
     return replace(op, weight=np.abs(op.weight), bias=None)  # type: ignore[type-var]  # every final op is a dataclass
 
 
-def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str], trusting: bool) -> dict[str, _Agreement]:
+def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str]) -> dict[str, _Agreement]:
     """Walk both networks, compare at every shared value, and start afresh where they agree."""
     rounding_a, rounding_b, errors_a = _Roundings(), _Roundings(), {}
     env = dict(checked_inputs(b, x))
@@ -234,8 +233,7 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
             factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
         expected, error, bound, doubt = _against(truth[name], value, errors, factor[labels], uncertainty[labels], u)
         found[name] = _worst(error, bound)
-        # once inner values have parted, an agreement within a loose bound is none: starting afresh from it would hide the difference
-        if found[name].excess <= 1 and (trusting or found[name].loosest <= SHARP * float(np.abs(expected).max())):
+        if found[name].excess <= 1:
             env[name] = expected.astype(value.dtype)
             rounding_b.start(name, env[name], np.minimum(doubt, bound) / u)
             f, unsure = (along_channels(v, value.ndim - 1) for v in (factor[labels], np.maximum(uncertainty[labels], 0)))
@@ -281,7 +279,7 @@ def _worst(error: Array, bound: Array) -> _Agreement:
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error > 0, error / bound, 0.0)
     where = np.unravel_index(int(excess.argmax()), excess.shape)
-    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]), float(bound.max()))
+    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]))
 
 
 def _outputs(graph: Graph) -> dict[str, Shape]:

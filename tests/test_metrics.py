@@ -435,23 +435,3 @@ def test_the_outputs_may_come_in_another_order():
     graph = handmade.fan_out(m)
     other = eq.Graph(dict(graph.inputs), graph.nodes, graph.outputs[::-1])
     assert eq.verify(graph, other, m.data(graph))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_bound_that_is_loose_anywhere_proves_nothing(dtype):
-    """Where magnitudes overflow on the way, the one output entry that is 0 in both networks must not stand for the others."""
-    rng = np.random.default_rng(0)
-
-    def deep(act):
-        ops = {"fc0": eq.Dense((4 * rng.normal(size=(128, 8))).astype(dtype)), "act0": act}
-        for i in range(1, 60):
-            ops |= {f"fc{i}": eq.Dense((rng.normal(size=(128, 128)) * 1.4 / np.sqrt(128)).astype(dtype)), f"act{i}": eq.ReLU()}
-        return eq.Graph.chain((8,), **ops)
-
-    rng = np.random.default_rng(0)
-    a = deep(eq.ReLU6())
-    rng = np.random.default_rng(0)
-    b = deep(eq.ReLU())
-    x = np.random.default_rng(1).normal(size=(4, 8)).astype(dtype)
-    assert eq.sqnr(eq.forward(a, x), eq.forward(b, x)) < 40
-    assert not eq.verify(a, b, x)
