@@ -136,11 +136,12 @@ def _peers(kept: Kept) -> Iterable[str]:
 
 def _peer_line(row: Kept) -> list[str]:
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+    name = f"{row['peer']} ({row['requirement']})"
     if row["failure"]:
-        return [row["requirement"], "", "", seconds, f"skipped: {row['failure']}"]
+        return [name, "", "", seconds, f"skipped: {row['failure']}"]
     equal = "yes" if row["equal"] else "**no**"
     remark = row["remark"] if row["equal"] else f"{row['remark']}; {row['verdict']}".strip("; ")
-    return [row["requirement"], f"{row['float_sqnr']:.1f}", equal, seconds, remark]
+    return [name, f"{row['float_sqnr']:.1f}", equal, seconds, remark]
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
@@ -192,5 +193,5 @@ def _percent(samples: Sequence[float]) -> str:
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] + ["--:"] * (len(header) - 1), *lines]
+    rows = [header, ["---" if cell in ("", "remark") else "--:" for cell in header], *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
