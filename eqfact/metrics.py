@@ -21,8 +21,8 @@ from eqfact.ops.weighted import BatchNorm
 
 Vector = npt.NDArray[np.float64]
 
-#: Where inner values speak against equality, a bound beyond this part of the output's largest entry is no proof for it.
-SHARP = 1e-5
+#: Two values are near if no entry differs by more than ``sqrt(u)`` over this, of the largest: by 1.5e-5 in float32, 7e-10 in float64.
+NEAR = 16.0
 
 
 def sqnr(reference: Data, test: Data) -> float:
@@ -85,12 +85,10 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     Both run on ``x``; the error at a value may be ``c u m``, where ``u`` is the unit roundoff of the coarser network, ``m`` the magnitudes
     ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
     may differ by factors, one for each channel label of ``b``, read off the weights, or else off the data: a witness factorization.
-    Outputs may not differ. Where a value agrees, both walks start afresh from it.
+    Where channels of a value agree within the bound and are near, both walks start afresh from them: so a bound that has grown as large
+    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of the largest entry).
+    Inner values of the same name may have another meaning, so that they part; then outputs must have a bound that is as near.
 
-    Inner values of the same name that do not agree are no longer compared; then the outputs decide, as long as the bound there is
-    below a hundred-thousandth of the output; otherwise the answer is no. Known limit: in a deep network whose values part early, later
-    inner values can agree within a bound that has grown as large as they are; starting afresh there can hide the difference.
-    Compare the outputs with :func:`sqnr` too where the message says "equal at the outputs".
     Raises :class:`ValueError` if inputs or outputs have other names or shapes.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.array([[1.0], [3.0]])), act=ReLU(), fc2=Dense(np.array([[2.0, 1.0]])))
@@ -101,24 +99,24 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
         if of_a != of_b:
             raise ValueError(f"networks to compare need the same {what}, got {of_a} and {of_b}")
     truth = values(a, x)
-    shared = {name for name, shape in b.shapes.items() if a.shapes.get(name) == shape}
-    found = _compare(a, b, truth, x, shared)
+    found = _compare(a, b, truth, x)
     parted = [name for name, value in found.items() if value.excess > 1]
-    if not parted:
-        worst = max(found, key=lambda name: found[name].excess)
-        return _verdict(True, found, worst, f"equal: largest error {found[worst].error:.3g} within {found[worst].bound:.3g}, at '{worst}'")
-    last = found
-    while inner := {name for name, value in last.items() if value.excess > 1} - set(b.outputs):
-        shared -= inner
-        last = _compare(a, b, truth, x, shared)
-    made = [name for name in b.outputs if name in last]  # not an input that is put out as it came
-    worst = max(made, key=lambda name: last[name].excess)
-    sharp = all(last[name].bound <= SHARP * float(np.abs(truth[name]).max()) for name in made)
-    if last[worst].excess <= 1 and sharp:
-        return _verdict(True, last, worst, f"equal at the outputs: largest error {last[worst].error:.3g} within {last[worst].bound:.3g}; "
-                        f"inner values of the same name differ, first '{parted[0]}'")
-    return _verdict(False, last, worst, f"not equal: they part at '{parted[0]}', by {found[parted[0]].error:.3g} where rounding explains "
-                    f"{found[parted[0]].bound:.3g}; output '{worst}' differs by {last[worst].error:.3g}")
+    made = [name for name in b.outputs if name in found]  # not an input that is put out as it came
+    equal = all(found[name].excess <= 1 and (found[name].sharp if parted else found[name].near) for name in made)
+    worst = max(found if equal and not parted else made, key=lambda name: found[name].excess)
+    error, bound = f"{found[worst].error:.3g}", f"{found[worst].bound:.3g}"
+    if equal and not parted:
+        message = f"equal: largest error {error} within {bound}, at '{worst}'"
+    elif equal:
+        message = (f"equal at the outputs: largest error {error} within {bound}; inner values of the same name differ, "
+                   f"first '{parted[0]}'")
+    elif parted:
+        first = found[parted[0]]
+        message = (f"not equal: they part at '{parted[0]}', by {first.error:.3g} where rounding explains {first.bound:.3g}; "
+                   f"output '{worst}' differs by {error}")
+    else:
+        message = f"not equal: output '{worst}' differs by {error}, and a bound of {bound} on rounding errors is too loose to excuse it"
+    return Verification(equal, found[worst].error, found[worst].bound, worst, message)
 
 
 @dataclass(frozen=True)
@@ -128,61 +126,75 @@ class _Agreement:
     error: float
     bound: float
     excess: float
+    #: Whether all errors, and whether even all bounds are near.
+    near: bool
+    sharp: bool
 
 
-class _Roundings:
-    """Bounds on rounding errors along a walk: magnitudes ``m``, and errors ``e`` in units of ``u`` (never below ``m``)."""
+class _Side:
+    """One of two networks on its way through the data, with what is known of its values.
 
-    def __init__(self) -> None:
-        self.m: dict[str, Array] = {}
-        self.e: dict[str, Array] = {}
-
-    def start(self, name: str, value: Array, doubt: Array | float = 0.0) -> None:
-        """A value taken as it is, up to its own rounding and a doubt, both in units of ``u``."""
-        self.m[name] = np.abs(value)
-        self.e[name] = (self.m[name] + doubt).astype(value.dtype)
-
-    def step(self, node: Node) -> Array:
-        """The bound at the output of a node, from those at its inputs."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            m = node.op.magnitude(*(self.m[i] for i in node.inputs))
-            e = node.op.magnitude(*(self.e[i] for i in node.inputs)) + node.op.roundings * m
-        # beyond overflow nothing is bounded, not even 0 * inf
-        self.m[node.name], self.e[node.name] = (np.where(np.isnan(v), np.inf, v) if np.isnan(v.max()) else v for v in (m, e))
-        return self.e[node.name]
-
-
-class _Slopes:
-    """``|W_L| ... |W_1| s`` without biases, on one image in float64: nothing cancels there, so factors read off it stay sharp in any depth.
-
-    Beside ``s`` walks ``s`` times the doubt about the factors in it, in units of ``u``; both are stacked as a batch of two.
+    ``errors`` bounds the rounding errors of the values that it holds, in units of ``u`` (never below their magnitudes). ``slopes`` is
+    ``|W_L| ... |W_1| s`` without biases, of one image in float64: nothing cancels there, so factors read off it stay sharp in any depth.
+    Beside ``s`` stands ``s`` times the doubt about the factors in it, in units of ``u``.
     """
 
     #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
-    ROUNDINGS = 8.0
+    OF_WEIGHTS = 8.0
 
-    def __init__(self, u: float) -> None:
-        self.s: dict[str, Array] = {}
-        self.u = u
+    def __init__(self, graph: Graph, held: dict[str, Array], u: float) -> None:
+        self.graph, self.held, self.u = graph, held, u
+        self.errors: dict[str, Array] = {}
+        self.slopes: dict[str, Array] = {}
+        for name in graph.inputs:
+            self.start(name, held[name])
 
-    def start(self, name: str, value: Array, factor: Array | float = 1.0, doubt: Array | float = 0.0) -> None:
-        """A value taken as it is, times a factor of some doubt."""
-        s = np.abs(value).mean(axis=0, dtype=np.float64) * factor
-        self.s[name] = np.stack([s, s * doubt])
+    def start(self, name: str, value: Array, doubt: Array | float = 0.0, unsure: Array | float = 0.0) -> None:
+        """Take a value as it is, up to its own rounding and a doubt, and its slope with that of its factors, all in units of ``u``."""
+        self.held[name] = value
+        self.errors[name] = (np.abs(value) + doubt).astype(value.dtype)
+        slope = np.abs(value).mean(axis=0, dtype=np.float64)
+        self.slopes[name] = np.stack([slope, slope * (unsure + 1)])
 
-    def step(self, node: Node) -> Array:
-        """The slopes of a node's output, ``(2, C, *spatial)``."""
-        op, inputs = node.op, [self.s[i] for i in node.inputs]
+    def restart(self, name: str, where: Array, value: Array, doubt: Array | float = 0.0, unsure: Array | float = 0.0) -> None:
+        """The same in the channels ``where``; the others stay as they are."""
+        so_far = self.held[name], self.errors[name], self.slopes[name]
+        self.start(name, value, doubt, unsure)
+        if where.all():
+            return
+        self.held[name], self.errors[name], self.slopes[name] = (
+            np.where(where, new, old) for new, old in zip((self.held[name], self.errors[name], self.slopes[name]), so_far, strict=True))
+
+    def reach(self, name: str) -> None:
+        """Step through all nodes that this value depends on and that were not reached yet."""
+        needed, todo = {name}, list[Node]()
+        for node in reversed(self.graph.nodes):
+            if node.name in needed and node.name not in self.errors:
+                todo.append(node)
+                needed.update(node.inputs)
+        for node in reversed(todo):
+            self._step(node)
+
+    def _step(self, node: Node) -> None:
+        op, name = node.op, node.name
         with np.errstate(over="ignore", invalid="ignore"):
-            if isinstance(op, Weighted):
-                s = _without_bias(op).forward(*inputs)
-            elif isinstance(op, Clip):
-                s = inputs[0]
-            else:
-                s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
+            m = op.magnitude(*(np.abs(self.held[i]) for i in node.inputs))
+            self.errors[name] = op.magnitude(*(self.errors[i] for i in node.inputs)) + op.roundings * m
+            if np.isnan(self.errors[name].max()):  # beyond overflow nothing is bounded, not even 0 * inf
+                self.errors[name] = np.where(np.isnan(self.errors[name]), np.inf, self.errors[name])
+            self.slopes[name] = self._slope(node)
+
+    def _slope(self, node: Node) -> Array:
+        """The slopes of a node's output, ``(2, C, *spatial)``."""
+        op, inputs = node.op, [self.slopes[i] for i in node.inputs]
+        if isinstance(op, Weighted):
+            s = _without_bias(op).forward(*inputs)
+        elif isinstance(op, Clip):
+            s = inputs[0]
+        else:
+            s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
         s = np.where(np.isfinite(s) & (s > 0), s, 0.0)
-        s[1] += ((self.ROUNDINGS if isinstance(op, Weighted) else 0.0) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
-        self.s[node.name] = s
+        s[1] += ((self.OF_WEIGHTS if isinstance(op, Weighted) else 0.0) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
         return s
 
 
@@ -194,22 +206,11 @@ def _without_bias(op: Weighted) -> Weighted:
     return replace(op, weight=np.abs(op.weight), bias=None)  # type: ignore[type-var]  # every final op is a dataclass
 
 
-def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[str]) -> dict[str, _Agreement]:
-    """Walk both networks, compare at every shared value, and start afresh where they agree."""
-    rounding_a, rounding_b, errors_a = _Roundings(), _Roundings(), {}
+def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, _Agreement]:
+    """Walk both networks, compare at every value that they share, and start afresh where no more than a rounding is forgotten by it."""
     env = dict(checked_inputs(b, x))
     u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
-    slopes_a, slopes_b, made_a = _Slopes(u), _Slopes(u), {}
-    for name in env:
-        rounding_a.start(name, truth[name])
-        rounding_b.start(name, env[name])
-        slopes_a.start(name, truth[name])
-        slopes_b.start(name, env[name])
-    for node in a.nodes:
-        errors_a[node.name], made_a[node.name] = rounding_a.step(node), slopes_a.step(node)
-        if node.name in shared:
-            rounding_a.start(node.name, truth[node.name])
-            slopes_a.start(node.name, truth[node.name])
+    of_a, of_b = _Side(a, truth, u), _Side(b, env, u)
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
@@ -217,39 +218,49 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data, shared: set[s
         uncertainty[resolved.labels[name] if name else 0] = 0
     found = {}
     for node in b.nodes:
-        name = node.name
+        name, labels = node.name, resolved.labels[node.name]
         value = env[name] = node.op.forward(*(env[i] for i in node.inputs))
-        error_b, made_b = rounding_b.step(node), slopes_b.step(node)
-        if name not in shared:
+        of_b.reach(name)
+        if a.shapes.get(name) != b.shapes[name]:
             continue
-        labels, errors = resolved.labels[name], (errors_a[name], error_b)
+        of_a.reach(name)
+        known = uncertainty.copy()
         if (new := uncertainty[labels] < 0).any():
-            f, unsure = _read_off_data(truth[name], value, errors, u)
-            sharp_f, sharp_unsure = _read_off_weights(made_a[name], made_b)
-            _, error, bound, _ = _against(truth[name], value, errors, sharp_f, sharp_unsure, u)
-            explains = (sharp_unsure >= 0) & (error <= bound).all(axis=(0, *range(2, value.ndim)))
-            f, unsure = np.where(explains, (sharp_f, sharp_unsure), (f, unsure))
+            f, unsure = _read_off(name, of_a, of_b)
             # where several channels carry one label, the last to be written counts: the one that is surest of it
             order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
             order = order[new[order]]
             factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
-        expected, error, bound, doubt = _against(truth[name], value, errors, factor[labels], uncertainty[labels], u)
-        found[name] = _worst(error, bound)
-        if found[name].excess <= 1:
-            env[name] = expected.astype(value.dtype)
-            rounding_b.start(name, env[name], np.minimum(doubt, bound) / u)
-            f, unsure = (along_channels(v, value.ndim - 1) for v in (factor[labels], np.maximum(uncertainty[labels], 0)))
-            slopes_b.start(name, truth[name], f, unsure)
+        expected, error, bound, doubt = _against(name, of_a, of_b, factor[labels], uncertainty[labels])
+        found[name] = _worst(error, bound, u**0.5 / NEAR * np.abs(expected).max())
+        if found[name].excess > 1:
+            uncertainty = known  # nothing is read off values that disagree
+            continue
+        axes = (0, *range(2, value.ndim))
+        near = along_channels(error.max(axis=axes) <= u**0.5 / NEAR * np.abs(expected).max(axis=axes), value.ndim - 1)
+        unsure = along_channels(np.maximum(uncertainty[labels], 0), value.ndim - 1)
+        of_a.restart(name, near, truth[name])
+        of_b.restart(name, near, expected.astype(value.dtype), np.minimum(doubt, bound) / u, unsure)
     return found
 
 
-def _against(truth: Array, value: Array, errors: tuple[Array, Array], f: Vector, unsure: Vector,
-             u: float) -> tuple[Array, Array, Array, Array]:
+def _against(name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> tuple[Array, Array, Array, Array]:
     """What is expected of a value with these factors; the error, the bound on it, and the part of it that is doubt about the factors."""
+    truth, value, u = a.held[name], b.held[name], a.u
     f, unsure = (along_channels(v, value.ndim - 1) for v in (f, np.maximum(unsure, 0)))
     expected = truth * f
     doubt = u * np.abs(expected) * unsure
-    return expected, np.abs(value - expected), u * (errors[0] * f + errors[1]) + doubt, doubt
+    return expected, np.abs(value - expected), u * (a.errors[name] * f + b.errors[name]) + doubt, doubt
+
+
+def _read_off(name: str, a: _Side, b: _Side) -> tuple[Vector, Vector]:
+    """Factors a channel and their uncertainty in units of ``u``, negative where nothing is known: off the weights, or else off the data."""
+    f, unsure = _read_off_data(a.held[name], b.held[name], (a.errors[name], b.errors[name]), a.u)
+    sharp_f, sharp_unsure = _read_off_weights(a.slopes[name], b.slopes[name])
+    _, error, bound, _ = _against(name, a, b, sharp_f, sharp_unsure)
+    explains = (sharp_unsure >= 0) & (error <= bound).all(axis=(0, *range(2, error.ndim)))
+    f, unsure = np.where(explains, (sharp_f, sharp_unsure), (f, unsure))
+    return f, unsure
 
 
 def _read_off_data(a: Array, b: Array, errors: tuple[Array, Array], u: float) -> tuple[Vector, Vector]:
@@ -277,16 +288,13 @@ def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:
     return np.where(known, ratio, 1.0), np.where(known, unsure, -1.0)
 
 
-def _worst(error: Array, bound: Array) -> _Agreement:
+def _worst(error: Array, bound: Array, near: float) -> _Agreement:
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error > 0, error / bound, 0.0)
     where = np.unravel_index(int(excess.argmax()), excess.shape)
-    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]))
+    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]), bool(error.max() <= near), bool(bound.max() <= near))
 
 
 def _outputs(graph: Graph) -> dict[str, Shape]:
     return {name: graph.shapes[name] for name in sorted(graph.outputs)}
 
-
-def _verdict(equal: bool, found: dict[str, _Agreement], worst: str, message: str) -> Verification:
-    return Verification(equal, found[worst].error, found[worst].bound, worst, message)

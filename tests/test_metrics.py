@@ -435,3 +435,52 @@ def test_the_outputs_may_come_in_another_order():
     graph = handmade.fan_out(m)
     other = eq.Graph(dict(graph.inputs), graph.nodes, graph.outputs[::-1])
     assert eq.verify(graph, other, m.data(graph))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_bound_that_is_loose_anywhere_proves_nothing(dtype):
+    """Where magnitudes overflow on the way, the one output entry that is 0 in both networks must not stand for the others."""
+    rng = np.random.default_rng(0)
+
+    def deep(act):
+        ops = {"fc0": eq.Dense((4 * rng.normal(size=(128, 8))).astype(dtype)), "act0": act}
+        for i in range(1, 60):
+            ops |= {f"fc{i}": eq.Dense((rng.normal(size=(128, 128)) * 1.4 / np.sqrt(128)).astype(dtype)), f"act{i}": eq.ReLU()}
+        return eq.Graph.chain((8,), **ops)
+
+    rng = np.random.default_rng(0)
+    a = deep(eq.ReLU6())
+    rng = np.random.default_rng(0)
+    b = deep(eq.ReLU())
+    x = np.random.default_rng(1).normal(size=(4, 8)).astype(dtype)
+    assert eq.sqnr(eq.forward(a, x), eq.forward(b, x)) < 40
+    assert not eq.verify(a, b, x)
+
+
+def renamed(graph, names):
+    """The same network under other names, where no name is shared."""
+    other = {name: f"{name}'" for name in names}
+    return eq.Graph(dict(graph.inputs), [eq.Node(other.get(n.name, n.name), n.op, [other.get(i, i) for i in n.inputs]) for n in graph],
+                    graph.outputs)
+
+
+@each_dtype
+@pytest.mark.parametrize("shared", [0.0, 0.2, 1.0])
+def test_yes_means_that_the_outputs_are_near_whatever_was_changed_and_however_few_names_are_shared(dtype, shared):
+    rng = np.random.default_rng(28)
+    graph = deep(30, 12, dtype)
+    x = rng.normal(size=(4, 12)).astype(dtype)
+    truth, verdicts = eq.forward(graph, x), []
+    for step in range(60):
+        name = f"fc{rng.integers(30)}"
+        op = graph[name].op
+        change = rng.normal(size=op.weight.shape) * 10.0 ** -(step % 9)
+        wrong = graph.with_ops({name: dataclasses.replace(op, weight=op.weight * (1 + change).astype(dtype))})
+        wrong = renamed(wrong, [n.name for n in graph if n.name != "out" and rng.random() >= shared])
+        moved = float(np.abs(eq.forward(wrong, x) - truth).max() / np.abs(truth).max())
+        verdicts.append(bool(eq.verify(graph, wrong, x)))
+        if verdicts[-1]:
+            assert moved < {"float32": 1e-4, "float64": 1e-8}[dtype]
+    assert not all(verdicts)
+    same = renamed(eq.equalize(graph).graph, [n.name for n in graph if n.name != "out" and rng.random() >= shared])
+    assert eq.verify(graph, same, x)

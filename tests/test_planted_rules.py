@@ -318,13 +318,13 @@ def test_a_forgotten_value_that_engines_store_is_caught(caught):
 def test_a_verify_that_always_says_yes_is_caught(caught):
     right = metrics._worst
     caught(lambda: test_metrics.test_a_bias_forgotten_when_rescaling_is_found("float64"),
-           (metrics, "_worst", lambda error, bound: dataclasses.replace(right(error, bound), excess=0.0)))
+           (metrics, "_worst", lambda *args: dataclasses.replace(right(*args), excess=0.0, near=True, sharp=True)))
 
 
 def test_a_verify_that_trusts_a_bare_relative_tolerance_is_caught(caught):
     """PAPER 8: through cancellation the elementwise relative error of an equivalent network reaches percents."""
-    def bare(error, bound):
-        return metrics._Agreement(float(error.max()), 1e-7, float(error.max()) / 1e-7)
+    def bare(error, bound, near):
+        return metrics._Agreement(float(error.max()), 1e-7, float(error.max()) / 1e-7, near=True, sharp=True)
 
     law = test_metrics.test_every_rescaled_network_is_equal_and_itself_without_error
     caught(lambda: law(handmade.plain, "float32"), (metrics, "_worst", bare))
