@@ -41,8 +41,8 @@ PEERS = """\
 
 Each ran in an environment of its own, through its own public functions, on the same network; the ONNX file that it wrote was
 measured by eqfact's quantizer like every row above, and stands among them under the tool's name. *Float SQNR* compares
-the float outputs before and after, over all 20 images: 100 dB and more is rounding. *Same function*: `eqfact.verify` says so,
-and the float SQNR is above 80 dB. *Seconds* is the call that equalizes, without imports and files."""
+the float outputs before and after, over all 20 images: 100 dB and more is rounding. *Same function*: `eqfact.verify` says so.
+*Seconds* is the call that equalizes, without imports and files."""
 
 FORWARD = """\
 ## Speed of the forward pass

@@ -34,7 +34,6 @@ Samples = dict[str, list[float]]  # by quantity: "sqnr", "agreement", "accuracy"
 JITTERS = 8  # for each half of the images
 JITTER = 0.02  # standard deviation of log f
 SMALL = 2  # images on which a peer's network is verified
-ROUNDING = 80.0  # dB between two float32 forwards; below, more than rounding has happened
 
 
 @dataclass(frozen=True)
@@ -279,4 +278,4 @@ def compare_float(network: str, path: Path) -> dict[str, Any]:
     graph = of_peer(network, path)
     verdict = eq.verify(eqfact.onnx.load(networks.networks()[network]), graph, x[:SMALL])
     ratio = eq.sqnr(regressions(run(original(network), x)), regressions(run(graph, x)))
-    return {"float_sqnr": ratio, "equal": verdict.equal and ratio >= ROUNDING, "verdict": verdict.message}
+    return {"float_sqnr": ratio, "equal": verdict.equal, "verdict": verdict.message}
