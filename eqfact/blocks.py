@@ -6,7 +6,7 @@ A *block* is what a rule sees: the free channels that one weighted op makes, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,76 @@ from eqfact.rules import Block, Maker, Vector
 
 Indices = npt.NDArray[np.int64]
 
+#: Candidates reach down from the largest of their row by what columns drift apart in so many moves, at the pace of the last ones,
+LASTING = 4
+#: but at least by the one ratio, lest they be chosen again and again; where it would take the other, they would be too many.
+LEAST_ROOM, MOST_ROOM = 1.1, 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The entries that may be the largest of their row, row after row, while columns have moved little."""
+
+    values: Vector
+    columns: Indices
+    #: The rows that have any, and where the entries of each begin.
+    rows: Indices
+    starts: Indices
+    #: What the product of no other entry of each row exceeded when they were chosen.
+    rest: Vector
+
+    def largest(self, by: Vector, rise: float) -> Vector | None:
+        """The largest of each row, if no other entry can have overtaken it while columns rose by at most ``rise``."""
+        best = np.zeros(len(self.rest))
+        best[self.rows] = np.maximum.reduceat(self.values * by[self.columns], self.starts)
+        return best if (best >= self.rest * rise).all() else None
+
+
+class Largest:
+    """The largest entry of each row when columns are multiplied by factors that move less and less.
+
+    Looking at all entries is what takes a sweep its time, yet few of them come near the largest. Once columns move slowly, those that do
+    are kept as candidates, with room for what the columns may still move; all entries are looked at again when that is used up.
+    """
+
+    def __init__(self, entries: npt.NDArray[np.float64], scratch: npt.NDArray[np.float64]) -> None:
+        #: ``(groups, rows, columns)``, and memory for products of that shape, shared by all layers.
+        self.entries, self.scratch = entries, scratch
+        self.candidates: Candidates | None = None
+        #: The factors when all entries were last looked at, and how often they have moved since.
+        self.seen: Vector | None = None
+        self.moves = 0
+
+    def __call__(self, by: Vector) -> Vector:
+        """``(groups * rows,)`` for one factor a column, ``(groups * columns,)``."""
+        groups, _, columns = self.entries.shape
+        if columns == 1:
+            only: Vector = (self.entries[:, :, 0] * by[:, None]).reshape(-1)
+            return only
+        room = np.inf
+        if self.seen is not None:
+            moved = by / self.seen
+            rise, self.moves = moved.max(), self.moves + 1
+            if self.candidates is not None and (best := self.candidates.largest(by, rise)) is not None:
+                return best
+            room = max((rise / moved.min()) ** (LASTING / self.moves), LEAST_ROOM)
+        self.seen, self.moves = by, 0
+        np.multiply(self.entries, by.reshape(groups, 1, columns), out=self.scratch)
+        largest: Vector = self.scratch.max(axis=2)
+        self.candidates = self._above(largest / room) if room < MOST_ROOM else None
+        return largest.reshape(-1)
+
+    def _above(self, rest: Vector) -> Candidates | None:
+        """The entries whose products are above ``rest``, unless too many are."""
+        rows, columns = self.entries.shape[1:]
+        above = np.flatnonzero(np.greater(self.scratch, rest[:, :, None], order="C"))
+        if len(above) > self.entries.size // 4:
+            return None
+        row, column = np.divmod(above, columns)
+        group, place = np.divmod(row, rows)
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        return Candidates(self.entries[group, place, column], group * columns + column, row[starts], starts, rest.reshape(-1))
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -34,22 +104,16 @@ class Layer:
     magnitude: npt.NDArray[np.float64]
     made: Indices
     read: Indices
-    #: Memory for products, shared by all layers: a sweep allocates nothing.
-    scratch: npt.NDArray[np.float64]
+    rows: Largest
+    columns: Largest
 
     def made_range(self, f: Vector) -> Vector:
         """Largest weight magnitude of every output channel, ``(out,)``."""
-        groups, _, inner = self.magnitude.shape
-        np.multiply(self.magnitude, (1 / f[self.read]).reshape(groups, 1, inner), out=self.scratch)
-        largest: Vector = self.scratch.max(axis=2).reshape(-1) * f[self.made]
-        return largest
+        return self.rows(1 / f[self.read]) * f[self.made]
 
     def read_range(self, f: Vector) -> Vector:
         """Largest weight magnitude of every input channel, ``(in,)``."""
-        groups, out, _ = self.magnitude.shape
-        np.multiply(self.magnitude, f[self.made].reshape(groups, out, 1), out=self.scratch)
-        largest: Vector = self.scratch.max(axis=1).reshape(-1) / f[self.read]
-        return largest
+        return self.columns(f[self.made]) / f[self.read]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +123,20 @@ class BlockPlan:
     labels: Indices
     makers: tuple[Layer, ...]
     readers: tuple[Layer, ...]
-    #: The label's place in ``labels``, or ``len(labels)`` for labels of other blocks.
-    place: Indices
+    #: For every channel that each maker makes, its place in ``labels``, or ``len(labels)`` if it belongs to another block.
+    made_at: tuple[Indices, ...]
+    #: The same for every channel that each reader reads.
+    read_at: tuple[Indices, ...]
     reads_itself: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads_itself", bool(set(map(id, self.makers)) & set(map(id, self.readers))))
 
-    def largest(self, layers: Iterable[Layer], labels: Callable[[Layer], Indices], ranges: Callable[[Layer], Vector]) -> Vector:
+    def largest(self, places: Sequence[Indices], ranges: Sequence[Vector]) -> Vector:
         """The maximum of per-channel ranges over layers, for each label of the block."""
         result = np.zeros(len(self.labels) + 1)
-        for layer in layers:
-            np.maximum.at(result, self.place[labels(layer)], ranges(layer))
+        for place, of_layer in zip(places, ranges, strict=True):
+            np.maximum.at(result, place, of_layer)
         return result[:-1]
 
 
@@ -92,9 +158,13 @@ def layers(graph: Graph, resolved: Channels) -> tuple[Layer, ...]:
     first = [graph[names[0]] for names in uses.values()]
     magnitudes = [np.abs(node.op.taps()).max(axis=3).astype(np.float64) for node in first if isinstance(node.op, Weighted)]
     scratch = np.empty(max((m.size for m in magnitudes), default=0))
-    return tuple(Layer(node.op, tuple(names), magnitude, resolved.labels[node.name], resolved.labels[node.inputs[0]],
-                       scratch[:magnitude.size].reshape(magnitude.shape))
-                 for node, names, magnitude in zip(first, uses.values(), magnitudes, strict=True) if isinstance(node.op, Weighted))
+    result = []
+    for node, names, magnitude in zip(first, uses.values(), magnitudes, strict=True):
+        assert isinstance(node.op, Weighted)
+        products = scratch[:magnitude.size].reshape(magnitude.shape)
+        result.append(Layer(node.op, tuple(names), magnitude, resolved.labels[node.name], resolved.labels[node.inputs[0]],
+                            Largest(magnitude, products), Largest(magnitude.swapaxes(1, 2), products.swapaxes(1, 2))))
+    return tuple(result)
 
 
 def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
@@ -113,14 +183,18 @@ def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
             block_of[block_of == other] = target
         members[target].append(layer)
         block_of[free] = target
+    readers: list[list[Layer]] = [[] for _ in members]
+    for layer in found:
+        for index in sorted(set(block_of[layer.read].tolist()) - {-1}):
+            readers[index].append(layer)
     plans = []
     for index, makers in enumerate(members):
         labels = np.flatnonzero(block_of == index)
         if len(labels):
             place = np.full(len(block_of), len(labels))
             place[labels] = np.arange(len(labels))
-            readers = tuple(layer for layer in found if (place[layer.read] < len(labels)).any())
-            plans.append(BlockPlan(labels, tuple(makers), readers, place))
+            plans.append(BlockPlan(labels, tuple(makers), tuple(readers[index]), tuple(place[layer.made] for layer in makers),
+                                   tuple(place[layer.read] for layer in readers[index])))
     return tuple(plans)
 
 
@@ -176,15 +250,18 @@ def neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
             for index, plan in enumerate(plans)]
 
 
+def made_and_read(plan: BlockPlan, f: Vector) -> Block:
+    """The two ranges of every channel of a block with the factors chosen so far: all that ``cross_layer`` asks for."""
+    return Block((), plan.largest(plan.made_at, [layer.made_range(f) for layer in plan.makers]),
+                 plan.largest(plan.read_at, [layer.read_range(f) for layer in plan.readers]))
+
+
 def block_ranges(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
-    """The ranges of a block with the factors chosen so far."""
-    made_of = {id(layer): layer.made_range(f) for layer in plan.makers}
-    read_of = {id(layer): layer.read_range(f) for layer in plan.readers}
+    """Everything about a block that a rule may ask for, with the factors chosen so far."""
+    kernels, columns = [layer.made_range(f) for layer in plan.makers], [layer.read_range(f) for layer in plan.readers]
     makers = []
-    for layer in plan.makers:
-        place = plan.place[layer.made]
+    for layer, place, kernel in zip(plan.makers, plan.made_at, kernels, strict=True):
         mine = place < len(plan.labels)
-        kernel = made_of[id(layer)]
         maker = Maker(place[mine], kernel[mine], held_kernel=float(kernel[~mine].max(initial=0.0)))
         if (seen := activations.get(id(layer.op))) is not None:
             # the statistics were taken once; the factors chosen so far scale what this layer puts out
@@ -192,10 +269,5 @@ def block_ranges(plan: BlockPlan, f: Vector, activations: dict[int, Activation],
             maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)),
                             mates_activation=seen.mates, preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
         makers.append(maker)
-    return Block(
-        tuple(makers),
-        made=plan.largest(plan.makers, lambda layer: layer.made, lambda layer: made_of[id(layer)]),
-        read=plan.largest(plan.readers, lambda layer: layer.read, lambda layer: read_of[id(layer)]),
-        consumed=plan.largest(plan.readers, lambda layer: layer.read,
-                              lambda layer: read_of[id(layer)] / (read_of[id(layer)].max() or 1.0)),
-    )
+    consumed = plan.largest(plan.read_at, [column / (column.max() or 1.0) for column in columns])
+    return Block(tuple(makers), plan.largest(plan.made_at, kernels), plan.largest(plan.read_at, columns), consumed)

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, check_statistics, layers, neighbours
+from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, check_statistics, layers, made_and_read, neighbours
 from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
@@ -156,12 +156,13 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
             if index not in due and index not in pending:
                 continue
             pending.discard(index)
-            step = _checked(rule(block_ranges(plan, f, activations, preactivation)), plan)
+            block = made_and_read(plan, f) if method == "cross_layer" else block_ranges(plan, f, activations, preactivation)
+            step = _checked(rule(block), plan)
             if plan.reads_itself and not once:
                 step = np.sqrt(step)  # both sides move at once: half the step in log keeps it from swinging
             old = f[plan.labels]
-            f[plan.labels] = old * step if once else np.clip(old * step, 1 / bound, bound)
-            change = float(np.abs(np.log(f[plan.labels] / old)).max())
+            f[plan.labels] = new = old * step if once else np.clip(old * step, 1 / bound, bound)
+            change = float(np.abs(np.log(new / old)).max())
             moved = max(moved, change)
             if change > tol:
                 pending |= touched[index]
@@ -237,10 +238,9 @@ def _message(method: str | Rule, success: bool, residual: list[float], tol: floa
     verdict = f"{name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
     if not success:
         verdict = f"{name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {tol:g}); raise max_iter"
-    ones = np.ones_like(f)
     dead = at_bound = 0
     for plan in plans:
-        block = block_ranges(plan, ones, {}, False)
+        block = made_and_read(plan, f)
         alive = (block.made > 0) & (block.read > 0)
         dead += int((~alive).sum())
         lowest = 1 / MAX_RATIO if method in ("one_step", "two_step") else 1 / bound

@@ -44,7 +44,10 @@ class Maker:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Channels that are made together: their makers, and how the weights that read them range, with the factors chosen so far."""
+    """Channels that are made together: their makers, and how the weights that read them range, with the factors chosen so far.
+
+    ``cross_layer`` gets ``made`` and ``read`` alone; every other rule gets all.
+    """
 
     makers: tuple[Maker, ...]
     #: Largest weight magnitude that makes each channel, over all makers, ``(C,)``.
@@ -52,7 +55,7 @@ class Block:
     #: Largest weight magnitude that reads each channel, over all readers, ``(C,)``.
     read: Vector
     #: ``m_i``: the same relative to the largest weight of each reader, in [0, 1], ``(C,)``.
-    consumed: Vector
+    consumed: Vector | None = None
 
 
 #: From a block to the factors ``(C,)`` by which its channels shall be multiplied.
@@ -76,6 +79,7 @@ def two_step(block: Block, *, max_factor: float = MAX_FACTOR) -> Vector:
     >>> two_step(Block((maker,), maker.kernel, np.ones(2), np.array([0.5, 1.0])))
     array([0.5, 1. ])
     """
+    assert block.consumed is not None, "the loop gives m_i to rules that need it"
     return _equalize(block, np.maximum(block.consumed, 1 / MAX_RATIO), max_factor)
 
 
@@ -88,7 +92,7 @@ def cross_layer(block: Block) -> Vector:
     """
     live = (block.made > 0) & (block.read > 0)
     # two roots, because the quotient of a huge and a subnormal range would overflow
-    return np.where(live, np.sqrt(block.read) / np.sqrt(np.where(live, block.made, 1.0)), 1.0)
+    return np.divide(np.sqrt(block.read), np.sqrt(block.made), out=np.ones_like(block.made), where=live)
 
 
 def _equalize(block: Block, m: Vector, max_factor: float) -> Vector:
