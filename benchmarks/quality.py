@@ -81,11 +81,18 @@ class Case:
     test: Array
     labels: NDArray[np.int64] | None
     reference: Outputs
+    #: Mean and deviation of what its BatchNorms made, by the training set.
+    gaussians: dict[str, Any]
     _factorizations: dict[Any, eq.Factorization] = field(default_factory=dict)
 
     @cached_property
     def stats(self) -> eq.Statistics:
         return eq.calibrate(self.graph, [image[None] for image in self.calibration])
+
+    @cached_property
+    def likely(self) -> eq.Statistics:
+        """What "optimal" equalizes: ranges that other images may reach, by the network's own BatchNorms where it has any."""
+        return eq.likely_ranges(self.graph, self.stats, self.gaussians)
 
     @cached_property
     def sensitivities(self) -> Sensitivities:
@@ -107,11 +114,11 @@ class Case:
 def _factorize(case: Case, row: Row, setting: Setting) -> eq.Factorization:
     if row.method is None:
         return eq.Factorization.identity(case.graph)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"stats": case.stats}
     if row.method == "optimal":
         sensitivities = case.sensitivities_around_means if row.corrected else case.sensitivities
-        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities}
-    return eq.equalize(case.graph, row.method, stats=case.stats, **options).factorization
+        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities, "stats": case.likely}
+    return eq.equalize(case.graph, row.method, **options).factorization
 
 
 # One configuration ----------------------------------------------------------------------------------------------------
@@ -173,9 +180,15 @@ def samples(case: Case, row: Row, jitters: int) -> dict[str, Samples]:
 # Networks, halves and processes ---------------------------------------------------------------------------------------
 
 @cache
+def unfolded(network: str) -> eq.Graph:
+    """The network as its file has it."""
+    return eqfact.onnx.load(networks.networks()[network])
+
+
+@cache
 def original(network: str) -> eq.Graph:
-    """The network as its file has it, BatchNorm folded."""
-    return eq.fold_batchnorm(eqfact.onnx.load(networks.networks()[network]))
+    """The same, BatchNorm folded: what is equalized and quantized."""
+    return eq.fold_batchnorm(unfolded(network))
 
 
 @cache
@@ -185,7 +198,8 @@ def case_of(network: str, half: int, path: Path | None = None) -> Case:
     first, second = slice(None, len(x) // 2), slice(len(x) // 2, None)
     calibration, test = (first, second) if half == 0 else (second, first)
     graph = original(network) if path is None else of_peer(network, path)
-    return Case(graph, x[calibration], x[test], None if labels is None else labels[test], run(original(network), x[test]))
+    return Case(graph, x[calibration], x[test], None if labels is None else labels[test], run(original(network), x[test]),
+                eq.batchnorm_gaussians(unfolded(network)))
 
 
 def of_peer(network: str, path: Path) -> eq.Graph:
@@ -276,6 +290,6 @@ def compare_float(network: str, path: Path) -> dict[str, Any]:
     """Is what a peer wrote still the same function? Compared with the network as it was given, so that folding may round."""
     x, _ = networks.images(network)
     graph = of_peer(network, path)
-    verdict = eq.verify(eqfact.onnx.load(networks.networks()[network]), graph, x[:SMALL])
+    verdict = eq.verify(unfolded(network), graph, x[:SMALL])
     ratio = eq.sqnr(regressions(run(original(network), x)), regressions(run(graph, x)))
     return {"float_sqnr": ratio, "equal": verdict.equal, "verdict": verdict.message}

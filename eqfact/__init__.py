@@ -7,7 +7,7 @@ around that: folding, calibration, quantization, correction, metrics, files. ``e
 
 from typing import Any
 
-from eqfact.calibration import Statistics, ValueStatistics, calibrate
+from eqfact.calibration import Statistics, ValueStatistics, calibrate, likely_ranges
 from eqfact.channels import Channels, channels, degrees_of_freedom
 from eqfact.correction import Correction, absorb_high_bias, batchnorm_gaussians, correct_bias, correct_bias_analytically
 from eqfact.equalization import EqualizeResult, equalize
@@ -30,7 +30,7 @@ __all__ = [
     "Sensitivities", "Statistics", "UniformQuantizer", "ValueStatistics", "Verification",
     "absorb_high_bias", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias", "correct_bias_analytically",
     "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "forward_sensitivities",
-    "gradient_sensitivities", "load", "noise_model", "predict_noise", "quantize", "save", "sqnr", "values", "verify",
+    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "sqnr", "values", "verify",
     *_ops,
 ]
 

@@ -7,13 +7,13 @@ to those of the whole: ``calibrate(g, a) + calibrate(g, b)``. Section 2 of the p
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from eqfact.graph import Data, Graph, walk
-from eqfact.ops.base import Array
+from eqfact.ops.base import Array, Commuting, Weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,41 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
         if not np.isfinite(of.sum_square).all():
             raise ValueError(f"value '{name}' overflows on the calibration data (channel {int(np.argmin(np.isfinite(of.sum_square)))})")
     return Statistics(total)
+
+
+def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple[Array, Array]] | None = None, *,
+                  deviations: float = 8.0) -> Statistics:
+    """Statistics with the extremes that other data may reach: what is to be equalized when calibration data are few.
+
+    A channel that hardly fires on ten images may fire on the eleventh, and saturate if it was amplified meanwhile. But before
+    its activation it varied all along: so what a layer makes, and its activation passes on, is taken to reach mean +- ``deviations``
+    standard deviations, as well as the extremes seen. ``gaussians`` holds mean and deviation ``(C,)`` of layers by name from where they are
+    known better, as :func:`eqfact.batchnorm_gaussians` reads them off the unfolded network; names that the graph lacks are left
+    out. Give the result to :func:`eqfact.equalize`, and the extremes seen to :func:`eqfact.quantize`.
+
+    :class:`ValueError` if ``deviations`` is negative or the statistics are of another graph.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0]])), act=ReLU())
+    >>> stats = calibrate(net, np.array([[-5.0], [-3.0]]))
+    >>> float(stats["act"].max[0]), float(likely_ranges(net, stats)["act"].max[0])
+    (0.0, 4.0)
+    """
+    if not (np.isfinite(deviations) and deviations >= 0):
+        raise ValueError(f"deviations must be a finite number of at least 0, got {deviations}")
+    layers = [node.name for node in graph.nodes if isinstance(node.op, Weighted)]
+    moments: dict[str, tuple[Array, Array]] = {name: (stats[name].mean, np.sqrt(stats[name].variance)) for name in layers}
+    moments |= {name: of for name, of in (gaussians or {}).items() if name in graph.shapes}
+    ends: dict[str, Array] = {}
+    for name, (mean, deviation) in moments.items():
+        if not np.shape(mean) == np.shape(deviation) == graph.shapes[name][:1]:
+            raise ValueError(f"mean and deviation of value '{name}' have shapes {np.shape(mean)} and {np.shape(deviation)}, "
+                             f"the network has {graph.shapes[name][0]} channels")
+        ends[name] = np.stack([mean - deviations * deviation, mean + deviations * deviation])
+    for node in graph.nodes:
+        if isinstance(node.op, Commuting) and node.op.activation and node.inputs[0] in ends:
+            ends.setdefault(node.name, node.op.forward(ends[node.inputs[0]]))
+    return Statistics({name: replace(of, min=np.minimum(of.min, ends[name].min(axis=0)), max=np.maximum(of.max, ends[name].max(axis=0)))
+                       if name in ends else of for name, of in stats.items()})
 
 
 def _reduce(value: Array) -> ValueStatistics:

@@ -18,8 +18,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from eqfact import demo, files, report
-from eqfact.calibration import Statistics, calibrate
+from eqfact.calibration import Statistics, calibrate, likely_ranges
 from eqfact.channels import channels
+from eqfact.correction import batchnorm_gaussians
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.graph import Graph
@@ -84,7 +85,7 @@ def run_equalize(args: Args) -> Facts:
     graph, images = _given(args)
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
-    result = _equalized(args, start, stats, images)
+    result = _equalized(args, graph, start, stats, images)
     facts = {"network": args.network, "method": "apply" if args.apply else args.method, "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
@@ -160,7 +161,7 @@ def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | 
     return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
 
 
-def _equalized(args: Args, graph: Graph, stats: Statistics | None, images: files.Images) -> EqualizeResult:
+def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | None, images: files.Images) -> EqualizeResult:
     given = {name: getattr(args, name) for name in ("max_factor", "tol", "max_iter", "include", "exclude")}
     options = {name: value for name, value in given.items() if value is not None} | (
         {name: True for name in ("preactivation", "harmless") if getattr(args, name)})
@@ -176,6 +177,8 @@ def _equalized(args: Args, graph: Graph, stats: Statistics | None, images: files
     if stats is not None and args.weight_granularity != "per_group":
         weights, activations = _quantizers(args)
         options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images)}
+    if stats is not None and args.method == "optimal":
+        stats = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
     return equalize(graph, args.method, stats=stats, exact=args.exact, **options)
 
 
