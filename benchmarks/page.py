@@ -16,7 +16,7 @@ VERDICTS = {"mobilenetv2": "images whose most alike other image (cosine of the f
             "mtcnn_onet": "images given the same face-or-not verdict as in float",
             "mtcnn_rnet": "images given the same face-or-not verdict as in float"}
 SETTINGS = ("W8A8", "W8A32", "W6A8")
-ORDER = ("none", "one-step", "two-step", "cross-layer", "optimal", "per-channel")
+ORDER = ("none", "one-step", "two-step", "cross-layer", "optimal", "optimal, ranges as seen", "per-channel")
 METHODS = {"one_step": "one-step", "two_step": "two-step", "cross_layer": "cross-layer", "optimal": "optimal"}
 
 HEAD = """\

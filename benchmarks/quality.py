@@ -59,6 +59,8 @@ class Row:
     method: str | None
     granularity: str = "per_tensor"
     corrected: bool = False
+    #: Equalize what channels may reach on other images, or only what was seen; "optimal" alone asks.
+    likely: bool = True
 
 
 PLAIN = (
@@ -67,6 +69,7 @@ PLAIN = (
     Row("two-step", "two_step"),
     Row("cross-layer", "cross_layer"),
     Row("optimal", "optimal"),
+    Row("optimal, ranges as seen", "optimal", likely=False),
     Row("per-channel", None, "per_channel"),
 )
 ROWS = (*PLAIN, *(replace(row, name=f"{row.name} + correction", corrected=True) for row in PLAIN))
@@ -117,7 +120,8 @@ def _factorize(case: Case, row: Row, setting: Setting) -> eq.Factorization:
     options: dict[str, Any] = {"stats": case.stats}
     if row.method == "optimal":
         sensitivities = case.sensitivities_around_means if row.corrected else case.sensitivities
-        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities, "stats": case.likely}
+        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities,
+                   "stats": case.likely if row.likely else case.stats}
     return eq.equalize(case.graph, row.method, **options).factorization
 
 
