@@ -60,8 +60,9 @@ sweeps or iterations); calibration is not counted. *Sensitivities*, gradients of
 GROWTH = """\
 ## Growth of time and memory
 
-Cross-layer equalization of random chains with ReLU between the layers. *Peak* is the most memory taken beyond the given network,
-the equalized network included, in multiples of the float32 weights (tracemalloc, one sweep)."""
+Cross-layer equalization of random chains with ReLU between the layers; "optimal" with the objective "range",
+its Newton steps for sweeps. *Peak* is the most memory taken beyond the given network, the equalized network included, in
+multiples of the float32 weights (tracemalloc, one sweep)."""
 
 
 def text(kept: Kept) -> str:

@@ -1,8 +1,8 @@
 """How fast is eqfact beside other runtimes, and how do time and memory of an equalization grow?
 
 Three parts. `forward`: MobileNetV2 on one image, every runtime in turn, several rounds, medians and ratios. `equalize`: every
-method on every network. `growth`: cross-layer equalization of dense and convolutional chains up to 100 million weights,
-time and, in a second run under tracemalloc, the peak of memory beyond the network itself, in multiples of its weights.
+method on every network. `growth`: equalization of dense and convolutional chains up to 100 million weights, time and, in a
+second run under tracemalloc, the peak of memory beyond the network itself, in multiples of its weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,35 +140,48 @@ def _chain(width: int, depth: int, shape: tuple[int, ...], op: Callable[[Array],
     return eq.Graph.chain(shape, **ops)
 
 
-FAMILIES: dict[str, tuple[str, Callable[[int, int], eq.Graph], list[tuple[int, int]]]] = {
-    "width": ("8 dense layers, wider and wider", dense_chain, [(w, 8) for w in (110, 350, 1118, 3536)]),
-    "depth": ("dense layers of 256, more and more", dense_chain, [(256, d) for d in (4, 8, 16, 32, 64)]),
-    "weights": ("12 convolutions 3x3, wider and wider", conv_chain, [(w, 12) for w in (96, 304, 962)]),
+@dataclass(frozen=True)
+class Family:
+    """Networks of one kind, by width and depth, and the method that equalizes them."""
+
+    about: str
+    make: Callable[[int, int], eq.Graph]
+    sizes: list[tuple[int, int]]
+    method: str = "cross_layer"
+
+
+FAMILIES = {
+    "width": Family("8 dense layers, wider and wider", dense_chain, [(w, 8) for w in (110, 350, 1118, 3536)]),
+    "depth": Family("dense layers of 256, more and more", dense_chain, [(256, d) for d in (4, 8, 16, 32, 64)]),
+    "weights": Family("12 convolutions 3x3, wider and wider", conv_chain, [(w, 12) for w in (96, 304, 962)]),
+    "optimal": Family("6 dense layers, wider and wider", dense_chain, [(w, 6) for w in (128, 256, 512, 1024)], "optimal"),
 }
 
 
 def measure_growth() -> None:
     """Time and peak memory over each family, and the exponents fitted to time against weights."""
-    for family, (about, make, sizes) in FAMILIES.items():
-        points = [_grown(make(width, depth), width, depth) for width, depth in sizes]
+    for name, family in FAMILIES.items():
+        points = [_grown(family.make(width, depth), width, depth, family.method) for width, depth in family.sizes]
         for point in points:
-            print(f"growth    {family:9s}{point['weights'] / 1e6:8.2f} M weights: {point['seconds']:7.2f} s in {point['sweeps']} sweeps, "
+            print(f"growth    {name:9s}{point['weights'] / 1e6:8.2f} M weights: {point['seconds']:7.2f} s in {point['sweeps']} sweeps, "
                   f"{1e3 * point['seconds_per_sweep']:.1f} ms each; peak {point['peak']:.2f} times the weights", flush=True)
-        results.keep("growth", {family: {"about": about, "points": points, "exponent": _exponent(points, "seconds"),
+        results.keep("growth", {name: {"about": family.about, "points": points, "exponent": _exponent(points, "seconds"),
                                          "exponent_sweep": _exponent(points, "seconds_per_sweep")}})
 
 
-def _grown(graph: eq.Graph, width: int, depth: int) -> dict[str, Any]:
+def _grown(graph: eq.Graph, width: int, depth: int, method: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"objective": "range"} if method == "optimal" else {}  # which needs no data
+    equalize = partial(eq.equalize, graph, method, **options)
     weights = [op.weight for op in (node.op for node in graph.nodes) if isinstance(op, (eq.Dense, eq.Conv))]
     start = time.perf_counter()
-    result = eq.equalize(graph, "cross_layer")
+    result = equalize()
     seconds, sweeps = time.perf_counter() - start, result.iterations
     del result
     start = time.perf_counter()
-    eq.equalize(graph, "cross_layer", max_iter=1)
+    equalize(max_iter=1)
     once = time.perf_counter() - start
     tracemalloc.start()
-    eq.equalize(graph, "cross_layer", max_iter=1)
+    equalize(max_iter=1)
     peak = tracemalloc.get_traced_memory()[1]  # beyond the network, which was there before
     tracemalloc.stop()
     return {"width": width, "depth": depth, "weights": sum(w.size for w in weights), "seconds": seconds, "sweeps": sweeps,

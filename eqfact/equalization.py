@@ -67,8 +67,9 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
 
     ``weights`` and ``activations`` are the quantizers that one intends to use (8 bits, per tensor, if neither is given), and
     ``sensitivities`` what the noise model weighs them with (:func:`eqfact.forward_sensitivities` of ``stats`` if not given;
-    :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; other methods predict it if quantizers or
-    sensitivities are given. ``harmless`` returns the network as it is where the expected noise would not fall.
+    :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; if calibration images are few, give it
+    :func:`eqfact.likely_ranges` for ``stats``. Other methods predict the noise if quantizers or sensitivities are given.
+    ``harmless`` returns the network as it is where the expected noise would not fall.
 
     Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
     Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.
