@@ -93,3 +93,21 @@ def test_a_wide_convolution_runs_in_several_blocks():
 def test_bounds_beyond_single_precision_leave_a_side_open():
     x = np.array([[-3e38, 0.0, 3e38]], np.float32)
     assert np.array_equal(eq.Clip(-1e300, 1e300).forward(x), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (0.0, np.inf), (-np.inf, 1.0), (-1.0, -1.0)])
+def test_one_bound_for_all_is_the_same_bound_for_every_channel(low, high, dtype):
+    x = np.random.default_rng(0).normal(0, 4, (2, 3, 5, 7)).astype(dtype)
+    assert np.array_equal(eq.Clip(low, high).forward(x), eq.Clip(np.full(3, low), np.full(3, high)).forward(x))
+
+
+@pytest.mark.parametrize("out", [2, 60])
+def test_few_pixels_or_many_a_convolution_is_its_sum(out):
+    rng = np.random.default_rng(0)
+    weight, x = (rng.integers(-3, 4, s).astype(float) for s in ((out, 3, 3, 2), (2, 6, 7, 9)))  # small integers: no rounding
+    y = eq.Conv(weight, stride=(2, 1), groups=2).forward(x)
+    assert out == 2 or y[0, 0].size < out  # here the weights, and not the windows, keep their order
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 2), axis=(2, 3))[:, :, ::2]
+    halves = [np.einsum("nchwij,ocij->nohw", windows[:, c:c + 3], part) for c, part in zip((0, 3), np.split(weight, 2), strict=True)]
+    assert np.array_equal(y, np.concatenate(halves, axis=1))

@@ -1,7 +1,7 @@
 """How is a convolution computed fast with numpy alone?
 
 On channel-last memory, so that the channels are the contiguous inner axis: a pointwise convolution is then one matrix
-product over all pixels, a depthwise one a shifted multiply-add per tap, and any other one a matrix product with
+product over all pixels, a depthwise one an einsum along whole rows of pixels, and any other one a matrix product with
 windows copied in blocks of bounded size (im2col). Arrays go in and out as ``(N, C, *spatial)``; only their strides
 are channel-last, so a chain of convolutions copies nothing. Weights are ``(out, in // groups, *kernel)``.
 """
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib.stride_tricks import as_strided
 
 from eqfact.ops.base import Array, Shape
 
-#: Entries of one im2col block, and of one block of a depthwise accumulation (which should stay in the cache).
+#: Entries of one im2col block, and of the row of weights that a depthwise convolution repeats along a row of pixels.
 COLUMN_BLOCK = 1 << 22
 DEPTHWISE_BLOCK = 1 << 15
 
@@ -27,12 +27,15 @@ Sides = tuple[tuple[int, int], ...]
 
 def channels_last(x: Array, padding: Sides = (), value: float = 0.0) -> Array:
     """``(N, *spatial, C)`` in C order, padded; no copy if the memory is channel-last already."""
-    moved = np.moveaxis(x, 1, -1)
+    moved = x.transpose(0, *range(2, x.ndim), 1)  # quicker than moveaxis
     if not any(map(any, padding)):
         return np.ascontiguousarray(moved)
-    sizes = [n + before + after for n, (before, after) in zip(x.shape[2:], padding, strict=True)]
-    padded = np.full((x.shape[0], *sizes, x.shape[1]), value, x.dtype)
-    over_space(padded, (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], padding, strict=True)))[...] = moved
+    inside = [slice(before, before + n) for n, (before, _) in zip(x.shape[2:], padding, strict=True)]
+    padded = np.empty((len(x), *(n + sum(sides) for n, sides in zip(x.shape[2:], padding, strict=True)), x.shape[1]), x.dtype)
+    over_space(padded, inside)[...] = moved
+    for axis, middle in enumerate(inside):  # only the margins: filling everything first costs one more pass
+        for margin in (slice(None, middle.start), slice(middle.stop, None)):
+            over_space(padded, [*inside[:axis], margin])[...] = value
     return padded
 
 
@@ -45,7 +48,7 @@ def over_space(array: Array, slices: Iterable[slice]) -> Array:
 
 def channels_first(y: Array) -> Array:
     """``(N, C, *spatial)`` as a view of ``(N, *spatial, C)``."""
-    return np.moveaxis(y, -1, 1)
+    return y.transpose(0, y.ndim - 1, *range(1, y.ndim - 1))
 
 
 def tap_windows(padded: Array, sizes: Shape, kernel: Shape, stride: Shape, dilation: Shape) -> Iterator[Array]:
@@ -55,61 +58,71 @@ def tap_windows(padded: Array, sizes: Shape, kernel: Shape, stride: Shape, dilat
         yield over_space(padded, (slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, sizes, stride, strict=True)))
 
 
-def convolve(x: Array, weight: Array, sizes: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int) -> Array:
+def convolve(x: Array, weight: Array, sizes: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int,
+             bias: Array | None = None) -> Array:
     """Cross-correlation of ``(N, C, *spatial)`` with ``(out, C // groups, *kernel)``; ``sizes`` is the output's spatial shape."""
     out, inner, *kernel = weight.shape
     padded = channels_last(x, padding)
     if groups == x.shape[1] and inner == 1:
-        return channels_first(_depthwise(padded, weight, sizes, stride, dilation))
-    if math.prod(kernel) == 1 and groups == 1:
+        result = _depthwise(padded, weight, sizes, stride, dilation)
+    elif math.prod(kernel) == 1 and groups == 1:
         pixels = over_space(padded, (slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, stride, strict=True)))
-        product = pixels.reshape(-1, inner) @ weight.reshape(out, inner).T
-        return channels_first(product.reshape(len(x), *sizes, out))
-    return channels_first(_im2col(padded, weight, sizes, stride, dilation, groups))
+        result = (pixels.reshape(-1, inner) @ weight.reshape(out, inner).T).reshape(len(x), *sizes, out)
+    else:
+        result = _im2col(padded, weight, sizes, stride, dilation, groups)
+    if bias is not None:  # repeated along a row of pixels, so that the inner loop of numpy runs over a whole row
+        rows = result.reshape(-1, sizes[-1] * out)
+        rows += np.tile(bias, sizes[-1])
+    return channels_first(result)
+
+
+def _windows(padded: Array, sizes: Shape, kernel: Sequence[int], stride: Shape, dilation: Shape) -> Array:
+    """A view ``(*kernel, N, *sizes, C)`` of ``(N, *spatial, C)``: for every tap, what it meets."""
+    # as_strided would read beyond the array without a word
+    assert all((n - 1) * s + d * (k - 1) < m for n, s, d, k, m in zip(sizes, stride, dilation, kernel, padded.shape[1:-1], strict=True))
+    image, *axes, channel = padded.strides
+    taps = (a * d for a, d in zip(axes, dilation, strict=True))
+    pixels = (a * s for a, s in zip(axes, stride, strict=True))
+    return as_strided(padded, (*kernel, len(padded), *sizes, padded.shape[-1]), (*taps, image, *pixels, channel), writeable=False)
 
 
 def _depthwise(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilation: Shape) -> Array:
-    """Each channel by itself: a shifted multiply-add per tap, in blocks of rows that stay in the cache."""
-    channels, multiplier = padded.shape[-1], len(weight) // padded.shape[-1]
-    dtype = np.result_type(padded, weight)
-    result = np.empty((len(padded), *sizes, channels, multiplier), dtype)
-    taps = weight.reshape(channels, multiplier, -1)
-    # one weight per entry of a row of pixels: the inner loop of numpy then runs over a whole row (in 1d a row is a pixel)
-    row_shape = (*sizes[1:][-1:], channels, multiplier)
-    windows = [(np.broadcast_to(taps[..., t], row_shape).copy(), window[..., None])
-               for t, window in enumerate(tap_windows(padded, sizes, weight.shape[2:], stride, dilation))]
-    step = max(1, DEPTHWISE_BLOCK // math.prod(result.shape[2:]))
-    scratch = np.empty((min(step, sizes[0]), *result.shape[2:]), dtype)
-    for n in range(len(padded)):
-        for start in range(0, sizes[0], step):
-            block = result[n, start:start + step]
-            product = scratch[:len(block)]
-            for i, (row, window) in enumerate(windows):
-                np.multiply(window[n, start:start + step], row, out=product if i else block)
-                if i:
-                    block += product
-    return result.reshape(len(padded), *sizes, channels * multiplier)
+    """Each channel by itself: einsum multiplies and adds in one pass, a tap at a time, without an array of products."""
+    out, _, *kernel = weight.shape
+    if out > padded.shape[-1]:
+        padded = np.repeat(padded, out // padded.shape[-1], axis=-1)
+    # with stride 1 the pixels of a row follow each other in memory: with their channels they make one axis, long enough for the inner loop
+    run = sizes[-1] if stride[-1] == 1 else 1
+    shape = (len(padded), *sizes[:-1], sizes[-1] // run, run * out)
+    windows = _windows(padded, sizes, kernel, stride, dilation).reshape(*kernel, *shape)
+    result = np.empty(shape, np.result_type(padded, weight))
+    step = min(run, max(1, DEPTHWISE_BLOCK // out)) * out
+    taps = np.tile(np.ascontiguousarray(weight.reshape(out, -1).T), step // out).reshape(*kernel, step)
+    axes = "abc"[:len(kernel)]
+    for start in range(0, run * out, step):
+        block = result[..., start:start + step]
+        np.einsum(f"{axes}...x,{axes}x->...x", windows[..., start:start + step], taps[..., :block.shape[-1]], out=block)
+    return result.reshape(len(padded), *sizes, out)
 
 
 def _im2col(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilation: Shape, groups: int) -> Array:
     """A matrix product with the windows of every pixel, copied in blocks of at most ``COLUMN_BLOCK`` entries."""
     out, inner, *kernel = weight.shape
-    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    spatial = tuple(range(1, padded.ndim - 1))
-    windows = sliding_window_view(padded, reach, axis=spatial)
-    windows = over_space(windows, (*(slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, stride, strict=True)),
-                                   slice(None), *(slice(None, None, d) for d in dilation)))
+    axes = range(2 * len(kernel) + 3)
+    taps, pixels, group, channel = axes[:len(kernel)], axes[len(kernel):-2], axes[-2], axes[-1]
+    windows = _windows(padded, sizes, kernel, stride, dilation).reshape(*kernel, len(padded), *sizes, groups, inner)
+    if math.prod(sizes) < out:  # the weights are more than the windows: they stay as they are
+        windows = windows.transpose(group, *pixels, channel, *taps)
+    else:  # channels last, as in memory: neighbouring taps are copied in one run
+        windows, weight = windows.transpose(group, *pixels, *taps, channel), np.moveaxis(weight, 1, -1)
     matrices = weight.reshape(groups, out // groups, -1).transpose(0, 2, 1)
     result = np.empty((len(padded), *sizes, out), np.result_type(padded, weight))
     step = max(1, COLUMN_BLOCK // (math.prod(sizes[1:]) * matrices.shape[1]))
     for n in range(len(padded)):
         for start in range(0, sizes[0], step):
-            block = windows[n, start:start + step]
+            block = result[n, start:start + step].reshape(-1, groups, out // groups)
             for g, matrix in enumerate(matrices):
-                columns = np.moveaxis(block, len(sizes), 0)[g * inner:(g + 1) * inner]
-                product = np.moveaxis(columns, 0, len(sizes)).reshape(-1, len(matrix)) @ matrix
-                made = slice(g * out // groups, (g + 1) * out // groups)
-                result[n, start:start + step, ..., made] = product.reshape(*block.shape[:len(sizes)], -1)
+                np.matmul(windows[g, n, start:start + step].reshape(-1, len(matrix)), matrix, out=block[:, g])
     return result
 
 

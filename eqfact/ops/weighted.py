@@ -155,7 +155,7 @@ class Conv(_Convolution):
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
         sizes = self.output_shape(x.shape[1:])[1:]
-        return _add_bias(convolve(x, self.weight, sizes, *self._geometry(), self.groups), self.bias)
+        return convolve(x, self.weight, sizes, *self._geometry(), self.groups, self.bias)
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         return (convolve_transposed(cotangent, self._adjoint(), inputs[0].shape[2:], *self._geometry(), self.groups),)
