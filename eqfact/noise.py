@@ -73,7 +73,8 @@ def gradient_sensitivities(graph: Graph, batches: Iterable[Data], *, projections
                         squared = _taps(node.op, node.op.weight_vjp(g, read).astype(np.float64) ** 2 * (node.op.weight != 0))
                         of_weights[node.name] = of_weights.get(node.name, 0.0) + squared
                 for name, g in seen.items():
-                    live = (g.astype(np.float64) * (env[name] != 0)) ** 2
+                    live = (g * (env[name] != 0)).astype(np.float64)
+                    live *= live
                     of_values[name] = of_values.get(name, 0.0) + live.sum(axis=(0, *range(2, live.ndim)))
     if not images:
         raise ValueError("sensitivities need at least one image, got none")

@@ -123,3 +123,15 @@ def test_an_op_without_vjp_is_named():
     net = eq.Graph.chain((2,), square=Square())
     with pytest.raises(TypeError, match="node 'square': Square has no vjp"):
         eq.backward(net, np.ones((1, 2)), np.ones((1, 2)))
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 5, ((0, 6), (4, 1))])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1), ((1, 2), 1)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_transposed_convolution_is_the_adjoint_whatever_the_padding(padding, stride, dilation, groups):
+    rng = np.random.default_rng(0)
+    weight, x = (rng.integers(-3, 4, s).astype(float) for s in ((4, 4 // groups, 3, 2), (2, 4, 7, 8)))  # small integers: no rounding
+    op = eq.Conv(weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    y = op.forward(x)
+    cotangent = rng.integers(-3, 4, y.shape).astype(float)
+    assert (op.vjp(cotangent, x)[0] * x).sum() == (cotangent * y).sum() == (op.weight_vjp(cotangent, x) * weight).sum()

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from eqfact.ops.base import Array, Shape
 
 #: Entries of one im2col block, and of the row of weights that a depthwise convolution repeats along a row of pixels.
-COLUMN_BLOCK = 1 << 22
+COLUMN_BLOCK = 1 << 19
 DEPTHWISE_BLOCK = 1 << 15
 
 Sides = tuple[tuple[int, int], ...]
@@ -129,6 +129,11 @@ def _im2col(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilation:
 def convolve_transposed(x: Array, weight: Array, sizes: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int) -> Array:
     """The adjoint walk: every pixel spreads its products over the taps; ``weight`` is ``(out, in // groups, *kernel)``."""
     out, inner, *kernel = weight.shape
+    if max(stride) == 1:  # then it is a convolution too, with the kernel turned round
+        sides = tuple((d * (k - 1) - before, n + before - m) for m, n, k, d, (before, _) in zip(
+            x.shape[2:], sizes, kernel, dilation, padding, strict=True))
+        if min(itertools.chain.from_iterable(sides)) >= 0:
+            return convolve(x, np.flip(weight, tuple(range(2, weight.ndim))), sizes, stride, sides, dilation, groups)
     pixels = channels_last(x).reshape(-1, x.shape[1])
     reach = ((n - 1) * s + d * (k - 1) + 1 for n, s, k, d in zip(x.shape[2:], stride, kernel, dilation, strict=True))
     full = tuple(max(r, n + sum(p)) for r, n, p in zip(reach, sizes, padding, strict=True))
@@ -142,15 +147,18 @@ def convolve_transposed(x: Array, weight: Array, sizes: Shape, stride: Shape, pa
 def correlate_taps(x: Array, cotangent: Array, shape: Shape, stride: Shape, padding: Sides, dilation: Shape, groups: int) -> Array:
     """The cotangent ``(out, in // groups, *kernel)`` of a convolution's weights: output and input pixels, correlated tap by tap."""
     out, inner, *kernel = shape
-    made = channels_last(cotangent).reshape(-1, groups, out // groups)
+    made, padded, sizes = channels_last(cotangent), channels_last(x, padding), cotangent.shape[2:]
+    if out == inner * groups == groups:  # depthwise: one product a pixel, along rows as in _depthwise, unless all is one row
+        run = sizes[-1] if stride[-1] == 1 and len(sizes) > 1 else 1
+        rows = (len(x), *sizes[:-1], sizes[-1] // run, run * out)
+        windows = _windows(padded, sizes, kernel, stride, dilation).reshape(*kernel, *rows)
+        taps, axes = "abc"[:len(kernel)], "nhwd"[:len(kernel) + 1]
+        sums: Array = np.einsum(f"{taps}{axes}x,{axes}x->{taps}x", windows, made.reshape(rows)).reshape(-1, run, out).sum(axis=1)
+        return sums.T.reshape(shape)
     result = np.empty((math.prod(kernel), groups, out // groups, inner), np.result_type(x, cotangent))
-    windows = tap_windows(channels_last(x, padding), cotangent.shape[2:], tuple(kernel), stride, dilation)
-    for tap, window in zip(result, windows, strict=True):
-        read = window.reshape(-1, groups, inner)
-        if out == inner * groups == groups:  # depthwise: one product a pixel
-            np.einsum("pg,pg->g", made[..., 0], read[..., 0], out=tap[:, 0, 0])
-        else:
-            np.matmul(made.transpose(1, 2, 0), read.transpose(1, 0, 2), out=tap)
+    pixels = made.reshape(-1, groups, out // groups).transpose(1, 2, 0)
+    for tap, window in zip(result, tap_windows(padded, sizes, tuple(kernel), stride, dilation), strict=True):
+        np.matmul(pixels, window.reshape(-1, groups, inner).transpose(1, 0, 2), out=tap)
     return np.moveaxis(result.reshape(-1, out, inner), 0, -1).reshape(shape)
 
 
