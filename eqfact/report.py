@@ -98,7 +98,7 @@ def _tensor(name: str, kind: str, ranges: Ranges, bits: int, noise: float, pinne
 
 def local_sqnr(graph: Graph, quantized: Graph, batches: Iterable[Data]) -> dict[str, float]:
     """SQNR in dB over all batches, in a quantized form of the network, of the values that an integer engine stores and of the outputs."""
-    stored = stored_values(graph, outputs=True)
+    stored = dict.fromkeys((*stored_values(graph, outputs=True), *graph.outputs))  # an output may lie on the grid of another value
     name_of = {f"{v}.quantized" if v in graph.inputs and f"{v}.quantized" in quantized.shapes else v: v for v in stored}
     signal, noise = dict.fromkeys(name_of.values(), 0.0), dict.fromkeys(name_of.values(), 0.0)
     for x in batches:

@@ -519,3 +519,14 @@ def test_the_program_starts():
                       for option in ("--version", "--help"))
     assert version == f"eqfact {eq.__version__}\n"
     assert all(name in help_ for name in COMMANDS)
+
+
+@pytest.mark.parametrize("verb", ["equalize", "quantize", "report"])
+def test_an_output_that_only_moves_entries_is_measured_like_any_other(run, verb):
+    """MobileNetV2 without its classifier ends in Flatten: what it puts out lies on the grid of the pooled features."""
+    headless = eq.Graph(dict(NET.inputs), NET.nodes[:-1], ["flat"])
+    serialization.save("net.npz", headless)
+    output = "" if verb == "report" else " -o out.npz --fold"
+    facts = facts_of(run, f"{verb} net.npz{output} --data images.npz")
+    if verb == "equalize":
+        assert 20 < facts["after"]["sqnr"]["flat"] < 80
