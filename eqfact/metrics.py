@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.channels import channels
-from eqfact.graph import Data, Graph, Node, checked_inputs, values
+from eqfact.graph import Data, Graph, Node, checked_inputs, values, walk
 from eqfact.ops.base import Array, Shape, Weighted, along_channels
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.weighted import BatchNorm
@@ -74,6 +74,9 @@ class Verification:
     bound: float
     worst: str
     message: str
+    #: The largest difference of an output, both networks run from end to end, in units of that output's largest entry: where rounding
+    #: errors grow on the way, this is more than the errors that were compared.
+    apart: float = 0.0
 
     def __bool__(self) -> bool:
         return self.equal
@@ -86,10 +89,11 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
     may differ by factors, one for each channel label of ``b``, read off the weights, or else off the data: a witness factorization.
     Where channels of a value agree within the bound and are near, both walks start afresh from them: so a bound that has grown as large
-    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of the largest entry).
-    Inner values of the same name may have another meaning, so that they part; then outputs must have a bound that is as near.
+    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of their channel's largest
+    entry). Inner values of the same name may have another meaning, so that they part; then outputs must have a bound that is as near.
 
-    Raises :class:`ValueError` if inputs or outputs have other names or shapes.
+    So errors count from the last start. In a network that amplifies roundings even its equivalent networks end apart: how far, without
+    starts on the way, is said too. Raises :class:`ValueError` if inputs or outputs have other names or shapes, or if an output overflows.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.array([[1.0], [3.0]])), act=ReLU(), fc2=Dense(np.array([[2.0, 1.0]])))
     >>> bool(verify(net, Factorization.of(net, {"act": [3.0, 0.1]}).apply(net), np.array([[0.5], [-1.0]])))
@@ -99,9 +103,18 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
         if of_a != of_b:
             raise ValueError(f"networks to compare need the same {what}, got {of_a} and {of_b}")
     truth = values(a, x)
+    ends = {name: value for name, value in walk(b, x) if name in b.outputs}
+    for name in b.outputs:
+        for which, value in (("first", truth[name]), ("second", ends.get(name, truth[name]))):
+            if not np.isfinite(value).all():
+                raise ValueError(f"output '{name}' of the {which} network overflows on this data, so there is nothing to compare: "
+                                 "give data as the network expects it")
     found = _compare(a, b, truth, x)
+    made = [name for name in b.outputs if name in found]
+    if not made:
+        return Verification(True, 0.0, 0.0, b.outputs[0], "equal: the inputs are put out as they come")
+    apart = max(float(np.abs(ends[name] - truth[name]).max() / (np.abs(truth[name]).max() or 1.0)) for name in made)
     parted = [name for name, value in found.items() if value.excess > 1]
-    made = [name for name in b.outputs if name in found]  # not an input that is put out as it came
     equal = all(found[name].excess <= 1 and (found[name].sharp if parted else found[name].near) for name in made)
     worst = max(found if equal and not parted else made, key=lambda name: found[name].excess)
     error, bound = f"{found[worst].error:.3g}", f"{found[worst].bound:.3g}"
@@ -116,7 +129,9 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
                    f"output '{worst}' differs by {error}")
     else:
         message = f"not equal: output '{worst}' differs by {error}, and a bound of {bound} on rounding errors is too loose to excuse it"
-    return Verification(equal, found[worst].error, found[worst].bound, worst, message)
+    if equal and apart > _unit(truth, ends)**0.5 / NEAR:
+        message += f"; rounding errors grow on the way, so that outputs end apart by {apart:.2g} of the largest"
+    return Verification(equal, found[worst].error, found[worst].bound, worst, message, apart)
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,8 @@ class _Side:
         slope = np.abs(value).mean(axis=0, dtype=np.float64)
         self.slopes[name] = np.stack([slope, slope * (unsure + 1)])
 
-    def restart(self, name: str, where: Array, value: Array, doubt: Array | float = 0.0, unsure: Array | float = 0.0) -> None:
+    def restart(self, name: str, where: npt.NDArray[np.bool_], value: Array, doubt: Array | float = 0.0,
+                unsure: Array | float = 0.0) -> None:
         """The same in the channels ``where``; the others stay as they are."""
         so_far = self.held[name], self.errors[name], self.slopes[name]
         self.start(name, value, doubt, unsure)
@@ -209,7 +225,7 @@ def _without_bias(op: Weighted) -> Weighted:
 def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, _Agreement]:
     """Walk both networks, compare at every value that they share, and start afresh where no more than a rounding is forgotten by it."""
     env = dict(checked_inputs(b, x))
-    u = max(float(np.finfo(value.dtype).eps) for value in (*truth.values(), *env.values())) / 2
+    u = _unit(truth, env)
     of_a, of_b = _Side(a, truth, u), _Side(b, env, u)
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
@@ -232,12 +248,11 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, 
             order = order[new[order]]
             factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
         expected, error, bound, doubt = _against(name, of_a, of_b, factor[labels], uncertainty[labels])
-        found[name] = _worst(error, bound, u**0.5 / NEAR * np.abs(expected).max())
+        found[name] = _worst(error, bound, _near(expected, u))
         if found[name].excess > 1:
             uncertainty = known  # nothing is read off values that disagree
             continue
-        axes = (0, *range(2, value.ndim))
-        near = along_channels(error.max(axis=axes) <= u**0.5 / NEAR * np.abs(expected).max(axis=axes), value.ndim - 1)
+        near = along_channels(_per_channel(error) <= _near(expected, u), value.ndim - 1)
         unsure = along_channels(np.maximum(uncertainty[labels], 0), value.ndim - 1)
         of_a.restart(name, near, truth[name])
         of_b.restart(name, near, expected.astype(value.dtype), np.minimum(doubt, bound) / u, unsure)
@@ -288,11 +303,30 @@ def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:
     return np.where(known, ratio, 1.0), np.where(known, unsure, -1.0)
 
 
-def _worst(error: Array, bound: Array, near: float) -> _Agreement:
+def _unit(*of: Mapping[str, Array]) -> float:
+    """The unit roundoff of the coarsest values."""
+    return max(float(np.finfo(value.dtype).eps) for values in of for value in values.values()) / 2
+
+
+def _per_channel(value: Array) -> Vector:
+    """The largest entry of each channel, ``(C,)``."""
+    largest: Vector = value.max(axis=(0, *range(2, value.ndim)))
+    return largest
+
+
+def _near(value: Array, u: float) -> Vector:
+    """What errors count as near, channel by channel."""
+    near: Vector = u**0.5 / NEAR * _per_channel(np.abs(value))
+    return near
+
+
+def _worst(error: Array, bound: Array, near: Vector) -> _Agreement:
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error > 0, error / bound, 0.0)
     where = np.unravel_index(int(excess.argmax()), excess.shape)
-    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]), bool(error.max() <= near), bool(bound.max() <= near))
+    errors = _per_channel(error)
+    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]), bool((errors <= near).all()),
+                      bool(((_per_channel(bound) <= near) | (errors == 0)).all()))
 
 
 def _outputs(graph: Graph) -> dict[str, Shape]:

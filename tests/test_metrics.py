@@ -484,3 +484,51 @@ def test_yes_means_that_the_outputs_are_near_whatever_was_changed_and_however_fe
     assert not all(verdicts)
     same = renamed(eq.equalize(graph).graph, [n.name for n in graph if n.name != "out" and rng.random() >= shared])
     assert eq.verify(graph, same, x)
+
+
+def tent(layers, wrong):
+    """``min(1.9 x, 1.9 - 1.9 x)`` again and again: it nearly doubles every error, so roundings end as large as the values."""
+    ops = {}
+    for i in range(layers):
+        ops |= {f"both{i}": eq.Dense(np.array([[1 + wrong], [1]], np.float32), np.array([0, -0.5], np.float32)), f"act{i}": eq.ReLU(),
+                f"tent{i}": eq.Dense(np.array([[1.9, -3.8]], np.float32))}
+    return eq.Graph.chain((1,), **ops)
+
+
+def test_a_yes_says_how_far_outputs_end_apart_where_roundings_grow():
+    """Changes of the size of a rounding are equal up to rounding; that they end in another output is no secret."""
+    x = np.random.default_rng(0).random((8, 1)).astype(np.float32)
+    a, b = tent(26, 0.0), tent(26, 5e-7)
+    verdict, truth = eq.verify(a, b, x), eq.forward(a, x)
+    apart = np.abs(eq.forward(b, x) - truth).max() / np.abs(truth).max()
+    assert apart > 0.01
+    assert verdict.apart == pytest.approx(apart)
+    assert not verdict or f"outputs end apart by {apart:.2g} of the largest" in verdict.message
+    calm = eq.verify(tent(2, 0.0), tent(2, 1e-7), x)
+    assert calm.apart < 1e-6
+    assert "apart" not in calm.message
+    assert not eq.verify(a, tent(26, 1e-4), x)
+
+
+@each_dtype
+def test_a_small_output_channel_beside_a_large_one_is_compared_by_itself(dtype):
+    """With no inner name in common bounds are loose in depth, and the largest entry of the tensor must not excuse the others."""
+    rng = np.random.default_rng(0)
+    ops = {}
+    for i in range(12):
+        ops |= {f"p{i}": eq.Dense((1.4 * rng.normal(size=(64, 64)) / 8).astype(dtype)), f"q{i}": eq.ReLU()}
+    last = (rng.normal(size=(2, 64)) * [[1e3], [1e-3]]).astype(dtype)
+    a = eq.Graph.chain((64,), **ops, out=eq.Dense(last))
+    x = rng.normal(size=(4, 64)).astype(dtype)
+    inner = [n.name for n in a if n.name != "out"]
+    assert eq.verify(a, renamed(a, inner), x)
+    wrong = renamed(a.with_ops({"out": eq.Dense(last * np.array([[1], [-1]], dtype))}), inner)
+    assert not eq.verify(a, wrong, x)
+
+
+def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
+    huge = eq.Graph.chain((1,), a=eq.Dense(np.array([[1e30]], np.float32)), b=eq.Dense(np.array([[1e30]], np.float32)))
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="output 'b' of the first network overflows on this data"):
+        eq.verify(huge, huge, np.ones((1, 1), np.float32))
+    nothing = eq.Graph({"x": (2,)}, [], ["x"])
+    assert eq.verify(nothing, nothing, np.ones((1, 2))).message == "equal: the inputs are put out as they come"
