@@ -117,12 +117,11 @@ class Case:
 def _factorize(case: Case, row: Row, setting: Setting) -> eq.Factorization:
     if row.method is None:
         return eq.Factorization.identity(case.graph)
-    options: dict[str, Any] = {"stats": case.stats}
+    options: dict[str, Any] = {}
     if row.method == "optimal":
         sensitivities = case.sensitivities_around_means if row.corrected else case.sensitivities
-        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities,
-                   "stats": case.likely if row.likely else case.stats}
-    return eq.equalize(case.graph, row.method, **options).factorization
+        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities, "ranges": case.likely if row.likely else None}
+    return eq.equalize(case.graph, row.method, stats=case.stats, **options).factorization
 
 
 # One configuration ----------------------------------------------------------------------------------------------------

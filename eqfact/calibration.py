@@ -117,7 +117,7 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
     its activation it varied all along: so what a layer makes, and its activation passes on, is taken to reach mean +- ``deviations``
     standard deviations, as well as the extremes seen. ``gaussians`` holds mean and deviation ``(C,)`` of layers by name from where they are
     known better, as :func:`eqfact.batchnorm_gaussians` reads them off the unfolded network; names that the graph lacks are left
-    out. Give the result to :func:`eqfact.equalize`, and the extremes seen to :func:`eqfact.quantize`.
+    out. Give the result to :func:`eqfact.equalize` for ``ranges``; :func:`eqfact.quantize` goes by the extremes seen.
 
     :class:`ValueError` if ``deviations`` is negative or the statistics are of another graph.
 

@@ -178,7 +178,7 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
         weights, activations = _quantizers(args)
         options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images)}
     if stats is not None and args.method == "optimal":
-        stats = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
+        options["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
     return equalize(graph, args.method, stats=stats, exact=args.exact, **options)
 
 

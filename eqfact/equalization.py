@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, check_statistics, layers, made_and_read, neighbours
 from eqfact.calibration import Statistics
@@ -19,7 +20,7 @@ from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model, unit_sensitivities
-from eqfact.optimal import optimal
+from eqfact.optimal import objective_at, optimal
 from eqfact.quantization import UniformQuantizer
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
@@ -43,8 +44,8 @@ class EqualizeResult:
     pinned: dict[str, str]
     #: Expected SQNR of the quantized output in dB before and after, if the method or the caller asked for a prediction.
     predicted: tuple[float, float] | None = None
-    #: "optimal" only: a lower bound on the objective of every factorization within the bounds, and by how many dB this one can at most be
-    #: from the best of them.
+    #: "optimal" only: a lower bound on the objective of every factorization within the bounds that keeps dead channels, and by how many
+    #: dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
     bound: float | None = None
     gap_db: float | None = None
 
@@ -53,7 +54,7 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
              preactivation: bool = False, tol: float | None = None, max_iter: int | None = None, include: Collection[str] | None = None,
              exclude: Collection[str] = (), exact: bool = False, weights: UniformQuantizer | None = None,
              activations: UniformQuantizer | None = None, sensitivities: Sensitivities | None = None, objective: str = "noise",
-             harmless: bool = False) -> EqualizeResult:
+             ranges: Statistics | None = None, harmless: bool = False) -> EqualizeResult:
     """Find factors by a method and return the equivalent network.
 
     ``method`` is ``"one_step"`` or ``"two_step"`` (Meller et al. 2019, PAPER 2 to 4; one pass; need ``stats`` of this
@@ -67,12 +68,12 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
 
     ``weights`` and ``activations`` are the quantizers that one intends to use (8 bits, per tensor, if neither is given), and
     ``sensitivities`` what the noise model weighs them with (:func:`eqfact.forward_sensitivities` of ``stats`` if not given;
-    :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; if calibration images are few, give it
-    :func:`eqfact.likely_ranges` for ``stats``. Other methods predict the noise if quantizers or sensitivities are given.
-    ``harmless`` returns the network as it is where the expected noise would not fall.
+    :func:`eqfact.gradient_sensitivities` are better). ``"optimal"`` minimises that noise; if calibration images are few, for the
+    ``ranges`` that values may take on others (:func:`eqfact.likely_ranges`). What is predicted, there and for other methods if
+    quantizers or sensitivities are given, goes by ``stats``. ``harmless`` returns the network as it is where that would not fall.
 
     Fold BatchNorm first (:func:`eqfact.fold_batchnorm`) to get the paper's set-up; a BatchNorm that stays is a weighted op.
-    Raises :class:`ValueError` for unknown methods and names, bad statistics, and rules that return unusable factors.
+    Raises :class:`ValueError` for unknown methods and names, options of other methods, bad statistics, and unusable factors from a rule.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.array([[4.0], [1.0]])), act=ReLU(), fc2=Dense(np.array([[1.0, 4.0]])))
     >>> equalize(net).factorization["act"]
@@ -86,17 +87,24 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
         max_factor = float(np.exp2(np.floor(np.log2(max_factor))))  # so that no power of two is rounded beyond it
     if not isinstance(max_iter, (int, np.integer)) or max_iter < 1:
         raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
+    if objective not in ("noise", "range"):
+        raise ValueError(f"unknown objective {objective!r}: use 'noise' or 'range'")
+    for option, given, methods in (("objective='range'", objective == "range", ("optimal",)), ("ranges", ranges is not None, ("optimal",)),
+                                   ("preactivation", preactivation, ("one_step", "two_step"))):
+        if given and method not in methods:
+            raise ValueError(f"{option} is for method {' and '.join(map(repr, methods))}, not for {method!r}")
     resolved = _resolved(graph, include, exclude)
     model = None
     if method == "optimal" or harmless or sensitivities is not None or weights is not None or activations is not None:
         model = _noise_model(graph, resolved, stats, weights, activations, sensitivities, objective)
     if method == "optimal":
         assert model is not None
+        wanted = model if ranges is None else _noise_model(graph, resolved, ranges, weights, activations, sensitivities, objective)
         bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
-        found = _optimum(graph, resolved, model, objective, bound, tol, int(max_iter))
+        found = _optimum(graph, resolved, wanted, objective, bound, tol, int(max_iter), exact)
     else:
         found = _swept(graph, resolved, method, stats, max_factor, preactivation, tol, max_iter)
-    factorization = found.factorization.power_of_two() if exact else found.factorization
+    factorization = found.factorization.power_of_two() if exact and method != "optimal" else found.factorization
     predicted, message = None, found.message
     if model is not None:
         predicted = (model.sqnr(), model.sqnr(factorization)) if objective == "noise" else None
@@ -123,17 +131,28 @@ def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, wei
     return noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities, resolved=resolved)
 
 
-def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str, bound: float, tol: float,
-             max_iter: int) -> EqualizeResult:
-    """The factorization of the least objective, and its certificate."""
+def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str, bound: float, tol: float, max_iter: int,
+             exact: bool) -> EqualizeResult:
+    """The factorization of the least objective, and its certificate; rounded to powers of two, its distance from the bound is larger."""
     if not (np.isfinite(bound) and bound >= 1):
         raise ValueError(f"max_factor must be a finite number of at least 1, got {bound}")
-    best = optimal(model, objective=objective, box=bound, tol=tol, max_iter=max_iter)
-    what = "expected noise" if objective == "noise" else "mean of all squared ranges"
-    message = (f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} Newton steps; "
-               f"no factors within [1/{bound:g}, {bound:g}] lower the {what} by more than {best.gap_db:.2g} dB")
-    return EqualizeResult(graph, Factorization(resolved, best.f), best.gap_db <= tol, message, best.iterations, best.residual,
-                          resolved.pinned, bound=best.bound, gap_db=best.gap_db)
+    plans = blocks(layers(graph, resolved), resolved)
+    dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
+    for plan in plans:
+        dead[plan.labels] = ~_alive(plan, np.ones(len(dead)))
+    best = optimal(model, objective=objective, box=bound, held=dead, tol=tol, max_iter=max_iter)
+    factorization, f, gap_db = Factorization(resolved, best.f), best.f, best.gap_db
+    what = f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} Newton steps; "
+    if exact and best.noise > 0:
+        factorization = factorization.power_of_two()
+        f = factorization.by_label.astype(np.float64)
+        gap_db = float(10 * np.log10(objective_at(model, f, objective=objective) / best.bound))
+        what += "rounded to powers of two; "
+    message = (f"{what}no factors within [1/{bound:g}, {bound:g}] lower the "
+               f"{'expected noise' if objective == 'noise' else 'mean of all squared ranges'} by more than {gap_db:.2g} dB"
+               + _held_back(plans, f, bound, 1 / bound, ""))
+    return EqualizeResult(graph, factorization, best.gap_db <= tol, message, best.iterations, best.residual,
+                          resolved.pinned, bound=best.bound, gap_db=gap_db)
 
 
 def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statistics | None, max_factor: float | None, preactivation: bool,
@@ -239,16 +258,26 @@ def _message(method: str | Rule, success: bool, residual: list[float], tol: floa
     verdict = f"{name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
     if not success:
         verdict = f"{name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {tol:g}); raise max_iter"
-    dead = at_bound = 0
+    paper = method in ("one_step", "two_step")
+    return verdict + _held_back(plans, f, bound, 1 / MAX_RATIO if paper else 1 / bound, "" if paper else "nearly dead ")
+
+
+def _held_back(plans: Sequence[BlockPlan], f: Vector, bound: float, lowest: float, kind: str) -> str:
+    """How many channels are dead, and how many of the others stand at a bound."""
+    text, dead, at_bound = "", 0, 0
     for plan in plans:
-        block = made_and_read(plan, f)
-        alive = (block.made > 0) & (block.read > 0)
+        alive = _alive(plan, f)
         dead += int((~alive).sum())
-        lowest = 1 / MAX_RATIO if method in ("one_step", "two_step") else 1 / bound
-        at_bound += int((alive & ((f[plan.labels] >= bound) | (f[plan.labels] <= lowest))).sum())
+        at_bound += int((alive & ((f[plan.labels] >= bound * (1 - 1e-9)) | (f[plan.labels] <= lowest * (1 + 1e-9)))).sum())
     if dead:
-        verdict += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
+        text += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
     if at_bound:
-        nearly_dead = "" if method in ("one_step", "two_step") else "nearly dead "
-        verdict += f"; {at_bound} {nearly_dead}channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
-    return verdict
+        text += f"; {at_bound} {kind}channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
+    return text
+
+
+def _alive(plan: BlockPlan, f: Vector) -> npt.NDArray[np.bool_]:
+    """Which channels of a block have weights that make them and weights that read them."""
+    block = made_and_read(plan, f)
+    alive: npt.NDArray[np.bool_] = (block.made > 0) & (block.read > 0)
+    return alive

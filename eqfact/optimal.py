@@ -61,14 +61,15 @@ class Optimum:
 
 
 def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str, float] | None = None, box: float = 1024.0,
-            start: Vector | None = None, tol: float = 0.05, max_iter: int = 200) -> Optimum:
+            start: Vector | None = None, held: npt.NDArray[np.bool_] | None = None, tol: float = 0.05, max_iter: int = 200) -> Optimum:
     """Minimise the expected noise over all factors within ``[1 / box, box]``, and bound it from below.
 
     ``objective`` is ``"noise"``, the sum over the model's tensors, or ``"range"``, the geometric mean over the tensors of
     ``(R / steps)**2 / 12`` times the geometric mean of ``(f_in / f_out)**2`` over the live channels. That depends on no sensitivity
     (:func:`eqfact.noise.unit_sensitivities` serve); on a chain of layers it is the product of all ranges. ``weights`` multiplies the
-    noise (or the logarithm) of tensors by name. ``start`` holds factors by label, 1 if None; the minimum does not depend on it. The
-    search ends when the certified gap is at most ``tol`` dB, after ``max_iter`` Newton steps, or when the gap no longer falls.
+    noise (or the logarithm) of tensors by name. ``start`` holds factors by label, 1 if None; the minimum does not depend on it. Labels
+    that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB, after
+    ``max_iter`` Newton steps, or when the gap no longer falls.
 
     Raises :class:`ValueError` for unknown objectives and names, and unusable weights, boxes and starts.
 
@@ -80,18 +81,19 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     >>> round(float(f[2] / f[1]), 3)
     4.0
     """
-    limit, size = _limit(objective, box), model.channels.degrees_of_freedom + 1
+    size = model.channels.degrees_of_freedom + 1
+    limit = np.where(_held(held, size), 0.0, _limit(objective, box))
     terms = _terms(model, objective, weights or {})
     u = _start(start, size, limit)
     best, lowest, bound = u, _exact(terms, u), -np.inf
-    if not terms or limit == 0 or size == 1:
+    if not terms or not limit.any():
         return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
     p, iterations, gap, residual = FIRST_EXPONENT, 0, BEFORE, list[float]()
     while True:
         for term in terms:
             term.begin(u, p)
         most = min(STAGE_STEPS, max_iter - iterations) if residual else max_iter
-        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit, most)
+        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit.max(), most)
         iterations += steps
         if (exact := _exact(terms, u)) < lowest:
             best, lowest = u, exact
@@ -105,6 +107,20 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
             return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
 
 
+def objective_at(model: NoiseModel, f: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None) -> float:
+    """What :func:`optimal` minimises, at factors by label: to be compared with its bound."""
+    return float(np.exp(_exact(_terms(model, objective, weights or {}), np.log(f))))
+
+
+def _held(held: npt.NDArray[np.bool_] | None, size: int) -> npt.NDArray[np.bool_]:
+    """The labels that keep the factor 1; label 0, that of the pinned channels, always does."""
+    mask = np.zeros(size, bool) if held is None else np.array(held, bool)
+    if mask.shape != (size,):
+        raise ValueError(f"held must be a mask of {size} labels, the first one for pinned channels, got shape {mask.shape}")
+    mask[0] = True
+    return mask
+
+
 def _limit(objective: str, box: float) -> float:
     """The largest ``|u|`` in the box."""
     if objective not in ("noise", "range"):
@@ -114,14 +130,12 @@ def _limit(objective: str, box: float) -> float:
     return float(np.log(box))
 
 
-def _start(start: Vector | None, size: int, limit: float) -> Vector:
-    """The logarithm of the factors to start from, within the box; label 0 is that of the pinned channels."""
+def _start(start: Vector | None, size: int, limit: Vector) -> Vector:
+    """The logarithm of the factors to start from, within the box."""
     f = np.ones(size) if start is None else np.asarray(start, np.float64)
     if f.shape != (size,) or not (np.isfinite(f).all() and (f > 0).all()):
         raise ValueError(f"start must hold {size} positive factors, by label, the first one for pinned channels, got {start}")
-    u: Vector = np.clip(np.log(f), -limit, limit)
-    u[0] = 0
-    return u
+    return np.clip(np.log(f), -limit, limit)
 
 
 def _terms(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> list[Term]:
@@ -176,7 +190,7 @@ def _exact(terms: Sequence[Term], u: Vector) -> float:
     return _combined(terms, [term.exact(u) for term in terms])[0]
 
 
-def _lower_bound(terms: Sequence[Term], now: State, u: Vector, limit: float) -> float:
+def _lower_bound(terms: Sequence[Term], now: State, u: Vector, limit: Vector) -> float:
     """The least value in the box of ``c + g.u``, by ``log sum N >= sum share log(N / share)`` and the same within every term."""
     value = sum(term.geometric(share, u) for term, share in zip(terms, now.shares, strict=True))
     return float(value - (now.slope * u + np.abs(now.slope) * limit).sum()) - ROUNDOFF
@@ -267,13 +281,13 @@ class Term:
 # ------------------------------------------------------------------------------------------------------ Newton's method
 
 
-def _minimize(terms: Sequence[Term], u: Vector, p: float, limit: float, slope: float, max_iter: int) -> tuple[Vector, State, int]:
+def _minimize(terms: Sequence[Term], u: Vector, p: float, limit: Vector, slope: float, max_iter: int) -> tuple[Vector, State, int]:
     """Newton's method for the smooth model within the box; labels that lean on its walls stay."""
     low, high = np.maximum(-limit, u - REACH / p), np.minimum(limit, u + REACH / p)
     now = _evaluate(terms, u)
     for steps in range(max_iter):
         free = ~((u <= low) & (now.slope > 0) | (u >= high) & (now.slope < 0))
-        free[0] = False
+        free &= limit > 0
         if np.abs(now.slope[free]).sum() <= slope:
             return u, now, steps
         step = np.clip(_newton_step(terms, now, free), -LONGEST_STEP / p**0.5, LONGEST_STEP / p**0.5)

@@ -198,3 +198,73 @@ def test_predicted_terms_add_up_to_the_predicted_sqnr():
     terms = eq.predict_noise(net, stats, sensitivities=sensitivities, **grids)
     total = eq.noise_model(net, stats, sensitivities=sensitivities, **grids).sqnr()
     assert -10 * np.log10(sum(10 ** (t / 10) for t in terms.values())) == pytest.approx(total)
+
+
+@pytest.mark.parametrize("objective", ["noise", "range"])
+@pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
+def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objective):
+    net, data, stats = setting(build)
+    free, exact = (eq.equalize(net, "optimal", stats=stats, objective=objective, exact=exact) for exact in (False, True))
+    assert exact.bound == pytest.approx(free.bound)
+    assert exact.gap_db > free.gap_db
+    assert exact.success == free.success
+    assert f"by more than {exact.gap_db:.2g} dB" in exact.message
+    assert "rounded to powers of two" in exact.message
+    if objective == "noise":
+        model = eq.noise_model(net, stats, weights=W8, activations=A8, sensitivities=eq.forward_sensitivities(net, stats))
+        for result in (free, exact):
+            noise = sum(model.terms(result.factorization).values())
+            assert result.gap_db == pytest.approx(10 * np.log10(noise / result.bound), abs=1e-6)
+
+
+def test_held_labels_keep_the_factor_one_and_no_other_factors_with_them_beat_the_bound():
+    net, data, stats = setting(handmade.mobile)
+    model = eq.noise_model(net, stats, weights=W8, activations=A8, sensitivities=eq.gradient_sensitivities(net, [data]))
+    rng = np.random.default_rng(11)
+    held = rng.random(model.channels.degrees_of_freedom + 1) < 0.4
+    best, free = optimal(model, held=held, tol=0.02), optimal(model, tol=0.02)
+    assert (best.f[held] == 1).all()
+    assert best.gap_db <= 0.02
+    assert best.noise > free.noise
+    for f in random_factorizations(model, 200, rng):
+        f[held] = 1
+        assert sum(t.noise(f) for t in model.tensors) >= best.bound
+    for wrong in (np.zeros(3, bool), np.zeros((2, 2), bool)):
+        with pytest.raises(ValueError, match="held must be a mask of"):
+            optimal(model, held=wrong)
+
+
+def test_optimal_holds_dead_channels_and_says_what_it_holds():
+    rng = np.random.default_rng(3)
+    w1, w2, x = rng.normal(size=(6, 4)), rng.normal(size=(3, 6)), rng.normal(size=(50, 4))
+    w1[2], w1[4] = 0, w1[4] * 1e-9
+    net = eq.Graph.chain((4,), fc1=eq.Dense(w1, rng.normal(size=6) * [1, 1, 1, 1, 0, 1]), act=eq.ReLU(), fc2=eq.Dense(w2))
+    result = eq.equalize(net, "optimal", stats=eq.calibrate(net, x))
+    assert result.factorization["act"][2] == 1
+    assert result.factorization["act"][4] == pytest.approx(1024)
+    assert "1 dead channel keeps the factor 1" in result.message
+    assert "channels held at the bound 1024" in result.message
+
+
+def test_likely_ranges_are_optimised_for_and_seen_ones_predicted_with():
+    net, data, stats = setting(handmade.mobile)
+    likely = eq.likely_ranges(net, stats)
+    plain, other = eq.equalize(net, "optimal", stats=stats), eq.equalize(net, "optimal", stats=stats, ranges=likely)
+    assert other.predicted[0] == plain.predicted[0]
+    assert other.predicted[1] < plain.predicted[1] + plain.gap_db
+    assert other.bound != plain.bound
+    same = eq.equalize(net, "optimal", stats=stats, ranges=stats)
+    assert same.predicted == plain.predicted
+
+
+@pytest.mark.parametrize(("method", "options", "message"), [
+    ("cross_layer", {"preactivation": True}, "preactivation is for method 'one_step' and 'two_step', not for 'cross_layer'"),
+    ("optimal", {"preactivation": True}, "preactivation is for method 'one_step' and 'two_step', not for 'optimal'"),
+    ("one_step", {"objective": "range"}, "objective='range' is for method 'optimal', not for 'one_step'"),
+    ("cross_layer", {"objective": "foo"}, "unknown objective 'foo': use 'noise' or 'range'"),
+    ("two_step", {"ranges": "stats"}, "ranges is for method 'optimal', not for 'two_step'")])
+def test_options_of_other_methods_are_refused(method, options, message):
+    net, _, stats = setting(handmade.mobile)
+    options = {name: stats if value == "stats" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        eq.equalize(net, method, stats=stats, **options)

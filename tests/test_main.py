@@ -111,8 +111,9 @@ def test_equalize_writes_what_the_library_returns(run, method):
     folded = eq.fold_batchnorm(NET)
     stats = eq.calibrate(folded, IMAGES)
     grids = {"weights": eq.UniformQuantizer(bits=8), "activations": eq.UniformQuantizer(bits=8, symmetric=False)}
-    ranges = eq.likely_ranges(folded, stats, eq.batchnorm_gaussians(NET)) if method == "optimal" else stats
-    result = eq.equalize(folded, method, stats=ranges, **grids, sensitivities=eq.gradient_sensitivities(folded, [IMAGES[:commands.SENSED]]))
+    ranges = eq.likely_ranges(folded, stats, eq.batchnorm_gaussians(NET)) if method == "optimal" else None
+    sensitivities = eq.gradient_sensitivities(folded, [IMAGES[:commands.SENSED]])
+    result = eq.equalize(folded, method, stats=stats, ranges=ranges, **grids, sensitivities=sensitivities)
     written = serialization.load("eq.npz")
     for node in result.graph:
         if isinstance(node.op, eq.Weighted):
