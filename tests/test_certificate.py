@@ -203,7 +203,7 @@ def test_predicted_terms_add_up_to_the_predicted_sqnr():
 @pytest.mark.parametrize("objective", ["noise", "range"])
 @pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
 def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objective):
-    net, data, stats = setting(build)
+    net, _, stats = setting(build)
     free, exact = (eq.equalize(net, "optimal", stats=stats, objective=objective, exact=exact) for exact in (False, True))
     assert exact.bound == pytest.approx(free.bound)
     assert exact.gap_db > free.gap_db
@@ -247,7 +247,7 @@ def test_optimal_holds_dead_channels_and_says_what_it_holds():
 
 
 def test_likely_ranges_are_optimised_for_and_seen_ones_predicted_with():
-    net, data, stats = setting(handmade.mobile)
+    net, _, stats = setting(handmade.mobile)
     likely = eq.likely_ranges(net, stats)
     plain, other = eq.equalize(net, "optimal", stats=stats), eq.equalize(net, "optimal", stats=stats, ranges=likely)
     assert other.predicted[0] == plain.predicted[0]
