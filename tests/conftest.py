@@ -2,6 +2,9 @@
 
 import os
 
+# before numpy is imported: on small matrices more threads only wait for each other, for milliseconds if another process has a core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from hypothesis import HealthCheck, settings
 
 # machines differ: no test fails for being slow
