@@ -94,26 +94,30 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
         if given and method not in methods:
             raise ValueError(f"{option} is for method {' and '.join(map(repr, methods))}, not for {method!r}")
     resolved = _resolved(graph, include, exclude)
-    model = None
+    model = wanted = None
     if method == "optimal" or harmless or sensitivities is not None or weights is not None or activations is not None:
         model = _noise_model(graph, resolved, stats, weights, activations, sensitivities, objective)
     if method == "optimal":
         assert model is not None
         wanted = model if ranges is None else _noise_model(graph, resolved, ranges, weights, activations, sensitivities, objective)
-        bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
-        found = _optimum(graph, resolved, wanted, objective, bound, tol, int(max_iter), exact)
+        found = _optimum(graph, resolved, wanted, objective, max_factor, tol, int(max_iter))
     else:
         found = _swept(graph, resolved, method, stats, max_factor, preactivation, tol, max_iter)
-    factorization = found.factorization.power_of_two() if exact and method != "optimal" else found.factorization
-    predicted, message = None, found.message
+    factorization = found.factorization.power_of_two() if exact else found.factorization
+    predicted, message, gap_db = None, found.message, found.gap_db
     if model is not None:
         predicted = (model.sqnr(), model.sqnr(factorization)) if objective == "noise" else None
         if harmless and predicted is None:
             raise ValueError("harmless compares the expected noise: it goes with objective='noise'")
         if harmless and predicted is not None and not predicted[1] > predicted[0]:
-            factorization, predicted = Factorization.identity(graph), (predicted[0], predicted[0])
+            factorization, predicted = Factorization(resolved, np.ones(resolved.degrees_of_freedom + 1)), (predicted[0], predicted[0])
             message += "; the expected noise would not fall, so the network is returned as it is"
-    return replace(found, graph=factorization.apply(graph), factorization=factorization, predicted=predicted, message=message)
+    if wanted is not None:
+        gap_db = _gap_db(found, wanted, factorization, objective)
+        what = "expected noise" if objective == "noise" else "mean of all squared ranges"
+        message += f"; no factors within these bounds lower the {what} by more than {gap_db:.2g} dB"
+    return replace(found, graph=factorization.apply(graph), factorization=factorization, predicted=predicted, message=message,
+                   gap_db=gap_db)
 
 
 def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, weights: UniformQuantizer | None,
@@ -131,9 +135,10 @@ def _noise_model(graph: Graph, resolved: Channels, stats: Statistics | None, wei
     return noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities, resolved=resolved)
 
 
-def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str, bound: float, tol: float, max_iter: int,
-             exact: bool) -> EqualizeResult:
-    """The factorization of the least objective, and its certificate; rounded to powers of two, its distance from the bound is larger."""
+def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str, max_factor: float | None, tol: float,
+             max_iter: int) -> EqualizeResult:
+    """The factorization of the least objective, and its certificate."""
+    bound = CROSS_LAYER_MAX_FACTOR if max_factor is None else max_factor
     if not (np.isfinite(bound) and bound >= 1):
         raise ValueError(f"max_factor must be a finite number of at least 1, got {bound}")
     plans = blocks(layers(graph, resolved), resolved)
@@ -141,18 +146,19 @@ def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str
     for plan in plans:
         dead[plan.labels] = ~_alive(plan, np.ones(len(dead)))
     best = optimal(model, objective=objective, box=bound, held=dead, tol=tol, max_iter=max_iter)
-    factorization, f, gap_db = Factorization(resolved, best.f), best.f, best.gap_db
-    what = f"optimal: {resolved.degrees_of_freedom} factors chosen in {best.iterations} Newton steps; "
-    if exact and best.noise > 0:
-        factorization = factorization.power_of_two()
-        f = factorization.by_label.astype(np.float64)
-        gap_db = float(10 * np.log10(objective_at(model, f, objective=objective) / best.bound))
-        what += "rounded to powers of two; "
-    message = (f"{what}no factors within [1/{bound:g}, {bound:g}] lower the "
-               f"{'expected noise' if objective == 'noise' else 'mean of all squared ranges'} by more than {gap_db:.2g} dB"
-               + _held_back(plans, f, bound, 1 / bound, ""))
-    return EqualizeResult(graph, factorization, best.gap_db <= tol, message, best.iterations, best.residual,
-                          resolved.pinned, bound=best.bound, gap_db=gap_db)
+    message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} Newton steps"
+               + _held_back(plans, best.f, bound, 1 / bound, ""))
+    return EqualizeResult(graph, Factorization(resolved, best.f), best.gap_db <= tol, message, best.iterations, best.residual,
+                          resolved.pinned, bound=best.bound, gap_db=best.gap_db)
+
+
+def _gap_db(found: EqualizeResult, model: NoiseModel, factorization: Factorization, objective: str) -> float:
+    """By how many dB a factorization, that of the optimum or what became of it, can at most be from the best one."""
+    assert found.gap_db is not None and found.bound is not None
+    if factorization is found.factorization:
+        return found.gap_db
+    reached = objective_at(model, np.asarray(factorization.by_label, np.float64), objective=objective)
+    return float(10 * np.log10(reached / found.bound)) if reached > 0 else 0.0
 
 
 def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statistics | None, max_factor: float | None, preactivation: bool,

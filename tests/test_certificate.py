@@ -209,7 +209,6 @@ def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objecti
     assert exact.gap_db > free.gap_db
     assert exact.success == free.success
     assert f"by more than {exact.gap_db:.2g} dB" in exact.message
-    assert "rounded to powers of two" in exact.message
     if objective == "noise":
         model = eq.noise_model(net, stats, weights=W8, activations=A8, sensitivities=eq.forward_sensitivities(net, stats))
         for result in (free, exact):
@@ -268,3 +267,16 @@ def test_options_of_other_methods_are_refused(method, options, message):
     options = {name: stats if value == "stats" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         eq.equalize(net, method, stats=stats, **options)
+
+
+def test_the_gap_of_a_network_returned_as_it_is_is_its_own():
+    """At the optimum nothing can fall any more, up to powers of two: the input comes back, with its own distance from the bound."""
+    net, _, stats = setting(handmade.mobile)
+    best = eq.equalize(net, "optimal", stats=stats, tol=1e-3)
+    again_stats = best.factorization.apply(stats)
+    again = eq.equalize(best.graph, "optimal", stats=again_stats, exact=True, harmless=True)
+    assert "returned as it is" in again.message
+    model = eq.noise_model(best.graph, again_stats, weights=W8, activations=A8,
+                           sensitivities=eq.forward_sensitivities(best.graph, again_stats))
+    assert again.gap_db == pytest.approx(10 * np.log10(sum(model.terms().values()) / again.bound), abs=1e-6)
+    assert again.gap_db < 0.1
