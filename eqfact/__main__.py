@@ -62,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _network(p: argparse.ArgumentParser) -> None:
     p.add_argument("network", metavar="NETWORK", help="a .npz or .onnx file")
+    group = p.add_argument_group("reading ONNX files")
+    group.add_argument("--input-shape", type=input_shape, action="append", default=[], metavar="NAME=C,H,W",
+                       help="sizes of an input, without the batch, where the file leaves them open; once for each such input")
+    group.add_argument("--opaque", action="store_true", help="keep nodes that eqfact has no layer for, and pin what they touch")
+
+
+def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """The name of an input and its sizes, from ``NAME=C,H,W``; a name may hold ``=`` too."""
+    name, _, sizes = text.rpartition("=")
+    try:
+        shape = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        shape = ()
+    if not name or not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"must be NAME=C,H,W with positive sizes, got '{text}'")
+    return name, shape
 
 
 def _other(p: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ def run_demo(args: Args) -> Facts:
 
 
 def run_inspect(args: Args) -> Facts:
-    graph = files.load_network(args.network)
+    (graph,) = _networks(args, args.network)
     resolved = channels(graph)
     pinned = resolved.pinned
     made_by = dict.fromkeys(graph.inputs, "input") | {node.name: type(node.op).__name__ for node in graph.nodes}
@@ -117,8 +117,8 @@ def run_quantize(args: Args) -> Facts:
 
 
 def run_verify(args: Args) -> Facts:
-    graph, images = _given(args)
-    other = files.load_network(args.other)
+    graph, other = _networks(args, args.network, args.other)
+    images = _images(args, graph)
     return {"network": args.network, "other": args.other, **_verification(graph, other, images, len(images))}
 
 
@@ -139,9 +139,24 @@ def _check_outputs(args: Args) -> None:
     files.check_outputs(getattr(args, name) for name in ("output", "factors", "report", "plot") if name in args)
 
 
+def _networks(args: Args, *paths: str) -> list[Graph]:
+    """The networks in these files; the options for ONNX go to those that are ONNX, of which there must be one then."""
+    shapes: dict[str, Sequence[int]] = dict(args.input_shape)
+    if len(shapes) < len(args.input_shape):
+        args.refuse(f"--input-shape names an input twice: {', '.join(name for name, _ in args.input_shape)}")
+    for flag, given in (("--input-shape", shapes), ("--opaque", args.opaque)):
+        if given and all(files.network_kind(path) == ".npz" for path in paths):
+            args.refuse(f"{flag} is for ONNX files: leave it out for {' and '.join(map(repr, paths))}")
+    return [files.load_network(path, opaque=args.opaque, input_shapes=shapes) for path in paths]
+
+
 def _given(args: Args) -> tuple[Graph, files.Images]:
-    graph = files.load_network(args.network)
-    return graph, files.load_images(args.data, graph) if args.data else files.random_images(graph)
+    (graph,) = _networks(args, args.network)
+    return graph, _images(args, graph)
+
+
+def _images(args: Args, graph: Graph) -> files.Images:
+    return files.load_images(args.data, graph) if args.data else files.random_images(graph)
 
 
 def _parameters(graph: Graph) -> int:

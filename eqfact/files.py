@@ -10,7 +10,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -34,11 +34,11 @@ BATCH_ENTRIES = 2**25
 RANDOM_IMAGES = 4
 
 
-def load_network(path: str) -> Graph:
-    """Read a network, native or ONNX."""
+def load_network(path: str, *, opaque: bool = False, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Graph:
+    """Read a network, native or ONNX; the options are those of :func:`eqfact.onnx.load`, native files have no use for them."""
     if network_kind(path) == ".npz":
         return serialization.load(path)
-    graph: Graph = _onnx().load(path)
+    graph: Graph = _onnx().load(path, opaque=opaque, input_shapes=input_shapes)
     return graph
 
 

@@ -400,6 +400,9 @@ def test_refusals_say_why_and_leave_nothing(run, folder, line):
 USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --method magic",
          "equalize net.npz -o out.npz --method two_step",
          "equalize net.npz -o out.npz --method one_step --apply f.npz", "equalize net.npz -o out.npz --apply f.npz --tol 0.1",
+         "inspect net.onnx --input-shape x", "inspect net.onnx --input-shape x=", "inspect net.onnx --input-shape =3,4,4",
+         "inspect net.onnx --input-shape x=3,H,W", "inspect net.onnx --input-shape x=3,0,4",
+         "inspect net.onnx --input-shape x=3,4,4 --input-shape x=3,4,4", "demo --opaque",
          "quantize net.npz -o out.npz", "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
 
 
@@ -495,6 +498,54 @@ def test_the_same_verbs_for_onnx(run):
     assert run("inspect images.onnx")[0] == 3
     Path("images.onnx").write_bytes(Path("images.npz").read_bytes())
     assert run("inspect images.onnx")[0] == 3
+
+
+@pytest.fixture
+def hard_onnx(folder):
+    """A file with open sizes, and with an op that eqfact has no layer for: what no verb can read without help."""
+    pytest.importorskip("onnx")
+    import onnx
+    import onnx_models as small
+    nodes = [onnx.helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in (
+        ("Conv", ["x", "w1"], "conv"), ("Relu", ["conv"], "act"), ("Conv", ["act", "w2"], "conv2"), ("Cos", ["conv2"], "y"))]
+    weights = {"w1": RNG.normal(size=(8, 2, 3, 3)).astype(np.float32), "w2": RNG.normal(size=(3, 8, 1, 1)).astype(np.float32)}
+    onnx.save(small.model(nodes, {"x": ["N", 2, "H", "W"]}, ["y"], weights), "hard.onnx")
+    return "hard.onnx"
+
+
+VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quantize": "-o out.onnx", "verify": "hard.onnx", "report": ""}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_reads_onnx_files_with_open_sizes_and_foreign_ops(run, hard_onnx, verb):
+    line = f"{verb} hard.onnx {VERBS[verb]}" + (" --data images.npz" if verb in ("equalize", "quantize", "report") else "")
+    status, error = run(line)
+    assert status == 3 and "(?, 2, ?, ?)" in error and "on the command line --input-shape x=C,H,W" in error
+    status, error = run(f"{line} --input-shape x=2,6,6")
+    assert status == 3 and "'y' (Cos)" in error and "on the command line --opaque" in error
+    assert not Path("out.onnx").exists()
+    assert facts_of(run, f"{line} --input-shape x=2,6,6 --opaque")["ok"]
+    assert run(f"{line} --input-shape x=2,6,6 --input-shape z=3 --opaque") == (
+        3, "eqfact: error: hard.onnx: input_shapes (--input-shape) names ['z'], the network's inputs are ['x']\n")
+    if verb == "inspect":
+        assert facts_of(run, f"{line} --input-shape x=2,6,6 --opaque")["outputs"] == {"y": [3, 4, 4]}
+
+
+@pytest.mark.parametrize("flag", ["--opaque", "--input-shape x=2,6,6"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_for_onnx_files_are_refused_for_native_ones(folder, capsys, verb, flag):
+    with pytest.raises(SystemExit) as raised:
+        main(f"{verb} net.npz {VERBS[verb].replace('hard.onnx', 'net.npz').replace('.onnx', '.npz')} {flag}".split())
+    assert raised.value.code == 2
+    named = "'net.npz' and 'net.npz'" if verb == "verify" else "'net.npz'"
+    assert f"error: {flag.split()[0]} is for ONNX files: leave it out for {named}\n" in capsys.readouterr().err
+
+
+def test_options_for_onnx_files_help_where_one_of_two_is_native(run):
+    pytest.importorskip("onnx")
+    assert facts_of(run, "fold net.npz -o folded.onnx")["ok"]
+    assert facts_of(run, "verify net.npz folded.onnx --opaque --input-shape x=2,6,6")["ok"]
+    assert facts_of(run, "verify folded.onnx net.npz --opaque --input-shape x=2,6,6")["ok"]
 
 
 def test_progress_is_optional(monkeypatch):

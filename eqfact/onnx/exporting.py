@@ -174,7 +174,7 @@ class Writer:
         if self.standard.version < version:
             if any(isinstance(n.op, Opaque) for n in self.graph.nodes):
                 raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} needs opset {version}, and a node kept "
-                                f"with opaque=True needs its own, {self.standard.version}")
+                                f"as it is (opaque) needs its own, {self.standard.version}")
             self.standard.version = version
             self.header.ir_version = max(self.header.ir_version, helper.find_min_ir_version_for([self.standard], ignore_unknown=True))
 

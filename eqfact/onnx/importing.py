@@ -98,7 +98,8 @@ class Importer:
         inputs = [i for i in self.model.graph.input if i.name not in self.tensors]
         unknown = sorted(set(given) - {i.name for i in inputs})
         if unknown:
-            raise OnnxError(f"{self.path}: input_shapes names {unknown}, the network's inputs are {[i.name for i in inputs]}")
+            raise OnnxError(f"{self.path}: input_shapes (--input-shape) names {unknown}, "
+                            f"the network's inputs are {[i.name for i in inputs]}")
         batches = set()
         for info in inputs:
             kind = info.type.tensor_type
@@ -118,13 +119,14 @@ class Importer:
     def _shape(self, name: str, dims: Sequence[int | None], given: Sequence[int] | None) -> Shape:
         if given is not None:
             if dims and (len(given) != len(dims) - 1 or any(d not in (None, g) for d, g in zip(dims[1:], given, strict=True))):
-                raise OnnxError(f"{self.path}: input_shapes gives input '{name}' the shape {tuple(given)} (without batch), "
+                raise OnnxError(f"{self.path}: input_shapes (--input-shape) gives input '{name}' the shape {tuple(given)} (without batch), "
                                 f"the file says {dims}")
             return tuple(int(n) for n in given)
         if len(dims) < 2 or any(d is None for d in dims[1:]):
             seen = ", ".join("?" if d is None else str(d) for d in dims)
             raise OnnxError(f"{self.path}: input '{name}' has the shape ({seen}); eqfact needs a batch and fixed sizes (N, C, *spatial): "
-                            f"give input_shapes={{'{name}': (C, *spatial)}}, without the batch")
+                            f"give input_shapes={{'{name}': (C, *spatial)}} (on the command line --input-shape {name}=C,H,W), "
+                            "without the batch")
         if dims[0] == 0 or not all(dims[1:]):
             raise OnnxError(f"{self.path}: input '{name}' has an axis of size 0: shape {list(dims)}")
         return tuple(int(d) for d in dims[1:] if d is not None)
@@ -168,8 +170,8 @@ class Importer:
         except (ValueError, TypeError) as error:
             reason = str(error)
         if not self.opaque:
-            raise self.error(proto, f"{reason}; load with opaque=True to keep this node as it is (then its channels are pinned), "
-                                    "or export the network without it", UnsupportedNode)
+            raise self.error(proto, f"{reason}; load with opaque=True (on the command line --opaque) to keep this node as it is "
+                                    "(then its channels are pinned), or export the network without it", UnsupportedNode)
         return self._kept(proto, call)
 
     def _folded(self, proto: onnx.NodeProto, call: Call) -> Sequence[Tensor]:
@@ -205,12 +207,12 @@ class Importer:
                 elif isinstance(tensor, View):
                     inputs[name] = call.value(tensor)
             except ValueError as error:
-                raise self.error(proto, f"not even opaque=True can keep it: {error}") from error
+                raise self.error(proto, f"not even opaque=True (--opaque) can keep it: {error}") from error
         try:
             ops = opaque_ops(proto, self.opsets, {name: self.shapes[v] for name, v in inputs.items()}, constants,
                              np.dtype(self.dtype), self.samples)
         except ValueError as error:
-            raise self.error(proto, f"not even opaque=True can keep it: {error}", UnsupportedNode) from error
+            raise self.error(proto, f"not even opaque=True (--opaque) can keep it: {error}", UnsupportedNode) from error
         origin = Origin(str(proto.name), {}, False, self.header)
         return [self.add(name or self.fresh(f"{proto.output[0]}.unused"), op, tuple(inputs.values()), origin)
                 for name, op in zip(proto.output, ops, strict=True)]
