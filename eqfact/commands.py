@@ -83,6 +83,8 @@ def run_fold(args: Args) -> Facts:
 def run_equalize(args: Args) -> Facts:
     _check_outputs(args)
     graph, images = _given(args)
+    if args.harmless and not (args.data or args.apply):
+        args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
     result = _equalized(args, graph, start, stats, images)

@@ -417,6 +417,13 @@ def test_wrong_usage(folder, capsys, line):
     assert set(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("options", ["--harmless", "--harmless --method two_step", "--method optimal"])
+def test_what_needs_images_asks_for_them(folder, capsys, options):
+    with pytest.raises(SystemExit) as raised:
+        main(f"equalize net.npz -o out.npz {options}".split())
+    assert raised.value.code == 2 and capsys.readouterr().err.endswith(": give --data FILE.npz\n")
+
+
 def test_a_failing_write_leaves_the_old_files(run, folder, monkeypatch):
     Path("f.npz").write_text("old factors")
     Path("out.npz").write_text("old network")
