@@ -100,14 +100,17 @@ def _fold(p: argparse.ArgumentParser) -> None:
 def _method(p: argparse.ArgumentParser) -> None:
     how = p.add_mutually_exclusive_group()
     how.add_argument("--method", choices=commands.METHODS, default=commands.METHODS[0], help="default: %(default)s; "
-                     f"all but {', '.join(commands.DATA_FREE)} need --data")
+                     f"all but {', '.join(commands.DATA_FREE)} need --data, and optimal equalizes the ranges that channels may reach "
+                     "on other data too (eqfact.likely_ranges), not those seen alone")
     how.add_argument("--apply", metavar="FACTORS.npz", help="no method: the factors that --factors wrote")
     p.add_argument("--exact", action="store_true", help="powers of two only: the outputs stay bit for bit the same")
     p.add_argument("--max-factor", type=float, metavar="F", help="bound on the factors")
     p.add_argument("--harmless", action="store_true", help="return the network as it is where the expected noise would not fall")
     p.add_argument("--preactivation", action="store_true", help="the paper's optional limit by the range before the activation")
-    p.add_argument("--tol", type=float, metavar="T", help="converged when no |log factor| moves by more")
-    p.add_argument("--max-iter", type=int, metavar="N", help="at most so many sweeps")
+    p.add_argument("--tol", type=float, metavar="T", help="cross_layer: converged when no |log factor| moves by more (0.001); "
+                   "optimal: when the factors are certified to be within so many dB of the best (0.05)")
+    p.add_argument("--max-iter", type=int, metavar="N",
+                   help="at most so many: sweeps of cross_layer (1000), Newton steps of optimal (200)")
     p.add_argument("--include", nargs="+", action="extend", metavar="VALUE", help="only the channels of these values get factors")
     p.add_argument("--exclude", nargs="+", action="extend", metavar="VALUE", help="the channels of these values get none")
     p.add_argument("--factors", metavar="FILE.npz", help="write the factors of every value")

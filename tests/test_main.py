@@ -573,6 +573,16 @@ def test_only_the_command_line_prints():
         assert "print" not in names or path.name == "__main__.py", path
 
 
+def test_help_tells_what_options_mean_for_each_method(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["equalize", "--help"])
+    assert raised.value.code == 0
+    help_ = " ".join(capsys.readouterr().out.split())
+    for said in ("no |log factor| moves by more (0.001)", "within so many dB of the best (0.05)", "sweeps of cross_layer (1000)",
+                 "Newton steps of optimal (200)", "may reach on other data too (eqfact.likely_ranges)"):
+        assert said in help_
+
+
 def test_the_program_starts():
     version, help_ = (subprocess.run([sys.executable, "-m", "eqfact", option], capture_output=True, text=True, check=True).stdout
                       for option in ("--version", "--help"))
