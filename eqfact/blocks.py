@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.calibration import Statistics
+from eqfact.calibration import check_statistics as check_statistics  # equalization.py takes it from here
 from eqfact.channels import Channels
 from eqfact.graph import Graph
 from eqfact.ops.base import Weighted, channel_vector
@@ -207,18 +208,6 @@ def activation_of(graph: Graph, value: str) -> str:
     while value not in graph.outputs and (reader := fused_activation(readers[value])) is not None:
         value = reader.name
     return value
-
-
-def check_statistics(graph: Graph, stats: Statistics) -> None:
-    """An error if the statistics are not of this graph, or not finite."""
-    missing = sorted(set(graph.shapes) - set(stats))
-    if missing:
-        raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
-    for name, shape in graph.shapes.items():
-        if stats[name].max.shape != shape[:1]:
-            raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
-        if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
-            raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
 
 
 def activation_ranges(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:

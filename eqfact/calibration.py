@@ -109,6 +109,18 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
     return Statistics(total)
 
 
+def check_statistics(graph: Graph, stats: Statistics) -> None:
+    """An error if the statistics are not of this graph, or not finite."""
+    missing = sorted(set(graph.shapes) - set(stats))
+    if missing:
+        raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
+    for name, shape in graph.shapes.items():
+        if stats[name].max.shape != shape[:1]:
+            raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
+        if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
+            raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
+
+
 def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple[Array, Array]] | None = None, *,
                   deviations: float = 8.0) -> Statistics:
     """Statistics with the extremes that other data may reach: what is to be equalized when calibration data are few.
@@ -119,7 +131,7 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
     known better, as :func:`eqfact.batchnorm_gaussians` reads them off the unfolded network; names that the graph lacks are left
     out. Give the result to :func:`eqfact.equalize` for ``ranges``; :func:`eqfact.quantize` goes by the extremes seen.
 
-    :class:`ValueError` if ``deviations`` is negative or the statistics are of another graph.
+    :class:`ValueError` if ``deviations`` is negative, the statistics are of another graph, or a mean or deviation is no number.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0]])), act=ReLU())
     >>> stats = calibrate(net, np.array([[-5.0], [-3.0]]))
@@ -128,20 +140,38 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
     """
     if not (np.isfinite(deviations) and deviations >= 0):
         raise ValueError(f"deviations must be a finite number of at least 0, got {deviations}")
+    check_statistics(graph, stats)
     layers = [node.name for node in graph.nodes if isinstance(node.op, Weighted)]
-    moments: dict[str, tuple[Array, Array]] = {name: (stats[name].mean, np.sqrt(stats[name].variance)) for name in layers}
+    moments: dict[str, object] = {name: (stats[name].mean, np.sqrt(stats[name].variance)) for name in layers}
     moments |= {name: of for name, of in (gaussians or {}).items() if name in graph.shapes}
     ends: dict[str, Array] = {}
-    for name, (mean, deviation) in moments.items():
-        if not np.shape(mean) == np.shape(deviation) == graph.shapes[name][:1]:
-            raise ValueError(f"mean and deviation of value '{name}' have shapes {np.shape(mean)} and {np.shape(deviation)}, "
-                             f"the network has {graph.shapes[name][0]} channels")
+    for name, of_value in moments.items():
+        mean, deviation = _gaussian(name, of_value, graph.shapes[name][0])
         ends[name] = np.stack([mean - deviations * deviation, mean + deviations * deviation])
     for node in graph.nodes:
         if isinstance(node.op, Commuting) and node.op.activation and node.inputs[0] in ends:
             ends.setdefault(node.name, node.op.forward(ends[node.inputs[0]]))
     return Statistics({name: replace(of, min=np.minimum(of.min, ends[name].min(axis=0)), max=np.maximum(of.max, ends[name].max(axis=0)))
                        if name in ends else of for name, of in stats.items()})
+
+
+def _gaussian(name: str, of: Any, channels: int) -> tuple[Array, Array]:
+    """Mean and standard deviation of a value, ``(C,)`` each, if that is what they are."""
+    try:
+        mean, deviation = (np.asarray(moment, np.float64) for moment in of)
+    except (TypeError, ValueError):
+        raise ValueError(f"value '{name}' needs a mean and a standard deviation for each of its {channels} channels, as two arrays "
+                         f"({channels},), got {' '.join(repr(of).split())[:80]}; "
+                         "eqfact.batchnorm_gaussians reads them off an unfolded network") from None
+    if not mean.shape == deviation.shape == (channels,):
+        raise ValueError(f"mean and deviation of value '{name}' have shapes {mean.shape} and {deviation.shape}, "
+                         f"the network has {channels} channels: give two arrays ({channels},)")
+    wrong = ~(np.isfinite(mean) & np.isfinite(deviation) & (deviation >= 0))
+    if wrong.any():
+        channel = int(np.argmax(wrong))
+        raise ValueError(f"value '{name}', channel {channel}: mean {mean[channel]} and standard deviation {deviation[channel]} must be "
+                         "finite, and the latter not negative; leave the value out where they are not known")
+    return mean, deviation
 
 
 def _reduce(value: Array) -> ValueStatistics:

@@ -1,5 +1,7 @@
 """Statistics: of one batch against numpy, of shards against the whole, of rescaled networks against rescaled statistics."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -227,5 +229,40 @@ def test_likely_ranges_refuse_what_does_not_fit():
         eq.likely_ranges(graph, stats, deviations=-1)
     with pytest.raises(ValueError, match=rf"mean and deviation of value '{name}' have shapes \(9,\) and \(9,\), the network has"):
         eq.likely_ranges(graph, stats, {name: (np.zeros(9), np.zeros(9))})
-    with pytest.raises(KeyError, match="no statistics of value"):
+    with pytest.raises(ValueError, match=r"the statistics lack value '.*': calibrate this graph, after folding"):
         eq.likely_ranges(graph, eq.calibrate(BY_NAME["one layer"].graph, np.ones((1, 2))))
+
+
+@pytest.mark.parametrize("value", ["x", "fc", "act"])
+def test_likely_ranges_need_statistics_of_every_value(value):
+    graph, stats = scalar_net()
+    with pytest.raises(ValueError, match=f"the statistics lack value '{value}': calibrate this graph, after folding"):
+        eq.likely_ranges(graph, eq.Statistics({name: of for name, of in stats.items() if name != value}))
+    narrow = eq.calibrate(eq.Graph.chain((1,), fc=eq.Dense(np.ones((2, 1))), act=eq.ReLU()), np.ones((1, 1)))
+    with pytest.raises(ValueError, match="the statistics of value 'fc' have 2 channels, the network has 1"):
+        eq.likely_ranges(graph, narrow)
+    spoiled = eq.Statistics({**stats, value: dataclasses.replace(stats[value], min=np.array([np.nan]))})
+    with pytest.raises(ValueError, match=f"the statistics of value '{value}' hold NaN or infinity"):
+        eq.likely_ranges(graph, spoiled)
+
+
+@pytest.mark.parametrize(("gaussian", "said"), [
+    (np.ones(6), r"value 'fc' needs a mean and a standard deviation for each of its 1 channels, as two arrays \(1,\), got array\(\[1., 1., "
+                 r".*batchnorm_gaussians reads them off an unfolded network"),
+    (3.0, r"value 'fc' needs a mean and a standard deviation .*, got 3.0"),
+    (np.ones(2), r"mean and deviation of value 'fc' have shapes \(\) and \(\), the network has 1 channels: give two arrays \(1,\)"),
+    (([np.nan], [1.0]), "value 'fc', channel 0: mean nan and standard deviation 1.0 must be finite"),
+    (([0.0], [np.inf]), "value 'fc', channel 0: mean 0.0 and standard deviation inf must be finite"),
+    (([0.0], [-1.0]), "standard deviation -1.0 must be finite, and the latter not negative; leave the value out"),
+], ids=["one array", "a number", "two numbers", "nan", "infinite", "negative"])
+def test_likely_ranges_refuse_gaussians_that_are_none(gaussian, said):
+    graph, stats = scalar_net()
+    with pytest.raises(ValueError, match=said):
+        eq.likely_ranges(graph, stats, {"fc": gaussian})
+    eq.likely_ranges(graph, stats, {"elsewhere": gaussian})  # the unfolded network may have more
+
+
+def scalar_net():
+    """A layer and its activation, of one channel, and their statistics."""
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.ones((1, 1))), act=eq.ReLU())
+    return graph, eq.calibrate(graph, np.array([[1.0], [3.0]]))
