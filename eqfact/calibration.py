@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eqfact.graph import Data, Graph, walk
+from eqfact.graph import Data, Graph, batches_of, walk
 from eqfact.ops.base import Array, Commuting, Weighted
 
 
@@ -97,7 +97,7 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
     (-6.0, -2.0)
     """
     total: dict[str, ValueStatistics] = {}
-    for batch in ([batches] if isinstance(batches, (np.ndarray, Mapping)) else batches):  # type: ignore[union-attr]
+    for batch in batches_of(batches):
         for name, value in walk(graph, batch):
             of_batch = _reduce(value)
             total[name] = total[name] + of_batch if name in total else of_batch

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy.special import ndtr
 
 from eqfact.factorization import Factorization
-from eqfact.graph import Data, Graph, Node, checked_inputs, walk
+from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, walk
 from eqfact.ops.base import Array, Op, Shape, Weighted, along_channels, spread
 from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
@@ -321,7 +321,7 @@ def _behind(node: Node, graph: Graph, readers: Mapping[str, Sequence[Node]], use
 def _shares_below(graph: Graph, absorbed: Mapping[str, Vector], batches: Data | Iterable[Data]) -> dict[str, float]:
     """The share of the entries, of the channels where something was absorbed, that lie below that."""
     below, seen = Counter[str](), Counter[str]()
-    for batch in ([batches] if isinstance(batches, (np.ndarray, Mapping)) else batches):  # type: ignore[union-attr]
+    for batch in batches_of(batches):
         for name, value in walk(graph, batch):
             if name in absorbed:
                 moved = np.flatnonzero(absorbed[name])

@@ -178,6 +178,11 @@ def values(graph: Graph, x: Data) -> dict[str, Array]:
     return dict(walk(graph, x))
 
 
+def batches_of(data: Data | Iterable[Data]) -> Iterable[Data]:
+    """The batches that a caller gave: what is one batch, an array or a mapping, is the only one."""
+    return [data] if isinstance(data, (np.ndarray, Mapping)) else data  # type: ignore[return-value]
+
+
 def checked_inputs(graph: Graph, x: Data) -> dict[str, Array]:
     """The input arrays by name, in the network's dtype, or an error that names the input and the rule."""
     if not isinstance(x, Mapping):

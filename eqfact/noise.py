@@ -21,7 +21,7 @@ from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
-from eqfact.graph import Data, Graph, values
+from eqfact.graph import Data, Graph, batches_of, checked_inputs, values
 from eqfact.ops.base import Array, Weighted, along_channels
 from eqfact.ops.weighted import BatchNorm
 from eqfact.quantization import UniformQuantizer, stored_values
@@ -43,10 +43,11 @@ class Sensitivities:
     signal: float
 
 
-def gradient_sensitivities(graph: Graph, batches: Iterable[Data], *, projections: int = 4, seed: int = 0,
+def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, projections: int = 4, seed: int = 0,
                            means: Statistics | None = None) -> Sensitivities:
     """Squared gradients of random projections of the output (PAPER 9): ``E (d v.y / d w)**2`` over images and ``v`` of +-1.
 
+    ``batches`` is one batch ``(N, C, *spatial)`` (arrays by name for several inputs), or any iterable of batches.
     A weight that is 0 and an activation entry that is 0 are on every grid exactly; they make no noise and do not count. With
     ``means`` (statistics of the same graph) weights are measured against inputs with their channel mean taken off: that is the noise
     which is left when a bias correction removes its mean.
@@ -57,7 +58,7 @@ def gradient_sensitivities(graph: Graph, batches: Iterable[Data], *, projections
     of_weights: dict[str, Vector] = {}
     of_values: dict[str, Vector] = {}
     signal, images = 0.0, 0
-    for batch in batches:
+    for batch in batches_of(batches):
         for x in _single_images(graph, batch):
             env = values(graph, x)
             images += 1
@@ -236,8 +237,5 @@ def _taps(op: Weighted, array: Array) -> Vector:
 
 
 def _single_images(graph: Graph, batch: Data) -> Iterable[Data]:
-    if isinstance(batch, Mapping):
-        arrays = {name: np.asarray(v) for name, v in batch.items()}
-        return [{name: v[i:i + 1] for name, v in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
-    array = np.asarray(batch)
-    return [array[i:i + 1] for i in range(len(array))]
+    arrays = checked_inputs(graph, batch)
+    return [{name: a[i:i + 1] for name, a in arrays.items()} for i in range(len(next(iter(arrays.values()))))]

@@ -221,6 +221,23 @@ def test_gradient_sensitivities_repeat_bit_for_bit_and_say_what_they_lack():
         gradient_sensitivities(graph, [])
 
 
+def test_gradient_sensitivities_take_one_batch_as_calibration_does():
+    graph = smooth_net()
+    x = data_of(graph)
+    listed = gradient_sensitivities(graph, [x])
+    for one in (x, dict.fromkeys(graph.inputs, x)):
+        s = gradient_sensitivities(graph, one)
+        assert s.signal == listed.signal
+        assert all(np.array_equal(s.weights[n], of) for n, of in listed.weights.items())
+        assert all(np.array_equal(s.activations[n], of) for n, of in listed.activations.items())
+    a, b = np.ones((2, 1)), np.ones((3, 1))
+    two = eq.Graph({"a": (1,), "b": (1,)}, [eq.Node("y", eq.Add(), ["a", "b"])], ["y"])
+    with pytest.raises(ValueError, match=r"inputs must have equal batch sizes, got \{'a': 2, 'b': 3\}"):
+        gradient_sensitivities(two, {"a": a, "b": b})
+    with pytest.raises(TypeError, match=r"the network has inputs \['a', 'b'\]: give a dict of arrays by name"):
+        gradient_sensitivities(two, a)
+
+
 @each_net
 def test_forward_sensitivities_are_noise_to_signal_where_the_noise_is_read(net):
     graph, x = net.graph, net.data(3)
