@@ -23,7 +23,7 @@ from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import rounded_bias
+from eqfact.quantization import quantized_node, rounded_bias
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
@@ -51,7 +51,8 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
 
     ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Biases on
     the grid of their accumulator stay on it, and within its 32 bits. Weights that several nodes share stay shared, but each node
-    gets its own bias; BatchNorms are left. :class:`ValueError` if a layer of ``quantized`` is not one of ``graph``.
+    gets its own bias; BatchNorms are left. :class:`ValueError` if ``graph`` is quantized itself, or a layer of ``quantized`` is not one
+    of it.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))
@@ -84,6 +85,7 @@ def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Gaussia
     ``gaussians`` gives mean and standard deviation ``(C,)`` of values taken to be normal, network inputs too, as
     :func:`batchnorm_gaussians` reads them off the unfolded network; those of other values are not used. From there means pass exactly
     through one activation and through everything linear, paddings included. Layers whose input's mean does not follow are left.
+    :class:`ValueError` as for :func:`correct_bias`.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))
@@ -195,6 +197,9 @@ def clipped_normal_mean(mean: npt.ArrayLike, deviation: npt.ArrayLike, low: npt.
 
 def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
     """The layers of the quantized network that have a bias to correct, and the names of the float network's values that they make."""
+    if (node := quantized_node(graph)) is not None:
+        raise ValueError(f"the float network comes first, then the quantized one, but node '{node.name}' of the first is quantized: "
+                         "give the network that was quantized, and what quantize made of it")
     found = {}
     for node in quantized.nodes:
         if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):

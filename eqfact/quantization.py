@@ -154,8 +154,16 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would not fit,
     ``s_w`` is raised.
 
-    Fold BatchNorm first: one that is left is computed in float.
+    Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
+    :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
     """
+    for argument, quantizer in (("weights", weights), ("activations", activations)):
+        if not isinstance(quantizer, UniformQuantizer | None):
+            raise TypeError(f"{argument} must be a quantizer or None (float), got {quantizer!r}: "
+                            "give for instance UniformQuantizer(bits=8)")
+    for node in graph.nodes:  # weights alone may be quantized again: those on their grid stay where they are
+        if isinstance(node.op, FakeQuantize):
+            raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     if activations is not None and stats is None:
         raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
     nodes: list[Node] = []
@@ -195,6 +203,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             store(node.name)
             nodes.append(Node(node.name, FakeQuantize(grids[node.name]), (name,)))
     return replace(graph, nodes=tuple(nodes))
+
+
+def quantized_node(graph: Graph) -> Node | None:
+    """The first node whose weights are on a grid, or that puts its input on one; None in a float network."""
+    return next((node for node in graph.nodes if isinstance(node.op, FakeQuantize)
+                 or (isinstance(node.op, Weighted) and node.op.grid is not None)), None)
 
 
 def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:

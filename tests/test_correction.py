@@ -251,6 +251,18 @@ def test_another_network_is_refused():
         eq.correct_bias(narrow, eq.Graph({"y": (2,)}, [eq.Node("x", eq.Dense(np.eye(2)), ["y"])], ["x"]), np.ones((1, 2)))
 
 
+@pytest.mark.parametrize(("setting", "named"), [("W8A8", "x.quantized"), ("weights only", "conv1")])
+def test_swapped_arguments_are_refused(setting, named):
+    graph, q, x = prepared(handmade.plain, SETTINGS[setting])
+    said = (f"the float network comes first, then the quantized one, but node '{named}' of the first is quantized: "
+            "give the network that was quantized, and what quantize made of it")
+    for first, second in ((q, graph), (q, q)):
+        with pytest.raises(ValueError, match=said):
+            eq.correct_bias(first, second, x)
+        with pytest.raises(ValueError, match=said):
+            eq.correct_bias_analytically(first, second, {"x": (np.zeros(3), np.ones(3))})
+
+
 def test_data_that_forward_refuses_is_refused():
     graph, q, x = prepared(handmade.two_inputs, SETTINGS["W8A8"])
     with pytest.raises(ValueError, match=r"needs inputs \['x', 'y'\], got \['x'\]"):
@@ -646,7 +658,13 @@ def test_the_wrong_sign_is_caught(caught):
 
 def test_the_quantized_mean_as_the_truth_is_caught(caught):
     right = eq.correct_bias
-    caught(mean_law, eq, "correct_bias", lambda graph, q, x: right(q, q, x))
+
+    def of_the_quantized(graph, q, x):
+        with pytest.MonkeyPatch.context() as planting:  # it is refused otherwise
+            planting.setattr(correction, "quantized_node", lambda graph: None)
+            return right(q, q, x)
+
+    caught(mean_law, eq, "correct_bias", of_the_quantized)
 
 
 def test_forgetting_that_earlier_layers_are_corrected_is_caught(caught):

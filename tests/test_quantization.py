@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from fractions import Fraction
 
 import handmade
@@ -582,6 +583,26 @@ def test_activations_need_statistics_of_this_graph():
     wider = eq.Graph.chain((3, 6, 6), **{n.name: n.op for n in graph} | more)
     with pytest.raises(ValueError, match="the statistics of value 'act1' have 4 channels, the network has 6"):
         eq.quantize(wider, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+
+
+@pytest.mark.parametrize("wrong", [8, "int8", {"bits": 8}, eq.UniformQuantizer], ids=str)
+@pytest.mark.parametrize("argument", ["weights", "activations"])
+def test_what_is_no_quantizer_is_refused(argument, wrong):
+    m = Maker(19)
+    graph = handmade.plain(m)
+    with pytest.raises(TypeError, match=re.escape(f"{argument} must be a quantizer or None (float), got {wrong!r}: "
+                                                  "give for instance UniformQuantizer(bits=8)")):
+        eq.quantize(graph, stats=eq.calibrate(graph, m.data(graph)), **{argument: wrong})
+
+
+@pytest.mark.parametrize("again", [{"weights": W8}, {"activations": A8}, {}], ids=str)
+def test_a_quantized_network_is_not_quantized_again(again):
+    m = Maker(20)
+    graph = handmade.plain(m)
+    stats = eq.calibrate(graph, m.data(graph))
+    quantized = eq.quantize(graph, weights=W8, activations=A8, stats=stats)
+    with pytest.raises(ValueError, match=r"node 'x\.quantized': the network is quantized already: quantize the float network"):
+        eq.quantize(quantized, stats=eq.calibrate(quantized, m.data(graph)), **again)
 
 
 def test_groups_are_for_weights():
