@@ -16,7 +16,8 @@ import onnx
 from onnx import helper
 
 from eqfact.graph import Graph, Node
-from eqfact.onnx.exporting import AnyArray, Path_, Writer, write_model
+from eqfact.onnx.call import AnyArray
+from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.ops import Commuting, Pad, Weighted
 from eqfact.ops.base import Array

@@ -1,0 +1,228 @@
+"""How is each op written as ONNX? One short function each, in the table :data:`WRITERS`: the way back of :mod:`eqfact.onnx.nodes`.
+
+A function gets the :class:`~eqfact.onnx.exporting.Writer`, the node and its op, and adds the ONNX nodes and initializers that compute
+the same. The value has the name of the node; what stands between several ONNX nodes is named after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from eqfact.graph import Node
+from eqfact.onnx.call import AnyArray
+from eqfact.onnx.opaque import Opaque
+from eqfact.onnx.origin import Origin
+from eqfact.ops import (
+    GELU,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Clip,
+    Concat,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Erf,
+    Flatten,
+    GlobalAvgPool,
+    HardSigmoid,
+    HardSwish,
+    Identity,
+    LeakyReLU,
+    MaxPool,
+    Mul,
+    Op,
+    Pad,
+    Permute,
+    PReLU,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Slice,
+    Softmax,
+    Tanh,
+    Transpose,
+    Unflatten,
+    Upsample,
+)
+from eqfact.ops.base import Padding, per_axis, per_side
+
+if TYPE_CHECKING:
+    from eqfact.onnx.exporting import Writer
+
+
+def _plain(kind: str, **attributes: Callable[[Any], Any]) -> Callable[[Writer, Node, Any], None]:
+    """A writer for ops that are one ONNX node without parameters."""
+    def write(w: Writer, node: Node, op: Any) -> None:
+        w.node(kind, node.inputs, node.name, node, **{name: of(op) for name, of in attributes.items()})
+    return write
+
+
+def _pads(padding: Padding, axes: int) -> list[int]:
+    sides = per_side(padding, axes)
+    return [s[0] for s in sides] + [s[1] for s in sides]
+
+
+def dense(w: Writer, node: Node, op: Dense) -> None:
+    as_was = isinstance(node.origin, Origin) and node.origin.transposed
+    weight = w.weight(node, op, np.transpose if as_was else np.asarray)
+    if as_was and op.bias is None:
+        w.node("MatMul", [*node.inputs, weight], node.name, node)
+        return
+    bias = [] if op.bias is None else [w.parameter(node, "bias", op.bias)]
+    w.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not as_was))
+
+
+def conv(w: Writer, node: Node, op: Conv) -> None:
+    inputs = [*node.inputs, w.weight(node, op, np.asarray), *([] if op.bias is None else [w.parameter(node, "bias", op.bias)])]
+    w.node("Conv", inputs, node.name, node, **_geometry(op))
+
+
+def _geometry(op: Conv | ConvTranspose) -> dict[str, Any]:
+    axes = op.weight.ndim - 2
+    return {"kernel_shape": op.weight.shape[2:], "strides": per_axis("stride", op.stride, axes), "pads": _pads(op.padding, axes),
+            "dilations": per_axis("dilation", op.dilation, axes), "group": op.groups}
+
+
+def conv_transpose(w: Writer, node: Node, op: ConvTranspose) -> None:
+    out, inner, *kernel = op.weight.shape
+
+    def columns(weight: AnyArray) -> AnyArray:
+        return weight.reshape(op.groups, out // op.groups, inner, *kernel).swapaxes(1, 2).reshape(op.groups * inner, -1, *kernel)
+    inputs = [*node.inputs, w.weight(node, op, columns)]
+    inputs += [] if op.bias is None else [w.parameter(node, "bias", op.bias)]
+    w.node("ConvTranspose", inputs, node.name, node, **_geometry(op),
+           output_padding=per_axis("output_padding", op.output_padding, len(kernel)))
+
+
+def batch_norm(w: Writer, node: Node, op: BatchNorm) -> None:
+    """As Add or Mul with a constant where it is no more than that."""
+    shape = (-1, *(1 for _ in range(w.spatial(node))))
+    centred = not op.mean.any() and (op.var == 1).all() and op.eps == 0
+    if centred and (op.gamma == 1).all():
+        w.node("Add", [*node.inputs, w.parameter(node, "beta", op.beta, shape)], node.name, node)
+    elif centred and not op.beta.any():
+        w.node("Mul", [*node.inputs, w.parameter(node, "gamma", op.gamma, shape)], node.name, node)
+    else:
+        parameters = [w.parameter(node, name, getattr(op, name)) for name in ("gamma", "beta", "mean", "var")]
+        w.node("BatchNormalization", [*node.inputs, *parameters], node.name, node, epsilon=op.eps)
+
+
+def prelu(w: Writer, node: Node, op: PReLU) -> None:
+    shape = (op.slope.size, *(1 for _ in range(w.spatial(node))))
+    w.node("PRelu", [*node.inputs, w.parameter(node, "slope", op.slope, shape)], node.name, node)
+
+
+def clip(w: Writer, node: Node, op: Clip) -> None:
+    """Clip with one bound for all channels; Max and Min with a broadcast bound for one a channel."""
+    bounds = {name: bound for name, bound in (("low", op.low), ("high", op.high)) if not np.all(np.isinf(bound))}
+    if all(np.size(b) == 1 for b in bounds.values()):
+        names = {name: w.parameter(node, name, bound, ()) for name, bound in bounds.items()}
+        inputs = [*node.inputs, names.get("low", ""), names.get("high", "")]
+        w.node("Clip" if names else "Identity", inputs[:max(i for i, name in enumerate(inputs) if name) + 1], node.name, node)
+        return
+    (value,) = node.inputs
+    for i, (name, bound) in enumerate(bounds.items()):
+        last = i == len(bounds) - 1
+        limit = w.parameter(node, name, bound, (np.size(bound), *(1 for _ in range(w.spatial(node)))))
+        value = w.node("Max" if name == "low" else "Min", [value, limit], node.name if last else w.inner(node, name), node,
+                       suffix="" if last else f".{name}")
+
+
+def pool(w: Writer, node: Node, op: MaxPool | AvgPool) -> None:
+    axes = w.spatial(node)
+    kernel = per_axis("kernel", op.kernel, axes)
+    counted: dict[str, Any] = {"count_include_pad": int(op.count_include_pad)} if isinstance(op, AvgPool) else {}
+    w.node("AveragePool" if isinstance(op, AvgPool) else "MaxPool", node.inputs, node.name, node, kernel_shape=kernel,
+           strides=kernel if op.stride is None else per_axis("stride", op.stride, axes), pads=_pads(op.padding, axes), **counted)
+
+
+def pad(w: Writer, node: Node, op: Pad) -> None:
+    axes = w.spatial(node)
+    pads = _pads(op.padding, axes)
+    sides = w.integers(node, "pads", [0, 0, *pads[:axes], 0, 0, *pads[axes:]])
+    w.node("Pad", [*node.inputs, sides, w.parameter(node, "value", op.value, ())], node.name, node, mode="constant")
+
+
+def upsample(w: Writer, node: Node, op: Upsample) -> None:
+    scales = w.constant(np.array([1, 1, *per_axis("factor", op.factor, w.spatial(node))], np.float32), f"{node.name}.scales")
+    w.node("Resize", [*node.inputs, "", scales], node.name, node, mode="nearest", coordinate_transformation_mode="asymmetric",
+           nearest_mode="floor")
+
+
+def add(w: Writer, node: Node, op: Add) -> None:
+    w.node("Add" if len(node.inputs) == 2 else "Sum", node.inputs, node.name, node)
+
+
+def mul(w: Writer, node: Node, op: Mul) -> None:
+    value = node.inputs[0]
+    for i, other in enumerate(node.inputs[1:], 2):
+        last = i == len(node.inputs)
+        value = w.node("Mul", [value, other], node.name if last else w.inner(node, "product"), node, suffix="" if last else f".{i}")
+
+
+def unflatten(w: Writer, node: Node, op: Unflatten) -> None:
+    w.node("Reshape", [*node.inputs, w.integers(node, "shape", [0, *op.shape])], node.name, node)
+
+
+def transpose(w: Writer, node: Node, op: Transpose) -> None:
+    w.node("Transpose", node.inputs, node.name, node, perm=[0, *(a + 1 for a in op.axes)])
+
+
+def slice_(w: Writer, node: Node, op: Slice) -> None:
+    start, stop, _ = slice(op.start, op.stop).indices(w.graph.shapes[node.inputs[0]][0])
+    bounds = [w.integers(node, name, [value]) for name, value in (("start", start), ("stop", stop), ("axes", 1))]
+    w.node("Slice", [*node.inputs, *bounds], node.name, node)
+
+
+def permute(w: Writer, node: Node, op: Permute) -> None:
+    w.node("Gather", [*node.inputs, w.integers(node, "order", op.order)], node.name, node, axis=1)
+
+
+def silu(w: Writer, node: Node, op: SiLU) -> None:
+    gate = w.node("Sigmoid", node.inputs, w.inner(node, "sigmoid"), node, suffix=".sigmoid")
+    w.node("Mul", [*node.inputs, gate], node.name, node)
+
+
+def hard_swish(w: Writer, node: Node, op: HardSwish) -> None:
+    if w.standard.version >= 14:
+        w.node("HardSwish", node.inputs, node.name, node)
+        return
+    gate = w.node("HardSigmoid", node.inputs, w.inner(node, "gate"), node, suffix=".gate", alpha=1 / 6, beta=0.5)
+    w.node("Mul", [*node.inputs, gate], node.name, node)
+
+
+def gelu(w: Writer, node: Node, op: GELU) -> None:
+    w.need_opset(20, node)
+    w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+
+
+def kept(w: Writer, node: Node, op: Opaque) -> None:
+    """An opaque node, once for all its outputs."""
+    mates = [n for n in w.graph.nodes if isinstance(n.op, Opaque) and n.op.node == op.node and n.inputs == node.inputs]
+    if node is not mates[0]:
+        return
+    proto = onnx.NodeProto.FromString(op.node)
+    values = dict(zip(op.inputs, node.inputs, strict=True))
+    for name, array in op.constants.items():
+        values[name] = w.constant(array, name, array)
+    proto.input[:] = [values.get(name, name) for name in proto.input]
+    outputs = {n.op.output: n.name for n in mates if isinstance(n.op, Opaque)}
+    proto.output[:] = [outputs[i] if i in outputs else name and w.fresh(name) for i, name in enumerate(proto.output)]
+    w.nodes.append(proto)
+
+
+WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
+    Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
+    Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
+    MaxPool: pool, AvgPool: pool, GlobalAvgPool: _plain("GlobalAveragePool"), Pad: pad, Upsample: upsample,
+    Add: add, Concat: _plain("Concat", axis=lambda op: 1), Flatten: _plain("Flatten", axis=lambda op: 1), Unflatten: unflatten,
+    Transpose: transpose, Slice: slice_, Permute: permute,
+    Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
+    Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
+    Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Opaque: kept,
+}
