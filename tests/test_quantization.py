@@ -265,7 +265,7 @@ def test_weights_that_share_a_scale_are_those_of_the_granularity(granularity, gr
 def test_per_channel_weights_follow_power_of_two_factors_of_their_output_channels(name, symmetric):
     m = Maker(2)
     op = {"dense": m.dense(4, 5), "grouped": m.conv(4, 3, 2, groups=2), "transposed": eq.ConvTranspose(m.weight(4, 4, 2))}[name]
-    f, ones = np.array([0.25, 1.0, 8.0, 2.0]), np.ones(op.in_channels)
+    f, ones = np.array([0.25, 1.0, 8.0, 2.0]), np.ones(op.groups * op.weight.shape[1])
     quantizer = eq.UniformQuantizer(bits=4, symmetric=symmetric, granularity="per_channel")
 
     def rounded_weight(op):

@@ -138,11 +138,6 @@ class Weighted(Op):
         return self.taps().transpose(0, 2, 1, 3).reshape(groups * inner, out * taps)
 
     @property
-    def in_channels(self) -> int:
-        """How many input channels the op reads."""
-        return self.groups * int(self.weight.shape[1])
-
-    @property
     def out_channels(self) -> int:
         """How many output channels the op makes."""
         return len(self.weight)

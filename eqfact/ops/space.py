@@ -67,7 +67,6 @@ class _Pool(Commuting):
         sizes = self.output_shape(x.shape[1:])[1:]
         return list(tap_windows(channels_last(x, padding, fill), sizes, kernel, stride, (1,) * len(kernel)))
 
-
     def _spread(self, x: Array, shares: list[Array]) -> Array:
         """The adjoint of :meth:`_windows`: add what each tap's entries get."""
         kernel, stride, padding = self._geometry(x.ndim - 2)
