@@ -65,7 +65,8 @@ def _network(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("reading ONNX files")
     group.add_argument("--input-shape", type=input_shape, action="append", default=[], metavar="NAME=C,H,W",
                        help="sizes of an input, without the batch, where the file leaves them open; once for each such input")
-    group.add_argument("--opaque", action="store_true", help="keep nodes that eqfact has no layer for, and pin what they touch")
+    group.add_argument("--opaque", action="store_true",
+                       help="keep nodes that eqfact has no layer for, and pin what they touch; only .onnx files hold such networks")
 
 
 def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
