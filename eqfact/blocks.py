@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.calibration import Statistics
-from eqfact.calibration import check_statistics as check_statistics  # equalization.py takes it from here
+from eqfact.calibration import Statistics, check_statistics
 from eqfact.channels import Channels
 from eqfact.graph import Graph
 from eqfact.ops.base import Weighted, channel_vector

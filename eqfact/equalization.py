@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, check_statistics, layers, made_and_read, neighbours
-from eqfact.calibration import Statistics
+from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, layers, made_and_read, neighbours
+from eqfact.calibration import Statistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
