@@ -1,13 +1,25 @@
-"""Hypothesis profiles: ``fixed`` tries the same examples in every run; ``HYPOTHESIS_PROFILE=search`` looks for new ones."""
+"""Hypothesis profiles: ``fixed`` tries the same examples in every run; ``HYPOTHESIS_PROFILE=search`` looks for new ones.
+
+The whole suite runs on all cores where pytest-xdist is installed; files that are named on the command line run in one process.
+"""
 
 import os
 
 # before numpy is imported: on small matrices more threads only wait for each other, for milliseconds if another process has a core
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # machines differ: no test fails for being slow
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """As ``-n CORES`` would do, but no error where pytest-xdist is missing."""
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = os.cpu_count()

@@ -471,7 +471,7 @@ def test_yes_means_that_the_outputs_are_near_whatever_was_changed_and_however_fe
     graph = deep(30, 12, dtype)
     x = rng.normal(size=(4, 12)).astype(dtype)
     truth, verdicts = eq.forward(graph, x), []
-    for step in range(60):
+    for step in range(36):
         name = f"fc{rng.integers(30)}"
         op = graph[name].op
         change = rng.normal(size=op.weight.shape) * 10.0 ** -(step % 9)
