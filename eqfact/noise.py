@@ -24,7 +24,7 @@ from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, batches_of, checked_inputs, values
 from eqfact.ops.base import Array, Weighted, along_channels
 from eqfact.ops.weighted import BatchNorm
-from eqfact.quantization import UniformQuantizer, stored_values
+from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -176,6 +176,7 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
 
     Weights per tensor or per channel; activations need ``stats`` of this graph.
     """
+    check_quantizers(weights, activations)
     resolved = channels(graph) if resolved is None else resolved
     tensors: dict[object, Tensor] = {}
     if weights is not None:

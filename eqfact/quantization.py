@@ -157,10 +157,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
     """
-    for argument, quantizer in (("weights", weights), ("activations", activations)):
-        if not isinstance(quantizer, UniformQuantizer | None):
-            raise TypeError(f"{argument} must be a quantizer or None (float), got {quantizer!r}: "
-                            "give for instance UniformQuantizer(bits=8)")
+    check_quantizers(weights, activations)
     for node in graph.nodes:  # weights alone may be quantized again: those on their grid stay where they are
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
@@ -203,6 +200,14 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             store(node.name)
             nodes.append(Node(node.name, FakeQuantize(grids[node.name]), (name,)))
     return replace(graph, nodes=tuple(nodes))
+
+
+def check_quantizers(weights: object, activations: object) -> None:
+    """An error if one of the two is neither a quantizer nor None."""
+    for argument, quantizer in (("weights", weights), ("activations", activations)):
+        if not isinstance(quantizer, UniformQuantizer | None):
+            raise TypeError(f"{argument} must be a quantizer or None (float), got {quantizer!r}: "
+                            "give for instance UniformQuantizer(bits=8)")
 
 
 def quantized_node(graph: Graph) -> Node | None:

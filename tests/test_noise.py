@@ -340,3 +340,13 @@ def test_what_the_model_cannot_say_is_refused():
         noise_model(graph, None, weights=eq.UniformQuantizer(8, granularity="per_group", group_size=2), activations=None, sensitivities=s)
     with pytest.raises(ValueError, match="needs their ranges: give stats=calibrate"):
         noise_model(graph, None, weights=None, activations=A8, sensitivities=s)
+
+
+@pytest.mark.parametrize("call", [eq.noise_model, eq.predict_noise, lambda net, stats, **options: eq.equalize(net, stats=stats, **options)])
+def test_what_is_no_quantizer_is_refused(call):
+    m = handmade.Maker(31)
+    net = handmade.plain(m)
+    stats = eq.calibrate(net, m.data(net))
+    given = {"weights": 8, "activations": None, "sensitivities": eq.forward_sensitivities(net, stats)}
+    with pytest.raises(TypeError, match=r"weights must be a quantizer or None \(float\), got 8: give for instance UniformQuantizer"):
+        call(net, stats, **given)
