@@ -1,6 +1,6 @@
 """How good is eqfact on real networks, and how fast?
 
-`python -m benchmarks quality` measures quantized networks, `python -m benchmarks speed` times and memory. Both keep what
+`python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. All keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
 renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import peers, quality, speed
+from benchmarks import integer, peers, quality, speed
 from benchmarks.networks import SOURCES
 from benchmarks.results import write_page
 
@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--only", nargs="+", choices=list(speed.PARTS), default=list(speed.PARTS), metavar="PART",
                      help=f"parts, of {', '.join(speed.PARTS)}")
 
+    three = commands.add_parser("integer", help="the quantized export in onnxruntime against eqfact's own forward")
+    three.add_argument("--only", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="NETWORK",
+                       help=f"networks, of {', '.join(SOURCES)}")
+
     commands.add_parser("page", help="write docs/benchmarks.md again from docs/benchmarks.json")
     return main
 
@@ -46,6 +50,8 @@ def main() -> int:
         quality.measure(arguments.only, arguments.methods, chosen, arguments.jitters, arguments.serial)
     elif arguments.command == "speed":
         speed.measure(arguments.only)
+    elif arguments.command == "integer":
+        integer.measure(arguments.only)
     print(f"wrote {write_page()}")
     return 0
 
