@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 import eqfact as eq
 import eqfact.onnx
 from benchmarks import networks, results
-
-Array = NDArray[np.float32]
+from benchmarks.quality import Array, Outputs, run
 
 IMAGES = 10
 
@@ -30,9 +28,9 @@ def measure(only: Sequence[str]) -> None:
         stats = eq.calibrate(graph, [image[None] for image in x[:IMAGES]])
         quantized = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=eq.UniformQuantizer(8, symmetric=False), stats=stats,
                                 outputs=True)
-        steps, between = _compare(quantized, x[IMAGES:])
-        noise = eq.sqnr(np.concatenate([_flat(eq.forward(graph, image[None])) for image in x[IMAGES:]]),
-                        np.concatenate([_flat(eq.forward(quantized, image[None])) for image in x[IMAGES:]]))
+        ours, theirs = run(quantized, x[IMAGES:]), _run_onnxruntime(quantized, x[IMAGES:])
+        steps = np.concatenate([np.rint(np.abs(theirs[output] - y) / _step(quantized, output)).reshape(-1) for output, y in ours.items()])
+        between, noise = eq.sqnr(ours, theirs), eq.sqnr(run(graph, x[IMAGES:]), ours)
         row = {"entries": len(steps), "equal": float((steps == 0).mean()), "within": float((steps <= 1).mean()),
                "largest": int(steps.max()), "between": between, "noise": noise}
         results.keep("integer", {name: row})
@@ -40,29 +38,21 @@ def measure(only: Sequence[str]) -> None:
               f"largest {row['largest']}; {between:.1f} dB between them, {noise:.1f} dB from float", flush=True)
 
 
-def _flat(y: Array | dict[str, Array]) -> Array:
-    return np.concatenate([part.reshape(-1) for part in y.values()]) if isinstance(y, dict) else y.reshape(-1)
-
-
-def _compare(quantized: eq.Graph, images: Array) -> tuple[Array, float]:
-    """By how many steps each entry of the outputs differs between onnxruntime and eqfact, and the SQNR of that difference in dB."""
+def _run_onnxruntime(quantized: eq.Graph, images: Array) -> Outputs:
+    """All outputs of the exported file by name, image by image."""
     import onnxruntime
 
-    grids = {node.name: node.op.grid for node in quantized.nodes if isinstance(node.op, eq.FakeQuantize)}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "quantized.onnx")
         eqfact.onnx.save_qdq(path, quantized)
         session = onnxruntime.InferenceSession(path)
-        found, pairs = [], []
-        for image in images:
-            others = dict(zip([o.name for o in session.get_outputs()], session.run(None, {session.get_inputs()[0].name: image[None]}),
-                              strict=True))
-            answer = eq.forward(quantized, image[None])
-            for name, y in (answer if isinstance(answer, dict) else {quantized.outputs[0]: answer}).items():
-                maker = name
-                while maker not in grids:  # what an op only moves lies on the grid of its input
-                    maker = quantized[maker].inputs[0]
-                pairs.append((y.reshape(-1), others[name].reshape(-1)))
-                found.append(np.rint(np.abs(others[name] - y) / grids[maker].scale.item()).reshape(-1))
-    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return np.concatenate(found), eq.sqnr(ours, theirs)
+        names, (given,) = [output.name for output in session.get_outputs()], session.get_inputs()
+        answers = [session.run(names, {given.name: image[None]}) for image in images]
+    return {name: np.concatenate(parts) for name, parts in zip(names, zip(*answers, strict=True), strict=True)}
+
+
+def _step(quantized: eq.Graph, value: str) -> float:
+    """The step of the grid that a value lies on; what an op only moves lies on that of its input."""
+    while not isinstance(op := quantized[value].op, eq.FakeQuantize):
+        value = quantized[value].inputs[0]
+    return float(op.grid.scale.item())

@@ -189,9 +189,10 @@ class _Side:
                 todo.append(node)
                 needed.update(node.inputs)
         for node in reversed(todo):
-            self._step(node)
+            self.step(node)
 
-    def _step(self, node: Node) -> None:
+    def step(self, node: Node) -> None:
+        """The errors and slopes of a node's output, from those of its inputs."""
         op, name = node.op, node.name
         with np.errstate(over="ignore", invalid="ignore"):
             m = op.magnitude(*(np.abs(self.held[i]) for i in node.inputs))
@@ -236,7 +237,7 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, 
     for node in b.nodes:
         name, labels = node.name, resolved.labels[node.name]
         value = env[name] = node.op.forward(*(env[i] for i in node.inputs))
-        of_b.reach(name)
+        of_b.step(node)
         if a.shapes.get(name) != b.shapes[name]:
             continue
         of_a.reach(name)
