@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from eqfact.calibration import Statistics
 from eqfact.graph import Graph, Node
-from eqfact.ops.base import Array, Blocking, Commuting, Shape, Weighted, along_channels, one_input
+from eqfact.ops.base import Array, Blocking, Commuting, Shape, Weighted, along_channels, one_input, parameter
+from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
 from eqfact.ops.weighted import BatchNorm
 
@@ -124,23 +125,35 @@ class UniformQuantizer:
 class FakeQuantize(Blocking):
     """Round a value to a grid, ``scale`` and ``zero_point`` one for the tensor or ``(C,)``; pins what it touches.
 
+    ``step``, ``(1,)`` or ``(C,)``: the value is made of whole multiples of it, an integer engine's sums, and is rescaled as there
+    (:meth:`Grid.quantize`).
+
     >>> FakeQuantize(UniformQuantizer(bits=2, symmetric=False).grid([0.0], [3.0])).forward(np.array([[0.6, 9.0]]))
     array([[1., 3.]])
     """
 
     grid: Grid
+    step: Array | None = None
     reason = "has a fixed grid"
+
+    def __post_init__(self) -> None:
+        if self.step is not None:
+            object.__setattr__(self, "step", parameter("FakeQuantize step", np.asarray(self.step, np.float64), 1))
+            if not (self.step > 0).all():
+                raise ValueError(f"FakeQuantize step must be positive, got {self.step.min():g}")
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = one_input(self, shapes)
-        if self.grid.scale.shape not in ((1,), (shape[0],)):
-            raise ValueError(f"FakeQuantize has scales of shape {self.grid.scale.shape} for {shape[0]} channels")
+        for name, numbers in (("scales", self.grid.scale), ("steps", self.step)):
+            if numbers is not None and numbers.shape not in ((1,), (shape[0],)):
+                raise ValueError(f"FakeQuantize has {name} of shape {numbers.shape} for {shape[0]} channels")
         return tuple(shape)
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
         scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
-        return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x)
+        step = None if self.step is None else along_channels(self.step, x.ndim - 1)
+        return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
 
 
 def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,
@@ -150,9 +163,13 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
     whose extrema give the ranges. Every value that an engine stores is rounded: inputs, and the values of layers after
     their activation; ops that only select or move entries stay on the grid of their input; network outputs are rounded with
-    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. ``biases``: to whole
-    multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would not fit,
-    ``s_w`` is raised.
+    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. A ReLU or Clip behind a layer works on the
+    layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
+    monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
+
+    ``biases``: to whole multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would
+    not fit, ``s_w`` is raised. The layer's sums are such multiples, too, then, and are rounded as an integer engine rounds them, so that the
+    same whole numbers come out. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
@@ -165,8 +182,10 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
     nodes: list[Node] = []
     grids: dict[str, Grid] = {}
+    steps: dict[str, Array] = {}
     on_grid: dict[tuple[int, bytes], Weighted] = {}
     rename: dict[str, str] = {}
+    dtype = scale_dtype(graph)
     stored = set(stored_values(graph, outputs=outputs)) if activations is not None else set()
 
     def store(value: str) -> None:
@@ -176,7 +195,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         of = stats[value]
         if of.min.shape != graph.shapes[value][:1]:
             raise ValueError(f"the statistics of value '{value}' have {of.min.size} channels, the network has {graph.shapes[value][0]}")
-        grids[value] = activations.activation_grid(of.min, of.max)
+        grids[value] = activations.activation_grid(of.min, of.max).astype(dtype)
 
     for value in graph.inputs:
         if value in stored:
@@ -184,21 +203,29 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             nodes.append(Node(f"{value}.quantized", FakeQuantize(grids[value]), (value,)))
             rename[value] = f"{value}.quantized"
     for node in graph.nodes:
-        op = node.op
+        op, source = node.op, node.inputs[0]
         if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
-            input_grid = grids.get(node.inputs[0]) if biases else None
-            grid = _roomy(weights.weight_grid(op), op, input_grid)
+            input_grid = grids.get(source) if biases else None
+            grid = _roomy(weights.weight_grid(op), op, input_grid).astype(dtype)
             key = (id(op), grid.scale.tobytes())
             if key not in on_grid:  # an op used twice stays one op, unless its uses need different grids or biases
                 on_grid[key] = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]
-            op = on_grid[key] if input_grid is None else _on_accumulator(on_grid[key], input_grid)
-        elif isinstance(op, Commuting) and op.moves and node.inputs[0] in grids:
-            grids[node.name] = grids[node.inputs[0]]
-        name = f"{node.name}.float" if node.name in stored else node.name
-        nodes.append(replace(node, name=name, op=op, inputs=tuple(rename.get(i, i) for i in node.inputs)))
-        if node.name in stored:
-            store(node.name)
-            nodes.append(Node(node.name, FakeQuantize(grids[node.name]), (name,)))
+            op = on_grid[key]
+            if input_grid is not None and (step := accumulator_step(op, input_grid, dtype)) is not None:
+                op, steps[node.name] = _on_accumulator(op, step), step
+        elif isinstance(op, Commuting) and op.moves and source in grids:
+            grids[node.name] = grids[source]
+        node = replace(node, op=op, inputs=tuple(rename.get(i, i) for i in node.inputs))
+        if node.name not in stored:
+            nodes.append(node)
+            continue
+        store(node.name)
+        bounds = op.bounds if isinstance(op, Commuting) and source not in grids else None
+        if bounds is not None:
+            nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype)
+        else:
+            rounding = FakeQuantize(grids[node.name], steps.get(node.name))
+            nodes += [replace(node, name=f"{node.name}.float"), Node(node.name, rounding, (f"{node.name}.float",))]
     return replace(graph, nodes=tuple(nodes))
 
 
@@ -245,37 +272,66 @@ def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
     while value not in quantized.inputs:
         maker = quantized[value]
         if isinstance(maker.op, FakeQuantize):
-            return _on_accumulator(op, maker.op.grid)
+            step = accumulator_step(op, maker.op.grid, scale_dtype(quantized))
+            return op if step is None else _on_accumulator(op, step)
         if not (isinstance(maker.op, Commuting) and maker.op.moves):
             break
         value = maker.inputs[0]
     return op
 
 
+def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, float | Array], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
+    """Nodes that round what a saturating activation reads: ``round(clip(x)) == clip'(round(x))``, with ``clip'`` between rounded bounds."""
+    low, high, bottom, top = (FakeQuantize(rounding.grid).forward(np.asarray(b, dtype).reshape(1, -1))[0] for b in (*bounds, -math.inf, math.inf))
+    if (low <= bottom).all() and (high >= top).all():
+        return [Node(node.name, rounding, node.inputs)]  # the grid saturates as early
+    clip = Clip(low if (low > bottom).any() else -math.inf, high if (high < top).any() else math.inf)
+    (value,) = node.inputs
+    return [Node(f"{value}.quantized", rounding, (value,)), replace(node, op=clip, inputs=(f"{value}.quantized",))]
+
+
+def scale_dtype(graph: Graph) -> np.dtype[Any]:
+    """In which precision the scales of a network are kept: its own, and float32 at least."""
+    return np.result_type(graph.dtype or np.float64, np.float32)
+
+
 def _roomy(grid: Grid, op: Weighted, input_grid: Grid | None) -> Grid:
     """The weights' grid, its scale raised where a bias would not fit into 32 bits at ``s_x * s_w`` (channels of next to no weight)."""
-    if op.bias is None or not _has_accumulator(op, grid, input_grid):
+    if op.bias is None or input_grid is None or not _one_step(op, grid, input_grid):
         return grid
-    assert input_grid is not None
-    needed = np.abs(op.bias.astype(np.float64)) / (input_grid.scale.reshape(()) * (2**31 - 2))
+    room = 2**31 - 2**9  # the scale may become smaller by 2**-24 of itself when it is rounded to float32
+    needed = np.abs(op.bias.astype(np.float64)) / (input_grid.scale.reshape(()) * room)
     needed = needed.max() if grid.scale.size == 1 else needed.reshape(grid.scale.shape)
     return replace(grid, scale=np.maximum(grid.scale, needed))
 
 
-def _has_accumulator(op: Weighted, grid: Grid | None, input_grid: Grid | None) -> bool:
-    """Is there one scale ``s_x * s_w`` for all products that add up to an output channel?"""
-    return grid is not None and input_grid is not None and input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight))
+def _one_step(op: Weighted, grid: Grid, input_grid: Grid) -> bool:
+    """Is there one step ``s_x * s_w`` for all products that add up to an output channel?"""
+    return input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight))
 
 
-def _on_accumulator(op: Weighted, input_grid: Grid) -> Weighted:
-    """The op with its bias on the grid of its integer accumulator, int32 with scale ``s_x * s_w``, where that is one number a channel."""
-    grid, bias = op.grid, op.bias
-    if bias is None or grid is None or not _has_accumulator(op, grid, input_grid):
+def accumulator_step(op: Weighted, input_grid: Grid, dtype: npt.DTypeLike = np.float64) -> Array | None:
+    """``s_x * s_w``, ``(1,)`` or ``(out,)``, of which a layer's sums are whole multiples; the product of ``dtype``'s numbers.
+
+    None where an output channel has no such number: weights in float, scales by input channel, a product that underflows.
+
+    >>> x, w = UniformQuantizer(symmetric=False).grid(0, 51.0), UniformQuantizer().grid(-127.0, 127.0)
+    >>> accumulator_step(Dense(np.ones((1, 1)), grid=w), x)
+    array([0.2])
+    """
+    if op.grid is None or not _one_step(op, op.grid, input_grid):
+        return None
+    step = input_grid.scale.astype(dtype).reshape(()) * op.grid.scale.astype(dtype).reshape(-1)
+    return step.astype(np.float64) if (step >= np.finfo(dtype).tiny).all() else None
+
+
+def _on_accumulator(op: Weighted, step: Array) -> Weighted:
+    """The op with its bias on the grid of its integer accumulator, int32 with this step."""
+    assert op.grid is not None
+    if op.bias is None:
         return op
-    step = np.broadcast_to(input_grid.scale.reshape(()) * grid.scale.reshape(-1), bias.shape)
-    step = np.maximum(step, np.finfo(np.float64).tiny)
-    accumulator = Grid(step, np.zeros(bias.shape), -(2**31), 2**31 - 1, grid.rounding)
-    return replace(op, bias=accumulator.fake_quantize(bias))  # type: ignore[type-var]
+    accumulator = Grid(step, np.zeros(1), -(2**31), 2**31 - 1, op.grid.rounding)
+    return replace(op, bias=accumulator.fake_quantize(op.bias))  # type: ignore[type-var]
 
 
 def effective_bits(ranges: Array, bits: int) -> Array:

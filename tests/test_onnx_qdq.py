@@ -51,7 +51,7 @@ def layers(graph):
             else:
                 found.append(graph[value])
                 open_values += graph[value].inputs
-        again = [eq.Node(value, graph[value].op, [f"{value}.read"]) for value in read]
+        again = [eq.Node(value, FakeQuantize(graph[value].op.grid), [f"{value}.read"]) for value in read]
         yield eq.Graph({f"{value}.read": graph.shapes[value] for value in read}, [*again, *found], [name])
 
 

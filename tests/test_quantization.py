@@ -345,9 +345,9 @@ def test_biases_are_multiples_of_input_scale_times_weight_scale(build, granulari
     quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits=8, granularity=granularity), activations=A8, stats=stats)
     seen = 0
     for node in graph:
-        op = quantized[node.name if node.name not in stored_values(graph) else f"{node.name}.float"].op
-        if not isinstance(op, eq.Weighted) or isinstance(op, eq.BatchNorm) or op.bias is None:
+        if not isinstance(node.op, eq.Weighted) or isinstance(node.op, eq.BatchNorm) or node.op.bias is None:
             continue
+        op = quantized[node.name if node.name not in stored_values(graph) else f"{node.name}.float"].op
         source = stored_source(graph, node.inputs[0])
         low, high = min(float(stats[source].min.min()), 0), max(float(stats[source].max.max()), 0)
         axes = None if granularity == "per_tensor" else tuple(range(1, op.weight.ndim))

@@ -2,7 +2,7 @@
 
 Every grid of the graph becomes a pair of them: activations are rounded where :class:`~eqfact.quantization.FakeQuantize` stands, weights
 are stored as whole numbers, biases as int32 with the scale ``s_x * s_w`` of their accumulator. Engines fuse what stands between
-two pairs into integer kernels; what ops that only move entries make gets a pair of its own, which changes nothing, for them.
+two pairs into integer kernels; what ops make that keep a value on its grid gets a pair of its own, which changes nothing, for them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Commuting, Pad, Weighted
+from eqfact.ops import Commuting, Op, Pad, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize
+from eqfact.quantization import FakeQuantize, accumulator_step, scale_dtype
 
 #: ONNX's integer types with their ranges, the smallest first.
 TYPES: dict[int, tuple[int, int]] = {
@@ -39,11 +39,14 @@ def save_qdq(path: Path_, graph: Graph) -> None:
     Weights become (u)int8 per tensor or per channel, activations uint8 or int8, biases int32 where they lie on the grid
     ``s_x * s_w``. Grids of up to 4 bits are stored in 4 bits if the opset is 21 or newer (as for networks that came from no
     file), else in 8; 16 bits and per-group weights need opset 21 and raise it. What is rounded to a grid narrower than its
-    type is clipped first. Scales, and all that is not quantized, are written in float32, so that an engine may round a value
-    that lies between two steps to the other one.
+    type is clipped behind. Scales, and all that is not quantized, are written in float32.
+
+    What a float32 network's integer layers store is then the same in an engine, value by value, if that adds up in 32 bits and
+    rescales by one float32 multiplier, as onnxruntime's do; where it computes in float, a sum next to the middle of two steps may be
+    rounded to the other one, and what follows from it differs, too.
 
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node, for a rounding other than half to even in
-    activations, and for all that :func:`eqfact.onnx.save` refuses; no file is left then.
+    activations, for layers changed after they were quantized, and for all that :func:`eqfact.onnx.save` refuses; no file is left then.
     """
     write_model(path, _QdqWriter(path, graph).model())
 
@@ -64,13 +67,35 @@ class _QdqWriter(Writer):
     def write(self, node: Node) -> None:
         (first, *_) = node.inputs
         if isinstance(node.op, FakeQuantize):
+            if node.op.step is not None:
+                self._check_step(node, node.op.step)
             self._activation(node, first, node.op.grid)
-        elif isinstance(node.op, Commuting) and node.op.moves and first in self.grids and not (isinstance(node.op, Pad) and node.op.value):
-            inner = self.inner(node, "moved")
+        elif first in self.grids and self._keeps(node.op, self.grids[first]):
+            inner = self.inner(node, "kept")
             super().write(replace(node, name=inner))
             self._activation(node, inner, self.grids[first], suffix=".quantize")
         else:
             super().write(node)
+
+    def _keeps(self, op: Op, grid: Grid) -> bool:
+        """Does the op make of values on a grid values on the same grid?"""
+        if not isinstance(op, Commuting):
+            return False
+        if op.bounds is not None:
+            bounds = np.concatenate([np.ravel(bound) for bound in op.bounds]).astype(self.dtype)
+            bounds = bounds[np.isfinite(bounds)]
+            return grid.scale.size == 1 and np.array_equal(grid.fake_quantize(bounds), bounds)
+        return op.moves and not (isinstance(op, Pad) and op.value)
+
+    def _check_step(self, node: Node, step: Array) -> None:
+        """Are the sums that a node rounds whole multiples of what it takes for their step?"""
+        (value,) = node.inputs
+        layer = None if value in self.graph.inputs else self.graph[value]
+        read = None if layer is None else self.grids.get(layer.inputs[0])
+        made = accumulator_step(layer.op, read, scale_dtype(self.graph)) if layer and read and isinstance(layer.op, Weighted) else None
+        if made is None or not np.array_equal(made, step):
+            raise OnnxError(f"{self.path}: node '{node.name}': it rounds sums in steps of {step.max():g}, and '{value}' is made in "
+                            f"{'no such steps' if made is None else f'steps of {made.max():g}'}; quantize the network again, after all changes")
 
     def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
         """Round a value to its grid and back."""
@@ -79,14 +104,19 @@ class _QdqWriter(Writer):
                             f"the grid's rounding is '{grid.rounding}'; quantize with rounding='half_even'")
         kind = self._type(grid, node)
         axis = {"axis": 1} if grid.scale.size > 1 else {}
+        numbers = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
+
+        def pair(value: str, name: str, output: str, suffix: str) -> str:
+            whole = self.node("QuantizeLinear", [value, *numbers], self.inner(node, name), node, suffix, **axis)
+            return self.node("DequantizeLinear", [whole, *numbers], output, node, f"{suffix}.dequantize", **axis)
         if (grid.qmin, grid.qmax) != TYPES[kind]:  # the type saturates later than the grid
+            value = pair(value, "wide_int", self.inner(node, "wide"), f"{suffix}.wide")
             shape = (-1, *(1 for _ in self.graph.shapes[node.name][1:])) if axis else ()
-            for name, q in (("low", grid.qmin), ("high", grid.qmax)):
-                bound = self.constant(grid.dequantize(q).astype(self.dtype).reshape(shape), f"{node.name}.{name}")
-                value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
-        scale, zero_point = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
-        whole = self.node("QuantizeLinear", [value, scale, zero_point], self.inner(node, "int"), node, suffix, **axis)
-        self.node("DequantizeLinear", [whole, scale, zero_point], node.name, node, f"{suffix}.dequantize", **axis)
+            for name, q, end in zip(("low", "high"), (grid.qmin, grid.qmax), TYPES[kind], strict=True):
+                if q != end:
+                    bound = self.constant(grid.dequantize(q).astype(self.dtype).reshape(shape), f"{node.name}.{name}")
+                    value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
+        pair(value, "int", node.name, suffix)
         self.grids[node.name] = grid
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
@@ -116,20 +146,19 @@ class _QdqWriter(Writer):
         return name
 
     def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
-        grid, read = getattr(node.op, "grid", None), self.grids.get(node.inputs[0])
-        if (name != "bias" or not isinstance(grid, Grid) or read is None or read.scale.size > 1
-                or grid.scale.size not in (1, np.size(value))):
+        read = self.grids.get(node.inputs[0])
+        if name != "bias" or not isinstance(node.op, Weighted) or read is None:
             return super().parameter(node, name, value, shape, key)
+        step, product = (accumulator_step(node.op, read, dtype) for dtype in (scale_dtype(self.graph), np.float32))
         bias = np.asarray(value)
-        step = np.broadcast_to(read.scale.reshape(()) * grid.scale.reshape(-1), bias.shape)
-        whole = np.rint(bias / step)
+        if step is None or product is None:
+            return super().parameter(node, name, value, shape, key)
+        whole = np.rint(bias.astype(np.float64) / step)
         if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
             return super().parameter(node, name, value, shape, key)  # a bias that is not on the grid stays in float
         own = self.fresh(self.named(node, "bias"))
         self.constant(whole.astype(np.int32), f"{own}.int")
-        # the product that an engine forms of the scales that it reads
-        product = np.float32(read.scale.reshape(())) * grid.scale.reshape(-1).astype(np.float32)
-        scale = self.constant(product.reshape(()) if product.size == 1 else product, f"{own}.scale")
+        scale = self.constant(product.astype(np.float32).reshape(() if product.size == 1 else -1), f"{own}.scale")
         axis: dict[str, Any] = {} if product.size == 1 else {"axis": 0}
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{own}.int", scale], [own], name=f"{own}.dequantize", **axis))
         return own

@@ -183,6 +183,10 @@ class Commuting(Op):
 
     #: The op works entry by entry and is fused with the op before it by every integer engine.
     activation: bool = False
+    @property
+    def bounds(self) -> tuple[float | Array, float | Array] | None:
+        """Numbers, or ``(C,)``, if the op passes what lies between them and makes all else the nearer one; None if it does anything else."""
+        return None
 
     def output_shape(self, *shapes: Shape) -> Shape:
         return one_input(self, shapes)[0]

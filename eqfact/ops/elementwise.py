@@ -39,6 +39,7 @@ class ReLU(Commuting):
     """``y = max(x, 0)``."""
 
     activation = True
+    bounds = (0.0, math.inf)
 
     def forward(self, *inputs: Array) -> Array:
         return np.clip(inputs[0], 0, math.inf)  # unlike maximum, numpy's clip is vectorised for constant bounds
@@ -128,6 +129,10 @@ class Clip(Commuting):
     low: float | Array
     high: float | Array
     activation = True
+
+    @property
+    def bounds(self) -> tuple[float | Array, float | Array]:
+        return self.low, self.high
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):

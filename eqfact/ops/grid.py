@@ -2,11 +2,17 @@
 
 ``q = clip(round(x / scale) + zero_point, qmin, qmax)``, and back: ``scale * (q - zero_point)`` (PAPER 5). Weighted ops whose
 weights lie on a grid carry it along, for exporters.
+
+A sum of products of numbers on two grids is a whole multiple ``n * step`` of ``step = s_x * s_w``. Integer engines add up ``n`` exactly and
+round ``n * M``, with one multiplier ``M = step / scale`` (Jacob et al., CVPR 2018, section 2.2). A float sum is close enough to tell the
+same ``n``, so that the same whole numbers follow.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +20,6 @@ import numpy.typing as npt
 from eqfact.ops.base import Array, parameter
 
 ROUNDINGS = ("half_even", "half_away", "half_up", "floor")
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,19 +45,37 @@ class Grid:
         if (self.zero_point < self.qmin).any() or (self.zero_point > self.qmax).any() or (self.zero_point % 1).any():
             raise ValueError(f"Grid zero_point must be whole and within [{self.qmin}, {self.qmax}], so that zero is on the grid")
 
-    def quantize(self, x: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """The whole numbers ``q`` nearest to ``x`` on the grid, saturating at its ends."""
+    def astype(self, dtype: npt.DTypeLike) -> Grid:
+        """The grid with scales that are numbers of ``dtype``, as engines keep them; one too small for it becomes 1 and holds zero alone."""
+        scale = self.scale.astype(dtype)
+        return replace(self, scale=np.where(scale < np.finfo(scale.dtype).tiny, 1.0, scale))
+
+    def quantize(self, x: npt.ArrayLike, step: Array | None = None) -> npt.NDArray[np.int32]:
+        """The whole numbers ``q`` nearest to ``x`` on the grid, saturating at its ends.
+
+        With ``step`` (which broadcasts against ``x``), ``x`` is taken for the whole multiple of it next to it, and rescaled as integer
+        engines do: ``q = round(n * (step / scale)) + zero_point`` with ``n = round(x / step)``, the multiplier in the precision of ``x``.
+        """
+        x = np.asarray(x)
+        dtype = self._precision(x)
+        x, scale = x.astype(dtype, copy=False), self.scale.astype(dtype)
         with np.errstate(over="ignore"):  # what overflows saturates
-            q = rounded(np.asarray(x, np.float64) / self.scale, self.rounding) + self.zero_point
+            steps = x / scale if step is None else np.rint(x / step.astype(dtype)) * (step.astype(dtype) / scale)
+            q = rounded(steps, self.rounding) + self.zero_point.astype(dtype)
         return np.clip(q, self.qmin, self.qmax).astype(np.int32)
+
+    def _precision(self, x: npt.NDArray[Any]) -> np.dtype[Any]:
+        """That of ``x``, in which engines divide, too; float64 where it does not hold the scales or the whole numbers."""
+        held = x.dtype == np.float32 and self.scale.min(initial=1) >= np.finfo(np.float32).tiny and max(-self.qmin, self.qmax) < 2**24
+        return np.dtype(np.float32 if held else np.float64)
 
     def dequantize(self, q: npt.ArrayLike) -> Array:
         """The numbers that ``q`` stands for, in float64."""
         return self.scale * (np.asarray(q, np.float64) - self.zero_point)
 
-    def fake_quantize(self, x: Array) -> Array:
-        """``dequantize(quantize(x))`` in the dtype of ``x``."""
-        return self.dequantize(self.quantize(x)).astype(x.dtype)
+    def fake_quantize(self, x: Array, step: Array | None = None) -> Array:
+        """``dequantize(quantize(x, step))`` in the dtype of ``x``."""
+        return self.dequantize(self.quantize(x, step)).astype(x.dtype)
 
 
 def rounded(x: Array, rounding: str) -> Array:
