@@ -16,6 +16,7 @@ import eqfact as eq
 import eqfact.onnx
 from benchmarks import networks, results
 from benchmarks.quality import Array, Outputs, run
+from eqfact.quantization import grid_of
 
 IMAGES = 10
 
@@ -52,7 +53,7 @@ def _run_onnxruntime(quantized: eq.Graph, images: Array) -> Outputs:
 
 
 def _step(quantized: eq.Graph, value: str) -> float:
-    """The step of the grid that a value lies on; what an op only moves lies on that of its input."""
-    while not isinstance(op := quantized[value].op, eq.FakeQuantize):
-        value = quantized[value].inputs[0]
-    return float(op.grid.scale.item())
+    """The step of the grid that an output lies on."""
+    grid = grid_of(quantized, value)
+    assert grid is not None
+    return float(grid.scale.item())

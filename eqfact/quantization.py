@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from eqfact.calibration import Statistics
 from eqfact.graph import Graph, Node
-from eqfact.ops.base import Array, Blocking, Commuting, Shape, Weighted, along_channels, one_input, parameter
+from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
 from eqfact.ops.weighted import BatchNorm
@@ -168,8 +168,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
     ``biases``: to whole multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would
-    not fit, ``s_w`` is raised. The layer's sums are such multiples, too, then, and are rounded as an integer engine rounds them, so that the
-    same whole numbers come out. Scales are numbers of the network's own type.
+    not fit, ``s_w`` is raised. The layer's sums are such multiples then, too, and are rounded as an integer engine rounds them: the same
+    whole numbers come out. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
@@ -266,26 +266,49 @@ def fused_activation(readers: tuple[Node, ...]) -> Node | None:
     return None
 
 
+def grid_of(quantized: Graph, value: str) -> Grid | None:
+    """The grid that a value of a quantized network lies on: the one that it was rounded to, before ops that keep values on it."""
+    if value in quantized.inputs:
+        return None
+    node = quantized[value]
+    if isinstance(node.op, FakeQuantize):
+        return node.op.grid
+    grid = grid_of(quantized, node.inputs[0]) if isinstance(node.op, Commuting) else None
+    return grid if grid is not None and keeps_grid(node.op, grid) else None
+
+
+def keeps_grid(op: Op, grid: Grid) -> bool:
+    """Does the op make of values on a grid values on the same grid: move entries, or clip them between numbers on it?
+
+    >>> grid = UniformQuantizer(symmetric=False).grid(0.0, 255.0)
+    >>> keeps_grid(Clip(0.0, 6.0), grid), keeps_grid(Clip(0.0, 6.5), grid)
+    (True, False)
+    """
+    if not isinstance(op, Commuting) or grid.scale.size > 1:  # one scale a channel: where an op moves entries to, another may hold
+        return False
+    if op.bounds is None:
+        return op.moves
+    bounds = [np.asarray(bound, np.float64) for bound in op.bounds]
+    exact = 2.0**-23  # a bound may be kept in float32
+    return all((np.isinf(b) | (np.abs(grid.fake_quantize(b) - b) <= exact * np.abs(b))).all() for b in bounds)
+
+
 def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
     """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist."""
-    (value,) = node.inputs
-    while value not in quantized.inputs:
-        maker = quantized[value]
-        if isinstance(maker.op, FakeQuantize):
-            step = accumulator_step(op, maker.op.grid, scale_dtype(quantized))
-            return op if step is None else _on_accumulator(op, step)
-        if not (isinstance(maker.op, Commuting) and maker.op.moves):
-            break
-        value = maker.inputs[0]
-    return op
+    input_grid = grid_of(quantized, node.inputs[0])
+    step = None if input_grid is None else accumulator_step(op, input_grid, scale_dtype(quantized))
+    return op if step is None else _on_accumulator(op, step)
 
 
-def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, float | Array], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
+def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
     """Nodes that round what a saturating activation reads: ``round(clip(x)) == clip'(round(x))``, with ``clip'`` between rounded bounds."""
-    low, high, bottom, top = (FakeQuantize(rounding.grid).forward(np.asarray(b, dtype).reshape(1, -1))[0] for b in (*bounds, -math.inf, math.inf))
-    if (low <= bottom).all() and (high >= top).all():
+    grid = rounding.grid
+    low, high, bottom, top = (grid.fake_quantize(np.asarray(b, dtype)) for b in (*bounds, -math.inf, math.inf))
+    below, above = (low > bottom).any(), (high < top).any()
+    if not (below or above):
         return [Node(node.name, rounding, node.inputs)]  # the grid saturates as early
-    clip = Clip(low if (low > bottom).any() else -math.inf, high if (high < top).any() else math.inf)
+    rounded = [bound.item() if bound.size == 1 else bound for bound in (low, high)]
+    clip = Clip(rounded[0] if below else -math.inf, rounded[1] if above else math.inf)
     (value,) = node.inputs
     return [Node(f"{value}.quantized", rounding, (value,)), replace(node, op=clip, inputs=(f"{value}.quantized",))]
 

@@ -26,12 +26,16 @@ def model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[int | s
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8, **options)
 
 
-def run_ort(path: Any, feeds: Arrays) -> dict[str, np.ndarray]:
-    """The outputs of a file in onnxruntime, without its own rewriting."""
+def run_ort(path: Any, feeds: Arrays, *, integers: Any = None) -> dict[str, np.ndarray]:
+    """The outputs of a file in onnxruntime, without its own rewriting; or with integer kernels, and what it runs written to ``integers``."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if integers is None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    else:
+        options.optimized_model_filepath = str(integers)
+        options.add_session_config_entry("session.x64quantprecision", "1")  # no sums in 16 bits on processors without VNNI
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, dict(feeds)), strict=True))

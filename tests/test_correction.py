@@ -66,7 +66,7 @@ def accumulator_steps(q, setting):
     for node in q:
         if isinstance(node.op, FakeQuantize):
             scales[node.name] = node.op.grid.scale
-        elif isinstance(node.op, Commuting) and node.op.moves and node.inputs[0] in scales:
+        elif isinstance(node.op, Commuting) and (node.op.moves or node.op.bounds) and node.inputs[0] in scales:
             scales[node.name] = scales[node.inputs[0]]
     for node in layers(q):
         s_x, out = scales.get(node.inputs[0], np.zeros(0)), len(node.op.weight)

@@ -9,7 +9,7 @@ from onnx import TensorProto, numpy_helper
 import eqfact as eq
 import eqfact.onnx
 from eqfact.onnx import OnnxError
-from eqfact.quantization import FakeQuantize
+from eqfact.quantization import FakeQuantize, grid_of
 
 NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
 ACTIVATIONS = eq.UniformQuantizer(8, symmetric=False)
@@ -99,6 +99,53 @@ def test_whole_networks_agree_nearly_everywhere(weights, activations, net, tmp_p
     onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
     if activations.bits < 16:
         assert np.quantile(steps_apart(graph, tmp_path / "net.onnx", batch=1), 0.9) <= 1
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_integer_kernels_store_what_eqfact_stores_value_by_value(granularity, tmp_path):
+    """A network with a ReLU6 of its own bound for each channel, all layers of which onnxruntime runs in integers."""
+    onnx.save(NETS["mobilenet"](), tmp_path / "float.onnx")
+    net = eq.equalize(eq.fold_batchnorm(eqfact.onnx.load(tmp_path / "float.onnx"))).graph
+    assert any(isinstance(node.op, eq.Clip) and np.size(node.op.high) > 1 for node in net)
+    graph = quantized(net, eq.UniformQuantizer(8, granularity=granularity))
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    for seed in range(10):
+        feeds = small.feeds_of(graph, batch=1, seed=seed)
+        theirs = small.run_ort(tmp_path / "net.onnx", feeds, integers=tmp_path / "run.onnx")
+        for name, y in small.run_eq(graph, feeds).items():
+            assert np.array_equal(np.rint(theirs[name] / grid_of(graph, name).scale), np.rint(y / grid_of(graph, name).scale))
+    kinds = [n.op_type for n in onnx.load(tmp_path / "run.onnx").graph.node]
+    assert kinds.count("QLinearConv") == sum(isinstance(node.op, eq.Conv) for node in graph)
+    assert not {"Conv", "Gemm", "Add"} & set(kinds)
+
+
+def test_rounded_values_are_clipped_between_numbers_on_the_grid(tmp_path):
+    graph = eq.Graph.chain((2, 5), a=eq.Conv(floats(3, 2, 2), floats(3)), act=eq.Clip(0.0, np.float32([0.5, 1.0, 2.0])),
+                           y=eq.Conv(floats(2, 3, 1), floats(2)))
+    q = quantized(graph)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    model = onnx.load(tmp_path / "net.onnx")
+    made = {n.output[0]: n for n in model.graph.node}
+    chain, value = [], "act"
+    while value != "a":
+        chain.append(made[value].op_type)
+        value = made[value].input[0]
+    assert chain == ["DequantizeLinear", "QuantizeLinear", "Min", "DequantizeLinear", "QuantizeLinear"]
+    tensors = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    (bound,) = (tensors[n.input[1]] for n in model.graph.node if n.op_type == "Min")
+    scale = tensors["a.quantized.scale"]
+    assert np.array_equal(bound.ravel(), np.rint(np.float32([0.5, 1.0, 2.0]) / scale) * scale)
+    assert steps_apart(q, tmp_path / "net.onnx").max() <= 1
+
+
+def test_layers_changed_after_quantization_are_refused(tmp_path):
+    graph = quantized(eq.Graph.chain((3,), a=eq.Dense(floats(2, 3)), act=eq.ReLU(), y=eq.Dense(floats(2, 2))))
+    step, weights = graph["act"].op.step[0], floats(2, 3, seed=6)
+    grid = eq.UniformQuantizer(8).weight_grid(eq.Dense(weights))
+    for other, found in ((eq.Dense(weights), "no steps"), (eq.Dense(grid.fake_quantize(weights), grid=grid), "steps of ")):
+        with pytest.raises(OnnxError, match=rf"node 'act': it rounds sums in steps of {step:g}, and 'a' is made in {found}.*; quantize the"):
+            eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph.with_ops({"a": other}))
+        assert not (tmp_path / "net.onnx").exists()
 
 
 def test_weights_alone_may_be_quantized(net, tmp_path):

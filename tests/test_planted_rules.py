@@ -306,6 +306,27 @@ def test_biases_on_the_grid_of_the_weights_are_caught(caught):
     caught(test_quantization.test_a_quantized_layer_computes_what_integers_compute, (quantization, "_on_accumulator", coarse))
 
 
+def test_sums_that_are_rounded_as_floats_are_caught(caught):
+    right = grid.Grid.quantize
+    caught(test_quantization.test_sums_in_the_middle_of_two_steps_go_to_even_whatever_float_made_of_them,
+           (grid.Grid, "quantize", lambda self, x, step=None: right(self, x)))
+
+
+def test_a_step_of_another_layer_is_caught(caught):
+    right = quantization.accumulator_step
+    caught(lambda: test_quantization.test_layers_store_the_whole_numbers_that_an_integer_engine_stores(
+        handmade.plain, "float32", "per_tensor", False), (quantization, "accumulator_step", lambda *args: 3 * right(*args)))
+
+
+def test_bounds_that_are_left_between_two_steps_are_caught(caught):
+    def unrounded(node, bounds, rounding, dtype):
+        (value,) = node.inputs
+        clip = eq.Clip(*bounds)
+        return [eq.Node(f"{value}.quantized", rounding, (value,)), dataclasses.replace(node, op=clip, inputs=(f"{value}.quantized",))]
+
+    caught(test_quantization.test_clips_on_rounded_values_are_rounded_clips, (quantization, "_rounded_then_clipped", unrounded))
+
+
 def test_a_forgotten_value_that_engines_store_is_caught(caught):
     right = quantization.stored_values
     caught(lambda: test_quantization.test_an_inner_output_is_rounded_where_it_is_read(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -11,12 +12,12 @@ import handmade
 import numpy as np
 import pytest
 from handmade import Maker
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eqfact as eq
 from eqfact.ops.grid import ROUNDINGS, rounded
-from eqfact.quantization import effective_bits, stored_values
+from eqfact.quantization import effective_bits, grid_of, stored_values
 from eqfact.testing.strategies import batches, networks
 
 NEAREST = ("half_even", "half_away", "half_up")
@@ -462,6 +463,118 @@ def test_a_quantized_layer_computes_what_integers_compute():
     np.testing.assert_allclose(eq.forward(quantized, x), expected, rtol=1e-12, atol=1e-12)
 
 
+def whole_numbers(quantized, every, name):
+    """What an integer engine stores where a FakeQuantize of a layer's sums stands: exact sums, one multiplier in the network's type."""
+    rounding = quantized[name].op
+    node = quantized[quantized[name].inputs[0]]
+    read, s_w = grid_of(quantized, node.inputs[0]), node.op.grid
+    number = every[node.name].dtype.type  # scales and the multiplier, as engines hold them
+    q_x = np.rint(every[node.inputs[0]] / read.scale).astype(np.int64)  # less its zero point
+    q_w = np.rint(node.op.weight / s_w.scale).astype(np.int64)
+    layer = dataclasses.replace(node.op, weight=q_w.astype(np.float64), bias=None, grid=None)
+    sums = layer.forward(q_x.astype(np.float64))  # whole numbers below 2**53: exact
+    by_channel = (-1, *(1,) * (sums.ndim - 2))
+    step = (number(read.scale.item()) * s_w.scale.reshape(-1).astype(number)).reshape(by_channel)
+    if node.op.bias is not None:
+        sums = sums + np.rint(node.op.bias.astype(np.float64).reshape(by_channel) / step)
+    multiplier = step / rounding.grid.scale.astype(number).reshape(by_channel)
+    zero_point = rounding.grid.zero_point.reshape(by_channel)
+    return np.clip(np.rint(sums.astype(number) * multiplier) + zero_point, rounding.grid.qmin, rounding.grid.qmax)
+
+
+@each_net
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_store_the_whole_numbers_that_an_integer_engine_stores(build, dtype, granularity, symmetric):
+    m = Maker(21, dtype)
+    graph = build(m)
+    x = m.data(graph, 20)
+    quantized = eq.quantize(graph, weights=eq.UniformQuantizer(8, granularity=granularity), stats=eq.calibrate(graph, x), outputs=True,
+                            activations=eq.UniformQuantizer(8, symmetric=symmetric))
+    every, seen = eq.values(quantized, x), 0
+    for node in quantized:
+        if isinstance(node.op, eq.FakeQuantize) and node.op.step is not None:
+            grid = node.op.grid
+            assert np.array_equal(np.rint(every[node.name] / grid.scale) + grid.zero_point, whole_numbers(quantized, every, node.name))
+            seen += 1
+    assert seen >= (1 if build is handmade.volume else 2)
+
+
+def test_sums_in_the_middle_of_two_steps_go_to_even_whatever_float_made_of_them():
+    """At a multiplier of 1/2, every odd sum is a tie, and float32 sums lie a little to either side of it."""
+    rng = np.random.default_rng(0)
+    step, sums = np.float32(0.1) * np.float32(0.3), rng.integers(-200, 200, 4000)
+    x = (sums * step * (1 + rng.uniform(-3e-7, 3e-7, sums.shape))).astype(np.float32)[:, None]
+    grid = eq.Grid(np.array([2.0 * step]), np.zeros(1), -128, 127)
+    expected = np.array([exact_rounded(Fraction(int(n), 2), "half_even") for n in sums])[:, None]
+    assert np.array_equal(eq.FakeQuantize(grid, np.array([step])).forward(x), (expected * 2 * step).astype(np.float32))
+    apart = grid.quantize(x) != expected  # rounded as floats they would go anywhere
+    assert 0.1 < apart.mean() < 0.4
+
+
+@settings(max_examples=60)
+@given(data=st.data(), symmetric=st.booleans(), granularity=st.sampled_from(["per_tensor", "per_channel"]), bits=st.sampled_from([3, 8]),
+       weights=st.sampled_from([None, W8]))
+def test_clips_on_rounded_values_are_rounded_clips(data, symmetric, granularity, bits, weights):
+    number = st.one_of(st.floats(-4, 4), st.sampled_from([-math.inf, math.inf, 0.0, 6.0]))
+    pairs = [sorted(data.draw(st.tuples(number, number))) for _ in range(3)]
+    low, high = (pairs[0] if data.draw(st.booleans()) else np.array(pairs).T)
+    assume(not (np.isinf(low) & (low == high)).any())  # that would be infinity for every input
+    m = Maker(data.draw(st.integers(0, 99)))
+    graph = eq.Graph.chain((2, 5), a=m.conv(3, 2, 2), act=eq.Clip(low, high), b=m.conv(2, 3, 1))
+    x = m.data(graph, 5)
+    stats = eq.calibrate(graph, x)
+    quantizer = eq.UniformQuantizer(bits, symmetric=symmetric, granularity=granularity)
+    quantized = eq.quantize(graph, weights=weights, activations=quantizer, stats=stats)
+    every = eq.values(quantized, 2 * x)
+    grid = quantizer.activation_grid(stats["act"].min, stats["act"].max)
+    shape = (-1, 1)
+    clipped = np.clip(every["a"], np.reshape(low, shape), np.reshape(high, shape))
+    q = np.clip(np.rint(clipped / grid.scale.reshape(shape)) + grid.zero_point.reshape(shape), grid.qmin, grid.qmax)
+    expected = grid.scale.reshape(shape) * (q - grid.zero_point.reshape(shape))
+    np.testing.assert_allclose(every["act"], expected, rtol=1e-12)
+
+
+def test_a_relu_is_gone_where_the_grid_ends_at_zero_and_a_clip_where_it_ends_within_the_bounds():
+    m = Maker(22)
+    graph = eq.Graph.chain((2, 5), a=m.conv(3, 2, 2), act=eq.ReLU(), b=m.conv(3, 3, 1), cut=eq.Clip(0.0, np.array([0.1, 0.2, 50.0])),
+                           c=m.conv(2, 3, 1))
+    stats = eq.calibrate(graph, m.data(graph))
+    unsigned = eq.quantize(graph, weights=W8, activations=A8, stats=stats)
+    assert isinstance(unsigned["act"].op, eq.FakeQuantize)
+    assert unsigned["act"].inputs == ("a",)
+    cut = unsigned["cut"].op  # 0 is the end of the grid, and of the bounds above only two are within it
+    assert cut.low == -math.inf
+    np.testing.assert_allclose(cut.high[:2], [0.1, 0.2], atol=unsigned["b.quantized"].op.grid.scale.item() / 2)
+    signed = eq.quantize(graph, weights=W8, activations=eq.UniformQuantizer(8), stats=stats)
+    assert (signed["act"].op.low, signed["act"].op.high, signed["act"].inputs) == (0.0, math.inf, ("a.quantized",))
+
+
+def test_scales_are_numbers_of_the_networks_type():
+    for dtype, as_kept in (("float32", np.float32), ("float64", np.float64)):
+        m = Maker(23, dtype)
+        graph = handmade.mobile(m)
+        quantized = eq.quantize(graph, weights=W8, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+        scales = [node.op.grid.scale for node in quantized if getattr(node.op, "grid", None) is not None]
+        assert len(scales) > 10
+        assert all(np.array_equal(scale, scale.astype(as_kept)) for scale in scales)
+        rounded_off = [scale for scale in scales if not np.array_equal(scale, scale.astype(np.float32))]
+        assert bool(rounded_off) == (dtype == "float64")
+    tiny = eq.UniformQuantizer().grid([-1.0, -1e-40], [1.0, 1e-40]).astype(np.float32)
+    assert tiny.scale.tolist() == [float(np.float32(1 / 127)), 1.0]
+
+
+def test_float32_is_rounded_in_its_own_precision_as_engines_do_unless_a_scale_underflows_there():
+    x, scale = np.float32([0.3, 7.7, 2.5e-3]), np.float32(0.1) / np.float32(3)
+    grid = eq.Grid(np.array([scale]), np.zeros(1), -(2**15), 2**15 - 1)
+    assert grid.quantize(x).tolist() == np.rint(x / scale).tolist()
+    tiny = eq.Grid(np.array([1e-42]), np.zeros(1), -128, 127)
+    assert tiny.quantize(np.float32([5e-41, -1e-30, 0.0])).tolist() == [50, -128, 0]
+    wide = eq.Grid(np.array([1.0]), np.zeros(1), -(2**31), 2**31 - 1)
+    assert wide.quantize(np.float32([3e9, -3e9, 16777216])).tolist() == [2**31 - 1, -(2**31), 2**24]
+
+
 @each_net
 def test_none_leaves_everything_in_float(build):
     m = Maker(12)
@@ -616,6 +729,16 @@ def test_a_grid_that_does_not_fit_its_value_is_refused():
     grid = eq.UniformQuantizer().grid(np.full(3, -1.0), np.ones(3))
     with pytest.raises(ValueError, match=r"node 'fq': FakeQuantize has scales of shape \(3,\) for 2 channels"):
         eq.Graph.chain((2,), fq=eq.FakeQuantize(grid))
+
+
+def test_steps_that_do_not_fit_are_refused():
+    grid = eq.UniformQuantizer().grid([-1.0], [1.0])
+    with pytest.raises(ValueError, match=r"node 'fq': FakeQuantize has steps of shape \(3,\) for 2 channels"):
+        eq.Graph.chain((2,), fq=eq.FakeQuantize(grid, np.ones(3)))
+    with pytest.raises(ValueError, match="FakeQuantize step must be positive, got 0"):
+        eq.FakeQuantize(grid, np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"FakeQuantize step must have 1 axes, got shape \(1, 1\)"):
+        eq.FakeQuantize(grid, np.ones((1, 1)))
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -50,6 +50,7 @@ def every_op(dtype=np.float64):
         eq.Flatten(), ops.Transpose((2, 0, 1)), eq.Slice(-3, 4), eq.Permute((2, 0, 3, 1)),
         eq.Sigmoid(), ops.HardSigmoid(third), eq.Tanh(), eq.SiLU(), eq.HardSwish(), ops.Erf(), eq.GELU(), eq.GELU(approximate=True),
         eq.Softmax(), eq.Softmax(axis=-1), eq.FakeQuantize(eq.UniformQuantizer(bits=4, rounding="floor").grid(-w(4), w(4))),
+        eq.FakeQuantize(eq.UniformQuantizer(symmetric=False).grid([0.0], [third]), step=w(4).astype(np.float64)),
     ]
 
 

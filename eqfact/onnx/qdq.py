@@ -19,10 +19,10 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Commuting, Op, Pad, Weighted
+from eqfact.ops import Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, accumulator_step, scale_dtype
+from eqfact.quantization import FakeQuantize, accumulator_step, grid_of, scale_dtype
 
 #: ONNX's integer types with their ranges, the smallest first.
 TYPES: dict[int, tuple[int, int]] = {
@@ -52,11 +52,10 @@ def save_qdq(path: Path_, graph: Graph) -> None:
 
 
 class _QdqWriter(Writer):
-    """A writer that knows on which grid each value lies."""
+    """A writer that writes what lies on a grid as whole numbers."""
 
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
-        self.grids: dict[str, Grid] = {}
         if self.dtype == np.float64:
             self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles
         grids = [getattr(node.op, "grid", None) for node in graph.nodes]
@@ -70,32 +69,23 @@ class _QdqWriter(Writer):
             if node.op.step is not None:
                 self._check_step(node, node.op.step)
             self._activation(node, first, node.op.grid)
-        elif first in self.grids and self._keeps(node.op, self.grids[first]):
+        elif (grid := grid_of(self.graph, node.name)) is not None:
             inner = self.inner(node, "kept")
             super().write(replace(node, name=inner))
-            self._activation(node, inner, self.grids[first], suffix=".quantize")
+            self._activation(node, inner, grid, suffix=".quantize")
         else:
             super().write(node)
-
-    def _keeps(self, op: Op, grid: Grid) -> bool:
-        """Does the op make of values on a grid values on the same grid?"""
-        if not isinstance(op, Commuting):
-            return False
-        if op.bounds is not None:
-            bounds = np.concatenate([np.ravel(bound) for bound in op.bounds]).astype(self.dtype)
-            bounds = bounds[np.isfinite(bounds)]
-            return grid.scale.size == 1 and np.array_equal(grid.fake_quantize(bounds), bounds)
-        return op.moves and not (isinstance(op, Pad) and op.value)
 
     def _check_step(self, node: Node, step: Array) -> None:
         """Are the sums that a node rounds whole multiples of what it takes for their step?"""
         (value,) = node.inputs
         layer = None if value in self.graph.inputs else self.graph[value]
-        read = None if layer is None else self.grids.get(layer.inputs[0])
+        read = None if layer is None else grid_of(self.graph, layer.inputs[0])
         made = accumulator_step(layer.op, read, scale_dtype(self.graph)) if layer and read and isinstance(layer.op, Weighted) else None
         if made is None or not np.array_equal(made, step):
+            steps = "no steps" if made is None else f"steps of {made.max():g}"
             raise OnnxError(f"{self.path}: node '{node.name}': it rounds sums in steps of {step.max():g}, and '{value}' is made in "
-                            f"{'no such steps' if made is None else f'steps of {made.max():g}'}; quantize the network again, after all changes")
+                            f"{steps}; quantize the network again, after all changes")
 
     def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
         """Round a value to its grid and back."""
@@ -117,7 +107,6 @@ class _QdqWriter(Writer):
                     bound = self.constant(grid.dequantize(q).astype(self.dtype).reshape(shape), f"{node.name}.{name}")
                     value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
         pair(value, "int", node.name, suffix)
-        self.grids[node.name] = grid
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         grid = getattr(op, "grid", None)
@@ -146,7 +135,7 @@ class _QdqWriter(Writer):
         return name
 
     def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
-        read = self.grids.get(node.inputs[0])
+        read = grid_of(self.graph, node.inputs[0])
         if name != "bias" or not isinstance(node.op, Weighted) or read is None:
             return super().parameter(node, name, value, shape, key)
         step, product = (accumulator_step(node.op, read, dtype) for dtype in (scale_dtype(self.graph), np.float32))

@@ -185,7 +185,7 @@ class Commuting(Op):
     activation: bool = False
     @property
     def bounds(self) -> tuple[float | Array, float | Array] | None:
-        """Numbers, or ``(C,)``, if the op passes what lies between them and makes all else the nearer one; None if it does anything else."""
+        """Numbers or ``(C,)``, if the op passes what lies between them and makes all else the nearer one; else None."""
         return None
 
     def output_shape(self, *shapes: Shape) -> Shape:

@@ -11,7 +11,6 @@ same ``n``, so that the same whole numbers follow.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,8 @@ class Grid:
         with np.errstate(over="ignore"):  # what overflows saturates
             steps = x / scale if step is None else np.rint(x / step.astype(dtype)) * (step.astype(dtype) / scale)
             q = rounded(steps, self.rounding) + self.zero_point.astype(dtype)
-        return np.clip(q, self.qmin, self.qmax).astype(np.int32)
+        whole: npt.NDArray[np.int32] = np.clip(q, self.qmin, self.qmax).astype(np.int32)
+        return whole
 
     def _precision(self, x: npt.NDArray[Any]) -> np.dtype[Any]:
         """That of ``x``, in which engines divide, too; float64 where it does not hold the scales or the whole numbers."""
