@@ -27,7 +27,7 @@ def model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[int | s
 
 
 def run_ort(path: Any, feeds: Arrays, *, integers: Any = None) -> dict[str, np.ndarray]:
-    """The outputs of a file in onnxruntime, without its own rewriting; or with integer kernels, and what it runs written to ``integers``."""
+    """The outputs of a file in onnxruntime, as it is written; or in integer kernels, and what these are is written to ``integers``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -19,7 +19,7 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Weighted
+from eqfact.ops import Add, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, grid_of, scale_dtype
@@ -73,6 +73,9 @@ class _QdqWriter(Writer):
             inner = self.inner(node, "kept")
             super().write(replace(node, name=inner))
             self._activation(node, inner, grid, suffix=".quantize")
+        elif isinstance(node.op, Add) and all(grid_of(self.graph, value) for value in node.inputs):
+            # an Add would be fused into an integer kernel, whose rounding no standard tells; a Sum is rounded as a float sum
+            self.node("Sum", node.inputs, node.name, node)
         else:
             super().write(node)
 
