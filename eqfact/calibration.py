@@ -6,7 +6,7 @@ to those of the whole: ``calibrate(g, a) + calibrate(g, b)``. Section 2 of the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,12 +109,14 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
     return Statistics(total)
 
 
-def check_statistics(graph: Graph, stats: Statistics) -> None:
-    """An error if the statistics are not of this graph, or not finite."""
-    missing = sorted(set(graph.shapes) - set(stats))
+def check_statistics(graph: Graph, stats: Statistics, values: Collection[str] | None = None) -> None:
+    """An error if the statistics of these values, or of all, are not those of this graph, or not finite."""
+    values = graph.shapes if values is None else values
+    missing = sorted(set(values) - set(stats))
     if missing:
         raise ValueError(f"the statistics lack value '{missing[0]}': calibrate this graph, after folding")
-    for name, shape in graph.shapes.items():
+    for name in values:
+        shape = graph.shapes[name]
         if stats[name].max.shape != shape[:1]:
             raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
         if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.calibration import Statistics
+from eqfact.calibration import Statistics, check_statistics
 from eqfact.graph import Graph, Node
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
@@ -178,30 +178,13 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     for node in graph.nodes:  # weights alone may be quantized again: those on their grid stay where they are
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
-    if activations is not None and stats is None:
-        raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
-    nodes: list[Node] = []
-    grids: dict[str, Grid] = {}
+    dtype = scale_dtype(graph)
+    grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs)
+    stored = set(grids)
+    rename = {value: f"{value}.quantized" for value in graph.inputs if value in stored}
+    nodes = [Node(name, FakeQuantize(grids[value]), (value,)) for value, name in rename.items()]
     steps: dict[str, Array] = {}
     on_grid: dict[tuple[int, bytes], Weighted] = {}
-    rename: dict[str, str] = {}
-    dtype = scale_dtype(graph)
-    stored = set(stored_values(graph, outputs=outputs)) if activations is not None else set()
-
-    def store(value: str) -> None:
-        assert activations is not None and stats is not None
-        if value not in stats:
-            raise ValueError(f"the statistics lack value '{value}': calibrate this graph, after folding and equalizing")
-        of = stats[value]
-        if of.min.shape != graph.shapes[value][:1]:
-            raise ValueError(f"the statistics of value '{value}' have {of.min.size} channels, the network has {graph.shapes[value][0]}")
-        grids[value] = activations.activation_grid(of.min, of.max).astype(dtype)
-
-    for value in graph.inputs:
-        if value in stored:
-            store(value)
-            nodes.append(Node(f"{value}.quantized", FakeQuantize(grids[value]), (value,)))
-            rename[value] = f"{value}.quantized"
     for node in graph.nodes:
         op, source = node.op, node.inputs[0]
         if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
@@ -219,7 +202,6 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         if node.name not in stored:
             nodes.append(node)
             continue
-        store(node.name)
         bounds = op.bounds if isinstance(op, Commuting) and source not in grids else None
         if bounds is not None:
             nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype)
@@ -227,6 +209,15 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             rounding = FakeQuantize(grids[node.name], steps.get(node.name))
             nodes += [replace(node, name=f"{node.name}.float"), Node(node.name, rounding, (f"{node.name}.float",))]
     return replace(graph, nodes=tuple(nodes))
+
+
+def _activation_grids(graph: Graph, quantizer: UniformQuantizer, stats: Statistics | None, outputs: bool) -> dict[str, Grid]:
+    """The grid of every value that an engine stores."""
+    if stats is None:
+        raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
+    stored = stored_values(graph, outputs=outputs)
+    check_statistics(graph, stats, stored)
+    return {value: quantizer.activation_grid(stats[value].min, stats[value].max).astype(scale_dtype(graph)) for value in stored}
 
 
 def check_quantizers(weights: object, activations: object) -> None:
