@@ -136,8 +136,8 @@ def run_report(args: Args) -> Facts:
 # Steps that several commands share.
 
 def _check_outputs(args: Args) -> None:
-    if "output" in args:
-        files.network_kind(args.output)
+    if "output" in args and files.network_kind(args.output) == ".npz" and args.opaque and files.network_kind(args.network) == ".onnx":
+        args.refuse("--opaque keeps nodes that only ONNX files hold: give the output a name that ends in .onnx")
     files.check_outputs(getattr(args, name) for name in ("output", "factors", "report", "plot") if name in args)
 
 

@@ -20,7 +20,7 @@ from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model, unit_sensitivities
-from eqfact.optimal import objective_at, optimal
+from eqfact.optimal import decibels_above, objective_at, optimal
 from eqfact.quantization import UniformQuantizer
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
@@ -158,7 +158,7 @@ def _gap_db(found: EqualizeResult, model: NoiseModel, factorization: Factorizati
     if factorization is found.factorization:
         return found.gap_db
     reached = objective_at(model, np.asarray(factorization.by_label, np.float64), objective=objective)
-    return float(10 * np.log10(reached / found.bound)) if reached > 0 else 0.0
+    return decibels_above(found.bound, reached)
 
 
 def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statistics | None, max_factor: float | None, preactivation: bool,

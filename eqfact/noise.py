@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.calibration import Statistics
+from eqfact.calibration import Statistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
@@ -89,7 +89,9 @@ def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
 
     Their sum is no prediction of the output's noise, but a measure that needs neither data nor gradients, and does not depend on which
     equivalent network it is taken of; ``signal`` is 1. Channels that are 0 on the data count for nothing.
+    :class:`ValueError` if the statistics are of another graph.
     """
+    check_statistics(graph, stats)
     of_weights: dict[str, Vector] = {}
     of_values: dict[str, Vector] = {name: np.zeros(shape[0]) for name, shape in graph.shapes.items()}
     for node in graph.nodes:

@@ -42,6 +42,11 @@ REACH = 300.0
 ROUNDOFF = 1e-9
 
 
+def decibels_above(bound: float, noise: float) -> float:
+    """By how many dB a noise is above a lower bound on it; 0 where there is none."""
+    return float(10 * np.log10(noise / bound)) if noise > 0 else 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Optimum:
     """Factors by label, their exact noise, a lower bound on the noise of all factors in the box, and how that was found."""
@@ -57,7 +62,7 @@ class Optimum:
     @property
     def gap_db(self) -> float:
         """By how much the best factors in the box can at most be better, in dB."""
-        return float(10 * np.log10(self.noise / self.bound)) if self.noise > 0 else 0.0
+        return decibels_above(self.bound, self.noise)
 
 
 def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str, float] | None = None, box: float = 1024.0,

@@ -548,6 +548,15 @@ def test_options_for_onnx_files_are_refused_for_native_ones(folder, capsys, verb
     assert f"error: {flag.split()[0]} is for ONNX files: leave it out for {named}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["fold", "equalize"])
+def test_foreign_nodes_are_for_onnx_files_only(hard_onnx, capsys, verb):
+    with pytest.raises(SystemExit) as raised:
+        main(f"{verb} hard.onnx -o out.npz --input-shape x=2,6,6 --opaque".split())
+    assert raised.value.code == 2
+    assert "error: --opaque keeps nodes that only ONNX files hold: give the output a name that ends in .onnx\n" in capsys.readouterr().err
+    assert not Path("out.npz").exists()
+
+
 def test_options_for_onnx_files_help_where_one_of_two_is_native(run):
     pytest.importorskip("onnx")
     assert facts_of(run, "fold net.npz -o folded.onnx")["ok"]

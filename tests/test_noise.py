@@ -238,6 +238,13 @@ def test_gradient_sensitivities_take_one_batch_as_calibration_does():
         gradient_sensitivities(two, a)
 
 
+def test_forward_sensitivities_need_statistics_of_this_graph():
+    m = handmade.Maker(2)
+    graph, other = handmade.plain(m), handmade.mobile(m)
+    with pytest.raises(ValueError, match="the statistics lack value 'act': calibrate this graph"):
+        forward_sensitivities(other, eq.calibrate(graph, m.data(graph)))
+
+
 @each_net
 def test_forward_sensitivities_are_noise_to_signal_where_the_noise_is_read(net):
     graph, x = net.graph, net.data(3)
