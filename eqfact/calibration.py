@@ -111,6 +111,8 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
 
 def check_statistics(graph: Graph, stats: Statistics, values: Collection[str] | None = None) -> None:
     """An error if the statistics of these values, or of all, are not those of this graph, or not finite."""
+    if not isinstance(stats, Mapping):
+        raise TypeError(f"stats must be what calibrate(graph, batches) returns, got {type(stats).__name__}")
     values = graph.shapes if values is None else values
     missing = sorted(set(values) - set(stats))
     if missing:

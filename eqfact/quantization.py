@@ -137,6 +137,8 @@ class FakeQuantize(Blocking):
     reason = "has a fixed grid"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"FakeQuantize needs a Grid, got {self.grid!r}: UniformQuantizer(...).grid(low, high) makes one")
         if self.step is not None:
             object.__setattr__(self, "step", parameter("FakeQuantize step", np.asarray(self.step, np.float64), 1))
             if not (self.step > 0).all():
@@ -175,7 +177,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
     """
     check_quantizers(weights, activations)
-    for node in graph.nodes:  # weights alone may be quantized again: those on their grid stay where they are
+    for node in graph.nodes:  # weights alone may be quantized again
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     dtype = scale_dtype(graph)
@@ -184,18 +186,17 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     rename = {value: f"{value}.quantized" for value in graph.inputs if value in stored}
     nodes = [Node(name, FakeQuantize(grids[value]), (value,)) for value, name in rename.items()]
     steps: dict[str, Array] = {}
-    on_grid: dict[tuple[int, bytes], Weighted] = {}
+    on_grid: dict[tuple[int, bytes], tuple[Weighted, Array | None]] = {}
     for node in graph.nodes:
         op, source = node.op, node.inputs[0]
-        if isinstance(op, Weighted) and not isinstance(op, BatchNorm) and weights is not None:
+        if isinstance(op, Weighted) and not isinstance(op, BatchNorm):
             input_grid = grids.get(source) if biases else None
-            grid = _roomy(weights.weight_grid(op), op, input_grid).astype(dtype)
-            key = (id(op), grid.scale.tobytes())
-            if key not in on_grid:  # an op used twice stays one op, unless its uses need different grids or biases
-                on_grid[key] = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]
-            op = on_grid[key]
-            if input_grid is not None and (step := accumulator_step(op, input_grid, dtype)) is not None:
-                op, steps[node.name] = _on_accumulator(op, step), step
+            key = (id(op), b"" if input_grid is None else input_grid.scale.tobytes())
+            if key not in on_grid:  # an op used twice stays one op, if what it reads has one grid
+                on_grid[key] = _on_grids(op, weights, input_grid, dtype)
+            op, step = on_grid[key]
+            if step is not None:
+                steps[node.name] = step
         elif isinstance(op, Commuting) and op.moves and source in grids:
             grids[node.name] = grids[source]
         node = replace(node, op=op, inputs=tuple(rename.get(i, i) for i in node.inputs))
@@ -279,9 +280,9 @@ def keeps_grid(op: Op, grid: Grid) -> bool:
         return False
     if op.bounds is None:
         return op.moves
+    nearest, exact = replace(grid, rounding="half_even"), 2.0**-23  # a bound may be kept in float32
     bounds = [np.asarray(bound, np.float64) for bound in op.bounds]
-    exact = 2.0**-23  # a bound may be kept in float32
-    return all((np.isinf(b) | (np.abs(grid.fake_quantize(b) - b) <= exact * np.abs(b))).all() for b in bounds)
+    return all((np.isinf(b) | (np.abs(nearest.fake_quantize(b) - b) <= exact * np.abs(b))).all() for b in bounds)
 
 
 def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
@@ -307,6 +308,18 @@ def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], roundin
 def scale_dtype(graph: Graph) -> np.dtype[Any]:
     """In which precision the scales of a network are kept: its own, and float32 at least."""
     return np.result_type(graph.dtype or np.float64, np.float32)
+
+
+def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid | None,
+              dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
+    """The op with its weights on a grid, if a quantizer is given, and its bias on that of its sums; and their step, if there is one."""
+    if quantizer is not None:
+        grid = _roomy(quantizer.weight_grid(op), op, input_grid).astype(dtype)
+        op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
+    step = None if input_grid is None else accumulator_step(op, input_grid, dtype)
+    if step is None or (op.bias is not None and np.abs(op.bias / step).max() >= 2**31):  # weights on a grid from before may be too small
+        return op, None
+    return _on_accumulator(op, step), step
 
 
 def _roomy(grid: Grid, op: Weighted, input_grid: Grid | None) -> Grid:
@@ -341,10 +354,9 @@ def accumulator_step(op: Weighted, input_grid: Grid, dtype: npt.DTypeLike = np.f
 
 def _on_accumulator(op: Weighted, step: Array) -> Weighted:
     """The op with its bias on the grid of its integer accumulator, int32 with this step."""
-    assert op.grid is not None
     if op.bias is None:
         return op
-    accumulator = Grid(step, np.zeros(1), -(2**31), 2**31 - 1, op.grid.rounding)
+    accumulator = Grid(step, np.zeros(1), -(2**31), 2**31 - 1)
     return replace(op, bias=accumulator.fake_quantize(op.bias))  # type: ignore[type-var]
 
 

@@ -134,6 +134,43 @@ def test_sums_of_two_values_are_rounded_as_sums(tmp_path):
     assert [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node].count("Sum") == 1
 
 
+@pytest.mark.parametrize("nodes", [
+    {"r": ("ReLU", "a"), "u": ("Dense", "r")},
+    {"r": ("ReLU", "a"), "s": ("Add", "a r"), "u": ("Dense", "s")},
+    {"r": ("Clip", "a"), "u": ("Dense", "r"), "v": ("Dense", "a")},
+    {"r": ("ReLU", "x"), "s": ("Add", "a r")},
+], ids=str)
+def test_activations_of_stored_values_are_rounded_to_two_grids(nodes, tmp_path):
+    """onnxruntime makes one of two neighbouring pairs, so none must stand before the ReLU's own."""
+    make = {"ReLU": eq.ReLU, "Clip": lambda: eq.Clip(-0.5, 1.5), "Add": eq.Add, "Dense": lambda: eq.Dense(floats(8, 8, seed=7), floats(8))}
+    for seed in range(8):
+        graph = eq.Graph({"x": (8,)}, [eq.Node("a", eq.Dense(floats(8, 8, seed=seed), floats(8)), ["x"])] + [
+            eq.Node(name, make[op](), read.split()) for name, (op, read) in nodes.items()], ["a", list(nodes)[-1]])
+        q = quantized(graph)
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+        feeds = {"x": 2 * floats(300, 8, seed=8)}
+        theirs = small.run_ort(tmp_path / "net.onnx", feeds, integers=tmp_path / "run.onnx")
+        for name, y in eq.forward(q, feeds).items():
+            assert np.array_equal(theirs[name], y), (seed, name)
+
+
+@pytest.mark.parametrize("weights, activations", [(8, 4), (8, 3), (4, 8), (4, 4), (3, 6), (2, 2)])
+@pytest.mark.parametrize("kind", ["Conv", "Dense"])
+def test_few_bits_run_with_all_optimizations(weights, activations, kind, tmp_path):
+    make = {"Conv": lambda seed: eq.Conv(floats(4, 4, 1, seed=seed)), "Dense": lambda seed: eq.Dense(floats(4, 4, seed=seed))}[kind]
+    graph = eq.Graph.chain((4, 3) if kind == "Conv" else (4,), a=make(1), r=eq.ReLU(), b=make(2), c=eq.Clip(-0.25, 0.75), y=make(3))
+    eqfact.onnx.save(tmp_path / "float.onnx", graph)
+    model = onnx.load(tmp_path / "float.onnx")
+    model.opset_import[0].version, model.ir_version = 21, 10  # with types of 4 bits
+    onnx.save(model, tmp_path / "float.onnx")
+    graph = eqfact.onnx.load(tmp_path / "float.onnx")
+    q = quantized(graph, eq.UniformQuantizer(weights), eq.UniformQuantizer(activations, symmetric=False))
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    feeds = small.feeds_of(graph, batch=100)
+    theirs = small.run_ort(tmp_path / "net.onnx", feeds, integers=tmp_path / "run.onnx")["y"]
+    assert (theirs != small.run_eq(q, feeds)["y"]).mean() < 0.01  # where it computes in float, sums between two steps may part
+
+
 def test_rounded_values_are_clipped_between_numbers_on_the_grid(tmp_path):
     graph = eq.Graph.chain((2, 5), a=eq.Conv(floats(3, 2, 2), floats(3)), act=eq.Clip(0.0, np.float32([0.5, 1.0, 2.0])),
                            y=eq.Conv(floats(2, 3, 1), floats(2)))
@@ -287,7 +324,27 @@ def test_double_networks_are_written_in_single(tmp_path):
     small.close(small.run_ort(tmp_path / "net.onnx", {"x": x}), {"y": eq.forward(q, x)}, float(q["y"].op.grid.scale[0]))
 
 
+def test_half_networks_are_written_in_single(tmp_path):
+    graph = eq.Graph({"x": (3,)}, [eq.Node("y", eq.Dense(floats(2, 3).astype(np.float16)), ["x"])], ["y"])
+    stats = eq.calibrate(graph, floats(9, 3).astype(np.float16))
+    q = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=ACTIVATIONS, stats=stats, outputs=True)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    x = floats(4, 3).astype(np.float16)
+    theirs = small.run_ort(tmp_path / "net.onnx", {"x": x.astype(np.float32)})
+    small.close(theirs, {"y": eq.forward(q, x).astype(np.float32)}, float(q["y"].op.grid.scale[0]))
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("size", [1e-50, 1e42])
+def test_scales_that_float32_cannot_hold_are_refused(size, tmp_path):
+    graph = eq.Graph({"x": (3,)}, [eq.Node("y", eq.Dense(floats(2, 3).astype(float)), ["x"])], ["y"])
+    stats = eq.calibrate(graph, size * floats(9, 3).astype(float))
+    q = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=ACTIVATIONS, stats=stats)
+    with pytest.raises(OnnxError, match=r"net.onnx: 'x.quantized' lies on a grid of scale \S+ to \S+, which float32 cannot hold; quantize"):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_another_rounding_of_activations_is_refused(net, tmp_path):

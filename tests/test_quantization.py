@@ -551,6 +551,50 @@ def test_a_relu_is_gone_where_the_grid_ends_at_zero_and_a_clip_where_it_ends_wit
     assert (signed["act"].op.low, signed["act"].op.high, signed["act"].inputs) == (0.0, math.inf, ("a.quantized",))
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_bounds_and_biases_stay_on_their_grid_under_every_rounding(rounding):
+    """A clip keeps the grid of what it clips, so the layer behind it has a step, and its corrected bias is a multiple of that."""
+    m = Maker(24)
+    graph = eq.Graph.chain((4,), a=m.dense(8, 4), c=eq.Clip(0.3, 1.1), b=m.dense(2, 8))
+    x = m.data(graph, 50)
+    quantizer = eq.UniformQuantizer(8, symmetric=False, rounding=rounding)
+    quantized = eq.quantize(graph, weights=eq.UniformQuantizer(8, rounding=rounding), activations=quantizer, stats=eq.calibrate(graph, x),
+                            outputs=True)
+    assert grid_of(quantized, "c") is quantized["a.quantized"].op.grid
+    for q in (quantized, eq.correct_bias(graph, quantized, x).graph):
+        multiples = q["b.float"].op.bias / q["b"].op.step
+        np.testing.assert_allclose(multiples, np.rint(multiples), rtol=1e-12)
+
+
+@each_net
+def test_weights_first_and_activations_then_is_both_at_once(build):
+    m = Maker(25, "float32")
+    graph = build(m)
+    x = m.data(graph)
+    stats = eq.calibrate(graph, x)
+    at_once = eq.quantize(graph, weights=W8, activations=A8, stats=stats)
+    then = eq.quantize(eq.quantize(graph, weights=W8), activations=A8, stats=stats)
+    assert [node.name for node in then] == [node.name for node in at_once]
+    for name, value in eq.values(at_once, x).items():
+        assert np.array_equal(eq.values(then, x)[name], value)
+
+
+def test_a_bias_that_does_not_fit_weights_quantized_before_stays_in_float():
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0]]), np.array([1e9])))
+    stats = eq.calibrate(graph, np.array([[1.0]]))
+    quantized = eq.quantize(eq.quantize(graph, weights=W8), activations=A8, stats=stats, outputs=True)
+    assert quantized["fc.float"].op.bias[0] == 1e9
+    assert quantized["fc"].op.step is None
+
+
+def test_a_layer_used_twice_stays_one_layer_where_it_reads_one_grid():
+    m = Maker(26)
+    conv = m.conv(2, 2, 1)
+    graph = eq.Graph({"x": (2, 3)}, [eq.Node("a", conv, ["x"]), eq.Node("b", conv, ["x"]), eq.Node("c", conv, ["a"])], ["b", "c"])
+    quantized = eq.quantize(graph, weights=W8, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    assert quantized["a.float"].op is quantized["b"].op is not quantized["c"].op
+
+
 def test_scales_are_numbers_of_the_networks_type():
     for dtype, as_kept in (("float32", np.float32), ("float64", np.float64)):
         m = Maker(23, dtype)
@@ -729,6 +773,15 @@ def test_a_grid_that_does_not_fit_its_value_is_refused():
     grid = eq.UniformQuantizer().grid(np.full(3, -1.0), np.ones(3))
     with pytest.raises(ValueError, match=r"node 'fq': FakeQuantize has scales of shape \(3,\) for 2 channels"):
         eq.Graph.chain((2,), fq=eq.FakeQuantize(grid))
+
+
+def test_what_is_no_grid_and_no_statistics_is_refused():
+    with pytest.raises(TypeError, match=r"FakeQuantize needs a Grid, got 3: UniformQuantizer\(\.\.\.\)\.grid"):
+        eq.FakeQuantize(3)
+    m = Maker(27)
+    graph = handmade.plain(m)
+    with pytest.raises(TypeError, match=r"stats must be what calibrate\(graph, batches\) returns, got list"):
+        eq.quantize(graph, activations=A8, stats=[m.data(graph)])
 
 
 def test_steps_that_do_not_fit_are_refused():

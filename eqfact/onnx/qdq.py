@@ -37,9 +37,9 @@ def save_qdq(path: Path_, graph: Graph) -> None:
     """Write a network that :func:`eqfact.quantize` has made as ONNX with QuantizeLinear and DequantizeLinear.
 
     Weights become (u)int8 per tensor or per channel, activations uint8 or int8, biases int32 where they lie on the grid
-    ``s_x * s_w``. Grids of up to 4 bits are stored in 4 bits if the opset is 21 or newer (as for networks that came from no
+    ``s_x * s_w``. Weights of up to 4 bits are stored in 4 bits if the opset is 21 or newer (as for networks that came from no
     file), else in 8; 16 bits and per-group weights need opset 21 and raise it. What is rounded to a grid narrower than its
-    type is clipped behind. Scales, and all that is not quantized, are written in float32.
+    type is clipped behind. Scales, and all that is not quantized, are written in float32, whatever the network's type.
 
     What a float32 network's integer layers store is then the same in an engine, value by value, if that adds up in 32 bits and
     rescales by one float32 multiplier, as onnxruntime's do; where it computes in float, a sum next to the middle of two steps may be
@@ -56,10 +56,9 @@ class _QdqWriter(Writer):
 
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
-        if self.dtype == np.float64:
-            self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles
-        grids = [getattr(node.op, "grid", None) for node in graph.nodes]
-        narrow = any(isinstance(grid, Grid) and grid.qmax - grid.qmin < 16 for grid in grids)
+        self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles, and in older opsets no halves
+        grids = [node.op.grid for node in graph.nodes if isinstance(node.op, Weighted)]
+        narrow = any(grid is not None and grid.qmax - grid.qmin < 16 for grid in grids)
         if narrow and not any(isinstance(node.origin, Origin) for node in graph.nodes):
             self.need_opset(WIDE_OPSET, graph.nodes[0])
 
@@ -69,7 +68,7 @@ class _QdqWriter(Writer):
             if node.op.step is not None:
                 self._check_step(node, node.op.step)
             self._activation(node, first, node.op.grid)
-        elif (grid := grid_of(self.graph, node.name)) is not None:
+        elif (grid := grid_of(self.graph, node.name)) is not None and not self._rounded_next(node.name):
             inner = self.inner(node, "kept")
             super().write(replace(node, name=inner))
             self._activation(node, inner, grid, suffix=".quantize")
@@ -78,6 +77,11 @@ class _QdqWriter(Writer):
             self.node("Sum", node.inputs, node.name, node)
         else:
             super().write(node)
+
+    def _rounded_next(self, value: str) -> bool:
+        """Is a value read by nothing but roundings? Its pair would stand right before another, and engines merge such pairs into one."""
+        readers = self.graph.readers[value]
+        return value not in self.graph.outputs and bool(readers) and all(isinstance(node.op, FakeQuantize) for node in readers)
 
     def _check_step(self, node: Node, step: Array) -> None:
         """Are the sums that a node rounds whole multiples of what it takes for their step?"""
@@ -95,7 +99,7 @@ class _QdqWriter(Writer):
         if grid.rounding != "half_even":
             raise OnnxError(f"{self.path}: node '{node.name}': ONNX rounds activations half to even, "
                             f"the grid's rounding is '{grid.rounding}'; quantize with rounding='half_even'")
-        kind = self._type(grid, node)
+        kind = self._type(grid, node, least=8)  # no kernel takes activations of less
         axis = {"axis": 1} if grid.scale.size > 1 else {}
         numbers = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
 
@@ -119,7 +123,7 @@ class _QdqWriter(Writer):
         if not np.array_equal(grid.dequantize(q).astype(op.weight.dtype), op.weight):
             raise OnnxError(f"{self.path}: node '{node.name}': its weights do not lie on their grid; "
                             "quantize the network again, after all changes")
-        kind = self._type(grid, node)
+        kind = self._type(grid, node, least=4)
         whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
         _, known = self.made_of.get(id(op.weight), (None, ""))
         if known and np.array_equal(self.initializers[f"{known}.int"], whole):
@@ -155,11 +159,12 @@ class _QdqWriter(Writer):
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{own}.int", scale], [own], name=f"{own}.dequantize", **axis))
         return own
 
-    def _type(self, grid: Grid, node: Node) -> int:
-        """The smallest type that holds a grid and that the opset has."""
+    def _type(self, grid: Grid, node: Node, least: int) -> int:
+        """The smallest type, of these bits at least, that holds a grid and that the opset has."""
+        least = least if self.standard.version >= WIDE_OPSET else 8
         for kind, (low, high) in TYPES.items():
             bits = (high - low + 1).bit_length() - 1
-            if low <= grid.qmin and grid.qmax <= high and (bits > 4 or self.standard.version >= WIDE_OPSET):
+            if low <= grid.qmin and grid.qmax <= high and bits >= least:
                 if bits > 8:
                     self.need_opset(WIDE_OPSET, node)
                 return int(kind)
@@ -167,8 +172,13 @@ class _QdqWriter(Writer):
 
     def _numbers(self, name: str, scale: Array, zero_point: Array, kind: int, *, scalar: bool) -> tuple[str, str]:
         """Scale and zero point as initializers."""
+        with np.errstate(over="ignore"):
+            written = scale.astype(np.float32)
+        if not (np.isfinite(written) & (written >= np.finfo(np.float32).tiny)).all():
+            raise OnnxError(f"{self.path}: '{name}' lies on a grid of scale {scale.min():g} to {scale.max():g}, which float32 cannot hold; "
+                            "quantize the network in float32")
         shape = () if scalar else scale.shape
-        return (self.constant(scale.astype(np.float32).reshape(shape), f"{name}.scale"),
+        return (self.constant(written.reshape(shape), f"{name}.scale"),
                 self.constant(zero_point.astype(helper.tensor_dtype_to_np_dtype(kind)).reshape(shape), f"{name}.zero_point"))
 
 

@@ -49,7 +49,7 @@ class Grid:
         scale = self.scale.astype(dtype)
         return replace(self, scale=np.where(scale < np.finfo(scale.dtype).tiny, 1.0, scale))
 
-    def quantize(self, x: npt.ArrayLike, step: Array | None = None) -> npt.NDArray[np.int32]:
+    def quantize(self, x: npt.ArrayLike, step: npt.ArrayLike | None = None) -> npt.NDArray[np.int32]:
         """The whole numbers ``q`` nearest to ``x`` on the grid, saturating at its ends.
 
         With ``step`` (which broadcasts against ``x``), ``x`` is taken for the whole multiple of it next to it, and rescaled as integer
@@ -59,7 +59,7 @@ class Grid:
         dtype = self._precision(x)
         x, scale = x.astype(dtype, copy=False), self.scale.astype(dtype)
         with np.errstate(over="ignore"):  # what overflows saturates
-            steps = x / scale if step is None else np.rint(x / step.astype(dtype)) * (step.astype(dtype) / scale)
+            steps = x / scale if step is None else np.rint(x / np.asarray(step, dtype)) * (np.asarray(step, dtype) / scale)
             q = rounded(steps, self.rounding) + self.zero_point.astype(dtype)
         whole: npt.NDArray[np.int32] = np.clip(q, self.qmin, self.qmax).astype(np.int32)
         return whole
@@ -73,7 +73,7 @@ class Grid:
         """The numbers that ``q`` stands for, in float64."""
         return self.scale * (np.asarray(q, np.float64) - self.zero_point)
 
-    def fake_quantize(self, x: Array, step: Array | None = None) -> Array:
+    def fake_quantize(self, x: Array, step: npt.ArrayLike | None = None) -> Array:
         """``dequantize(quantize(x, step))`` in the dtype of ``x``."""
         return self.dequantize(self.quantize(x, step)).astype(x.dtype)
 
