@@ -293,6 +293,15 @@ def parameter(name: str, value: npt.ArrayLike, ndim: int | None = None, *, finit
     return read_only(array)
 
 
+def product(a: Array, b: Array, out: Array | None = None) -> Array:
+    """``a @ b`` without false alarms: BLAS also multiplies what happens to lie in the unused lanes of its vectors, and numpy may report
+    that as an invalid value (numpy issue 24067). Of finite factors only an overflow makes one, and that is still reported.
+    """
+    with np.errstate(invalid="ignore"):
+        result: Array = np.matmul(a, b, out=out)
+    return result
+
+
 def scaled(array: Array, factor: Array, name: str) -> Array:
     """``array * factor`` in float64, rounded once to the array's own dtype; refuses to overflow."""
     with np.errstate(over="ignore", invalid="ignore"):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from eqfact.ops.base import Array, Shape
+from eqfact.ops.base import Array, Shape, product
 
 #: Entries of one im2col block, and of the row of weights that a depthwise convolution repeats along a row of pixels.
 COLUMN_BLOCK = 1 << 19
@@ -67,7 +67,7 @@ def convolve(x: Array, weight: Array, sizes: Shape, stride: Shape, padding: Side
         result = _depthwise(padded, weight, sizes, stride, dilation)
     elif math.prod(kernel) == 1 and groups == 1:
         pixels = over_space(padded, (slice(None, (n - 1) * s + 1, s) for n, s in zip(sizes, stride, strict=True)))
-        result = (pixels.reshape(-1, inner) @ weight.reshape(out, inner).T).reshape(len(x), *sizes, out)
+        result = product(pixels.reshape(-1, inner), weight.reshape(out, inner).T).reshape(len(x), *sizes, out)
     else:
         result = _im2col(padded, weight, sizes, stride, dilation, groups)
     if bias is not None:  # repeated along a row of pixels, so that the inner loop of numpy runs over a whole row
@@ -122,7 +122,7 @@ def _im2col(padded: Array, weight: Array, sizes: Shape, stride: Shape, dilation:
         for start in range(0, sizes[0], step):
             block = result[n, start:start + step].reshape(-1, groups, out // groups)
             for g, matrix in enumerate(matrices):
-                np.matmul(windows[g, n, start:start + step].reshape(-1, len(matrix)), matrix, out=block[:, g])
+                product(windows[g, n, start:start + step].reshape(-1, len(matrix)), matrix, out=block[:, g])
     return result
 
 
@@ -158,7 +158,7 @@ def correlate_taps(x: Array, cotangent: Array, shape: Shape, stride: Shape, padd
     result = np.empty((math.prod(kernel), groups, out // groups, inner), np.result_type(x, cotangent))
     pixels = made.reshape(-1, groups, out // groups).transpose(1, 2, 0)
     for tap, window in zip(result, tap_windows(padded, sizes, tuple(kernel), stride, dilation), strict=True):
-        np.matmul(pixels, window.reshape(-1, groups, inner).transpose(1, 0, 2), out=tap)
+        product(pixels, window.reshape(-1, groups, inner).transpose(1, 0, 2), out=tap)
     return np.moveaxis(result.reshape(-1, out, inner), 0, -1).reshape(shape)
 
 
@@ -173,8 +173,8 @@ def _mix(pixels: Array, matrix: Array, groups: int) -> Array:
     """Pixels ``(P, in)`` times a matrix ``(out, in // groups)``, group by group."""
     out, inner = matrix.shape
     if groups == 1:
-        return pixels @ matrix.T
+        return product(pixels, matrix.T)
     if out == groups and inner == 1:
         return pixels * matrix[:, 0]
-    grouped = pixels.reshape(-1, groups, inner).transpose(1, 0, 2) @ matrix.reshape(groups, out // groups, inner).transpose(0, 2, 1)
+    grouped = product(pixels.reshape(-1, groups, inner).transpose(1, 0, 2), matrix.reshape(groups, out // groups, inner).transpose(0, 2, 1))
     return grouped.transpose(1, 0, 2).reshape(-1, out)

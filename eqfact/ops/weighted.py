@@ -24,6 +24,7 @@ from eqfact.ops.base import (
     parameter,
     per_axis,
     per_side,
+    product,
     read_only,
     scaled,
     window_sizes,
@@ -84,13 +85,13 @@ class Dense(Weighted):
         return (len(self.weight),)
 
     def forward(self, *inputs: Array) -> Array:
-        return _add_bias(inputs[0] @ self.weight.T, self.bias)
+        return _add_bias(product(inputs[0], self.weight.T), self.bias)
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
-        return (cotangent @ self.weight,)
+        return (product(cotangent, self.weight),)
 
     def weight_vjp(self, cotangent: Array, x: Array) -> Array:
-        return cotangent.T @ x
+        return product(cotangent.T, x)
 
 
 @dataclass(frozen=True, eq=False)
