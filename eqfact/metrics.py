@@ -89,8 +89,9 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
     may differ by factors, one for each channel label of ``b``, read off the weights, or else off the data: a witness factorization.
     Where channels of a value agree within the bound and are near, both walks start afresh from them: so a bound that has grown as large
-    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of their channel's largest
-    entry). Inner values of the same name may have another meaning, so that they part; then outputs must have a bound that is as near.
+    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of the most that the last
+    layer's ``|W| |x|`` comes to in their channel). Inner values of the same name may have another meaning, so that they part; then
+    outputs must have a bound that is as near.
 
     So errors count from the last start. In a network that amplifies roundings even its equivalent networks end apart: how far, without
     starts on the way, is said too. Raises :class:`ValueError` if inputs or outputs have other names or shapes, or if an output overflows.
@@ -151,7 +152,8 @@ class _Side:
 
     ``errors`` bounds the rounding errors of the values that it holds, in units of ``u`` (never below their magnitudes). ``slopes`` is
     ``|W_L| ... |W_1| s`` without biases, of one image in float64: nothing cancels there, so factors read off it stay sharp in any depth.
-    Beside ``s`` stands ``s`` times the doubt about the factors in it, in units of ``u``.
+    Beside ``s`` stands ``s`` times the doubt about the factors in it, in units of ``u``. ``scales`` says what a value is made of, the last
+    layer's ``|W| |x|``: an entry whose terms happen to cancel out is not more exact than the others for that.
     """
 
     #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
@@ -161,8 +163,10 @@ class _Side:
         self.graph, self.held, self.u = graph, held, u
         self.errors: dict[str, Array] = {}
         self.slopes: dict[str, Array] = {}
+        self.scales: dict[str, Array] = {}
         for name in graph.inputs:
             self.start(name, held[name])
+            self.scales[name] = np.abs(held[name])
 
     def start(self, name: str, value: Array, doubt: Array | float = 0.0, unsure: Array | float = 0.0) -> None:
         """Take a value as it is, up to its own rounding and a doubt, and its slope with that of its factors, all in units of ``u``."""
@@ -200,6 +204,8 @@ class _Side:
             if np.isnan(self.errors[name].max()):  # beyond overflow nothing is bounded, not even 0 * inf
                 self.errors[name] = np.where(np.isnan(self.errors[name]), np.inf, self.errors[name])
             self.slopes[name] = self._slope(node)
+            summed = isinstance(op, Weighted) and not isinstance(op, BatchNorm)
+            self.scales[name] = m if summed else op.magnitude(*(self.scales[i] for i in node.inputs))
 
     def _slope(self, node: Node) -> Array:
         """The slopes of a node's output, ``(2, C, *spatial)``."""
@@ -249,7 +255,7 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, 
             order = order[new[order]]
             factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
         expected, error, bound, doubt = _against(name, of_a, of_b, factor[labels], uncertainty[labels])
-        found[name] = _worst(error, bound, _near(expected, u))
+        found[name] = _worst(error, bound, _near(of_a.scales[name] * along_channels(factor[labels], value.ndim - 1), u))
         if found[name].excess > 1:
             uncertainty = known  # nothing is read off values that disagree
             continue

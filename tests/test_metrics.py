@@ -526,6 +526,31 @@ def test_a_small_output_channel_beside_a_large_one_is_compared_by_itself(dtype):
     assert not eq.verify(a, wrong, x)
 
 
+@each_dtype
+@pytest.mark.parametrize("ends", [{}, {"relu": eq.ReLU()}, {"bn": "bn"}, {"curve": eq.Tanh()}, {"add": "add"}], ids="".join)
+def test_outputs_that_happen_to_be_small_on_one_image_are_equal(dtype, ends):
+    """One of a thousand outputs nearly cancels out on a single image; its rounding errors are those of the others."""
+    rng = np.random.default_rng(4)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    for _ in range(5):
+        nodes = [eq.Node("a", eq.Dense(normal(64, 32), normal(64)), ["x"]), eq.Node("act", eq.ReLU(), ["a"]),
+                 eq.Node("b", eq.Dense(normal(1000, 64), normal(1000)), ["act"])]
+        for name, op in ends.items():
+            made = {"bn": eq.BatchNorm(*(normal(1000) for _ in range(3)), np.ones(1000, dtype)), "add": eq.Add()}.get(op, op)
+            nodes.append(eq.Node(name, made, ["b", "b"] if op == "add" else ["b"]))
+        graph = eq.Graph({"x": (32,)}, nodes, [nodes[-1].name])
+        moved = eq.Factorization.of(graph, {"act": np.exp(rng.normal(size=64))}).apply(graph)
+        x = normal(1, 32)
+        assert eq.verify(graph, moved, x)
+        bias = graph["b"].op.bias.copy()
+        bias[np.abs(eq.values(graph, x)["b"][0]).argmin()] += 0.1
+        wrong = moved.with_ops({"b": dataclasses.replace(moved["b"].op, bias=bias)})
+        assert not eq.verify(graph, wrong, x)
+
+
 def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
     huge = eq.Graph.chain((1,), a=eq.Dense(np.array([[1e30]], np.float32)), b=eq.Dense(np.array([[1e30]], np.float32)))
     with np.errstate(over="ignore"), pytest.raises(ValueError, match="output 'b' of the first network overflows on this data"):
