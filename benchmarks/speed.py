@@ -166,7 +166,7 @@ def measure_growth() -> None:
             print(f"growth    {name:9s}{point['weights'] / 1e6:8.2f} M weights: {point['seconds']:7.2f} s in {point['sweeps']} sweeps, "
                   f"{1e3 * point['seconds_per_sweep']:.1f} ms each; peak {point['peak']:.2f} times the weights", flush=True)
         results.keep("growth", {name: {"about": family.about, "points": points, "exponent": _exponent(points, "seconds"),
-                                         "exponent_sweep": _exponent(points, "seconds_per_sweep")}})
+                                       "exponent_sweep": _exponent(points, "seconds_per_sweep")}})
 
 
 def _grown(graph: eq.Graph, width: int, depth: int, method: str) -> dict[str, Any]:

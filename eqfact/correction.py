@@ -18,7 +18,7 @@ from scipy.special import ndtr
 
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, walk
-from eqfact.ops.base import Array, Op, Shape, Weighted, along_channels, spread
+from eqfact.ops.base import Array, Commuting, Op, Shape, Weighted, along_channels, spread
 from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
@@ -289,12 +289,11 @@ def _means(graph: Graph, gaussians: Gaussians) -> dict[str, Array]:
 
 def _activated_mean(op: Op, mean: Vector, deviation: Vector) -> Vector | None:
     """The mean of an activation of a normal value, if there is a formula."""
-    if isinstance(op, Clip):
-        return clipped_normal_mean(mean, deviation, op.low, op.high)
-    if isinstance(op, (ReLU, LeakyReLU, PReLU)):
-        slope = 0.0 if isinstance(op, ReLU) else op.slope
+    if isinstance(op, Commuting) and op.bounds is not None:
+        return clipped_normal_mean(mean, deviation, *op.bounds)
+    if isinstance(op, (LeakyReLU, PReLU)):
         positive = clipped_normal_mean(mean, deviation, 0.0, np.inf)
-        return positive + slope * (mean - positive)
+        return positive + op.slope * (mean - positive)
     return None
 
 

@@ -181,7 +181,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     dtype = scale_dtype(graph)
-    grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs)
+    grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs, dtype)
     stored = set(grids)
     rename = {value: f"{value}.quantized" for value in graph.inputs if value in stored}
     nodes = [Node(name, FakeQuantize(grids[value]), (value,)) for value, name in rename.items()]
@@ -212,13 +212,14 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     return replace(graph, nodes=tuple(nodes))
 
 
-def _activation_grids(graph: Graph, quantizer: UniformQuantizer, stats: Statistics | None, outputs: bool) -> dict[str, Grid]:
+def _activation_grids(graph: Graph, quantizer: UniformQuantizer, stats: Statistics | None, outputs: bool,
+                      dtype: np.dtype[Any]) -> dict[str, Grid]:
     """The grid of every value that an engine stores."""
     if stats is None:
         raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
     stored = stored_values(graph, outputs=outputs)
     check_statistics(graph, stats, stored)
-    return {value: quantizer.activation_grid(stats[value].min, stats[value].max).astype(scale_dtype(graph)) for value in stored}
+    return {value: quantizer.activation_grid(stats[value].min, stats[value].max).astype(dtype) for value in stored}
 
 
 def check_quantizers(weights: object, activations: object) -> None:
@@ -287,8 +288,7 @@ def keeps_grid(op: Op, grid: Grid) -> bool:
 
 def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
     """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist."""
-    input_grid = grid_of(quantized, node.inputs[0])
-    step = None if input_grid is None else accumulator_step(op, input_grid, scale_dtype(quantized))
+    step = accumulator_step(op, grid_of(quantized, node.inputs[0]), scale_dtype(quantized))
     return op if step is None else _on_accumulator(op, step)
 
 
@@ -316,7 +316,7 @@ def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid
     if quantizer is not None:
         grid = _roomy(quantizer.weight_grid(op), op, input_grid).astype(dtype)
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
-    step = None if input_grid is None else accumulator_step(op, input_grid, dtype)
+    step = accumulator_step(op, input_grid, dtype)
     if step is None or (op.bias is not None and np.abs(op.bias / step).max() >= 2**31):  # weights on a grid from before may be too small
         return op, None
     return _on_accumulator(op, step), step
@@ -337,16 +337,16 @@ def _one_step(op: Weighted, grid: Grid, input_grid: Grid) -> bool:
     return input_grid.scale.size == 1 and grid.scale.size in (1, len(op.weight))
 
 
-def accumulator_step(op: Weighted, input_grid: Grid, dtype: npt.DTypeLike = np.float64) -> Array | None:
+def accumulator_step(op: Weighted, input_grid: Grid | None, dtype: npt.DTypeLike = np.float64) -> Array | None:
     """``s_x * s_w``, ``(1,)`` or ``(out,)``, of which a layer's sums are whole multiples; the product of ``dtype``'s numbers.
 
-    None where an output channel has no such number: weights in float, scales by input channel, a product that underflows.
+    None where an output channel has no such number: input or weights in float, scales by input channel, a product that underflows.
 
     >>> x, w = UniformQuantizer(symmetric=False).grid(0, 51.0), UniformQuantizer().grid(-127.0, 127.0)
     >>> accumulator_step(Dense(np.ones((1, 1)), grid=w), x)
     array([0.2])
     """
-    if op.grid is None or not _one_step(op, op.grid, input_grid):
+    if input_grid is None or op.grid is None or not _one_step(op, op.grid, input_grid):
         return None
     step = input_grid.scale.astype(dtype).reshape(()) * op.grid.scale.astype(dtype).reshape(-1)
     return step.astype(np.float64) if (step >= np.finfo(dtype).tiny).all() else None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper
 
@@ -56,6 +57,7 @@ class _QdqWriter(Writer):
 
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
+        self.scale_dtype = scale_dtype(graph)
         self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles, and in older opsets no halves
         grids = [node.op.grid for node in graph.nodes if isinstance(node.op, Weighted)]
         narrow = any(grid is not None and grid.qmax - grid.qmin < 16 for grid in grids)
@@ -87,12 +89,15 @@ class _QdqWriter(Writer):
         """Are the sums that a node rounds whole multiples of what it takes for their step?"""
         (value,) = node.inputs
         layer = None if value in self.graph.inputs else self.graph[value]
-        read = None if layer is None else grid_of(self.graph, layer.inputs[0])
-        made = accumulator_step(layer.op, read, scale_dtype(self.graph)) if layer and read and isinstance(layer.op, Weighted) else None
+        made = self._step(layer, layer.op, self.scale_dtype) if layer is not None and isinstance(layer.op, Weighted) else None
         if made is None or not np.array_equal(made, step):
             steps = "no steps" if made is None else f"steps of {made.max():g}"
             raise OnnxError(f"{self.path}: node '{node.name}': it rounds sums in steps of {step.max():g}, and '{value}' is made in "
                             f"{steps}; quantize the network again, after all changes")
+
+    def _step(self, node: Node, op: Weighted, dtype: npt.DTypeLike) -> Array | None:
+        """The step of a layer's sums, the product of ``dtype``'s numbers, if there is one."""
+        return accumulator_step(op, grid_of(self.graph, node.inputs[0]), dtype)
 
     def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
         """Round a value to its grid and back."""
@@ -116,8 +121,8 @@ class _QdqWriter(Writer):
         pair(value, "int", node.name, suffix)
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
-        grid = getattr(op, "grid", None)
-        if not isinstance(grid, Grid):
+        grid = op.grid
+        if grid is None:
             return super().weight(node, op, arranged)
         q = replace(grid, rounding="half_even").quantize(op.weight)
         if not np.array_equal(grid.dequantize(q).astype(op.weight.dtype), op.weight):
@@ -142,22 +147,26 @@ class _QdqWriter(Writer):
         return name
 
     def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
-        read = grid_of(self.graph, node.inputs[0])
-        if name != "bias" or not isinstance(node.op, Weighted) or read is None:
+        on_grid = self._whole_bias(node, node.op, np.asarray(value)) if name == "bias" and isinstance(node.op, Weighted) else None
+        if on_grid is None:
             return super().parameter(node, name, value, shape, key)
-        step, product = (accumulator_step(node.op, read, dtype) for dtype in (scale_dtype(self.graph), np.float32))
-        bias = np.asarray(value)
-        if step is None or product is None:
-            return super().parameter(node, name, value, shape, key)
-        whole = np.rint(bias.astype(np.float64) / step)
-        if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
-            return super().parameter(node, name, value, shape, key)  # a bias that is not on the grid stays in float
+        whole, step = on_grid
         own = self.fresh(self.named(node, "bias"))
-        self.constant(whole.astype(np.int32), f"{own}.int")
-        scale = self.constant(product.astype(np.float32).reshape(() if product.size == 1 else -1), f"{own}.scale")
-        axis: dict[str, Any] = {} if product.size == 1 else {"axis": 0}
+        self.constant(whole, f"{own}.int")
+        scale = self.constant(step.reshape(() if step.size == 1 else -1), f"{own}.scale")
+        axis: dict[str, Any] = {} if step.size == 1 else {"axis": 0}
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{own}.int", scale], [own], name=f"{own}.dequantize", **axis))
         return own
+
+    def _whole_bias(self, node: Node, op: Weighted, bias: AnyArray) -> tuple[AnyArray, AnyArray] | None:
+        """A bias as int32 and its step in float32, if it lies on the grid of the layer's sums; else it stays in float."""
+        step, written = (self._step(node, op, dtype) for dtype in (self.scale_dtype, np.float32))
+        if step is None or written is None:
+            return None
+        whole = np.rint(bias.astype(np.float64) / step)
+        if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
+            return None
+        return whole.astype(np.int32), written.astype(np.float32)
 
     def _type(self, grid: Grid, node: Node, least: int) -> int:
         """The smallest type, of these bits at least, that holds a grid and that the opset has."""

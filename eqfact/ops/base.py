@@ -183,6 +183,7 @@ class Commuting(Op):
 
     #: The op works entry by entry and is fused with the op before it by every integer engine.
     activation: bool = False
+
     @property
     def bounds(self) -> tuple[float | Array, float | Array] | None:
         """Numbers or ``(C,)``, if the op passes what lies between them and makes all else the nearer one; else None."""

@@ -59,8 +59,12 @@ class Grid:
         dtype = self._precision(x)
         x, scale = x.astype(dtype, copy=False), self.scale.astype(dtype)
         with np.errstate(over="ignore"):  # what overflows saturates
-            steps = x / scale if step is None else np.rint(x / np.asarray(step, dtype)) * (np.asarray(step, dtype) / scale)
-            q = rounded(steps, self.rounding) + self.zero_point.astype(dtype)
+            if step is None:
+                unrounded = x / scale
+            else:
+                step = np.asarray(step, dtype)
+                unrounded = np.rint(x / step) * (step / scale)
+            q = rounded(unrounded, self.rounding) + self.zero_point.astype(dtype)
         whole: npt.NDArray[np.int32] = np.clip(q, self.qmin, self.qmax).astype(np.int32)
         return whole
 
