@@ -10,8 +10,8 @@ tensor is written down, as Flatten, Permute, Slice, Transpose or Unflatten. So l
 
 from eqfact.onnx.exporting import save
 from eqfact.onnx.importing import load
-from eqfact.onnx.opaque import Opaque
+from eqfact.onnx.opened import Kept, Opened, open
 from eqfact.onnx.origin import OnnxError, Origin, UnsupportedNode
 from eqfact.onnx.qdq import save_qdq
 
-__all__ = ["OnnxError", "Opaque", "Origin", "UnsupportedNode", "load", "save", "save_qdq"]
+__all__ = ["Kept", "OnnxError", "Opened", "Origin", "UnsupportedNode", "load", "open", "save", "save_qdq"]

@@ -6,18 +6,19 @@ A constant operand is one number a channel in most networks: then ``a x + b`` is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 
-from eqfact.onnx.call import Call, Constant, Reader
+from eqfact.onnx.call import Call, Reader
 from eqfact.onnx.layers import bias_row
 from eqfact.onnx.moving import identity
+from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import View
-from eqfact.ops import GELU, Add, BatchNorm, Clip, Dense, Identity, Mul, Op, PReLU, SiLU, Softmax
+from eqfact.ops import GELU, Add, Affine, BatchNorm, Clip, Dense, Identity, Mul, Op, PReLU, SiLU, Softmax
 
 
 def plain(make: Callable[[Call], Op]) -> Reader:
@@ -40,13 +41,13 @@ def _affine(call: Call, slope: Any, shift: Any, **names: int) -> View:
     """``slope * x + shift`` as a BatchNorm, which absorbs factors exactly."""
     if call.opset < 7 and "axis" in call.attributes:
         call.refuse("it broadcasts by an attribute, as before opset 7; convert the file with onnx.version_converter")
-    i = 0 if isinstance(call.inputs[0], View) else 1
+    i = int(isinstance(call.inputs[0], Constant))
     dtype = np.asarray(call.parameter(next(iter(names.values())))).dtype
 
     def make(slope: Any, shift: Any) -> Op:
         zero, one = np.zeros_like(shift), np.ones_like(shift)
         return BatchNorm(slope, shift, zero, one, eps=0.0)
-    return call.channelwise(call.view(i), {"slope": np.asarray(slope, dtype), "shift": np.asarray(shift, dtype)}, make, names)
+    return call.channelwise(call.view(i), {"slope": np.asarray(slope, dtype), "shift": np.asarray(shift, dtype)}, make, names, Affine)
 
 
 def add(call: Call) -> View:
@@ -56,14 +57,14 @@ def add(call: Call) -> View:
     x, c = pair
     constant = call.parameter(c)
     view = call.view(x)
-    if len(view.sample) == 1 and constant.size in (1, view.sample[0]) and constant.ndim < 3:
+    if view.plain and len(view.shape) == 1 and constant.size in (1, view.shape[0]) and constant.ndim < 3:
         product = call.absorbed(x, Dense)
         if product is not None and isinstance(product.op, Dense) and product.op.bias is None:
-            merged = call.emit(replace(product.op, bias=bias_row(call, constant, view.sample[0])), *product.inputs, names={"bias": c})
-            call.importer.inherit(merged.value, product)
+            merged = call.emit(replace(product.op, bias=bias_row(call, constant, view.shape[0])), *product.inputs, names={"bias": c})
+            call.building.inherit(merged.value, product)
             return merged
         if product is not None:
-            call.importer.restore(product)
+            call.building.restore(product)
     return _affine(call, 1, constant, beta=c)
 
 
@@ -93,10 +94,8 @@ def divide(call: Call) -> View:
 
 
 def negate(call: Call) -> View:
-    view = call.view()
-    dtype = call.importer.dtype
-    one = np.ones(view.sample, dtype)
-    return call.channelwise(view, {"slope": -one}, lambda slope: BatchNorm(slope, 0 * slope, 0 * slope, -slope, eps=0.0), {})
+    one = np.ones((), call.building.dtype)
+    return call.channelwise(call.view(), {"slope": -one}, lambda slope: BatchNorm(slope, 0 * slope, 0 * slope, -slope, eps=0.0), {})
 
 
 # ------------------------------------------------------------------------------------------------- activations
@@ -129,17 +128,17 @@ def bound(name: str) -> Reader:
         made = call.entrywise(make(**limit), view, names={name: c}) if isinstance(limit[name], float) else \
             call.channelwise(view, {name: given}, make, {name: c})
         # Min(Max(x, low), high): one Clip, if the value between the two is read here only
-        node = call.importer.nodes.get(made.value)
+        node = call.building.nodes.get(made.value)
         before = call.absorbed(x, Clip)
         if before is not None:
             first, second = before.op, node.op if node is not None else None
             if node is not None and isinstance(first, Clip) and isinstance(second, Clip) and np.all(np.isinf(getattr(first, name))):
                 both = {other: getattr(first, other), name: getattr(second, name)}
                 if np.all(np.asarray(both["low"]) <= np.asarray(both["high"])):
-                    call.importer.nodes[node.name] = replace(node, op=Clip(**both), inputs=before.inputs)
-                    call.importer.inherit(node.name, before)
+                    call.building.nodes[node.name] = replace(node, op=Clip(**both), inputs=before.inputs)
+                    call.building.inherit(node.name, before)
                     return made
-            call.importer.restore(before)
+            call.building.restore(before)
         return made
     return read
 
@@ -149,27 +148,24 @@ def prelu(call: Call) -> View:
     if slope.size == 1:
         return call.entrywise(PReLU(slope.reshape(1)), names={"slope": 1})
     view = call.view()
-    if slope.ndim == 1 and len(slope) == view.sample[0] and view.ndim > 2 and (call.opset < 7 or len(slope) != view.sample[-1]):
+    shape = view.full_shape(call.building.batches[0])
+    if slope.ndim == 1 and view.ndim > 2 and len(slope) == shape[1] and (call.opset < 7 or len(slope) != shape[-1]):
         # (C,) means the channels where it was written before opset 7 or would broadcast against nothing else
-        slope = slope.reshape(-1, *(1 for _ in view.sample[1:]))
+        slope = slope.reshape(-1, *(1 for _ in shape[2:]))
     return call.channelwise(view, {"slope": slope}, PReLU, {"slope": 1})
 
 
 def softmax(call: Call) -> View:
     view = call.view()
     axis = view.axis(call.integer("axis", 1 if call.opset < 13 else -1))
-    if call.opset < 13 and math.prod(view.sample[axis:]) != view.sample[axis]:
-        call.refuse(f"before opset 13 it runs over all axes from {axis + 1} on at once")
-    if view.index is None:
-        return call.emit(Softmax(axis + 1), call.value(view))
-    order = (axis, *(a for a in range(len(view.sample)) if a != axis))
-    made = call.emit(Softmax(1), call.value(view.transpose(_batched(view, order))))
-    return made.transpose((0, *(int(a) + 1 for a in np.argsort(order))))
-
-
-def _batched(view: View, order: Sequence[int]) -> list[int]:
-    """Axes of a tensor, the batch first, from axes of its samples."""
-    return [view.batch, *(a + (a >= view.batch) for a in order)]
+    n = view.size(axis)
+    if call.opset < 13 and math.prod(view.size(a) for a in range(axis, view.ndim)) != n:
+        call.refuse(f"before opset 13 it runs over all axes from {axis} on at once")
+    layout = view.layout()
+    if layout is not None and axis in layout:
+        return view.of(call.emit(Softmax(layout.index(axis) + 1), view.value).value)
+    value, back = call.by_channel(view, axis)
+    return back(call.emit(Softmax(1), value))
 
 
 def gelu(call: Call) -> View:
@@ -190,6 +186,6 @@ def dropout(call: Call) -> View:
 
 def cast(call: Call) -> View:
     to = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(call.integer("to", 0)))
-    if to != np.dtype(call.importer.dtype):
-        call.refuse(f"it casts to {to}; a network is computed in one type here, {np.dtype(call.importer.dtype)}")
+    if to != call.building.dtype:
+        call.refuse(f"it casts to {to}; a network is computed in one type here, {call.building.dtype}")
     return identity(call)

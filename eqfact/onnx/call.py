@@ -6,44 +6,30 @@ below with the plain reason; the importer adds path, node and op type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from eqfact.graph import Node
-from eqfact.onnx.origin import Origin, UnsupportedNode
-from eqfact.onnx.views import View
+from eqfact.onnx.building import Building
+from eqfact.onnx.origin import FLOATS, Constant, Foreign, Origin, Tensor, UnsupportedNode
+from eqfact.onnx.views import BATCH, Axis, View
 from eqfact.ops import Op, Weighted
 
-if TYPE_CHECKING:
-    from eqfact.onnx.importing import Importer
-
 AnyArray = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """A tensor known without running the network; ``values`` holds it for each assumed size of the batch."""
-
-    name: str
-    values: tuple[AnyArray, ...]
-
-
-Tensor = View | Constant
 
 
 class Call:
     """One node of the file, with its attributes and the tensors that it reads: what a reader function sees."""
 
-    def __init__(self, importer: Importer, node: onnx.NodeProto) -> None:
-        self.importer, self.node = importer, node
+    def __init__(self, building: Building, node: onnx.NodeProto, opset: int) -> None:
+        self.building, self.node, self.opset = building, node, opset
         self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        self.inputs = [importer.tensors[name] if name else None for name in node.input]
-        self.opset = importer.opset
+        self.inputs = [building.tensors[name] if name else None for name in node.input]
 
     @property
     def output(self) -> str:
@@ -67,7 +53,7 @@ class Call:
     def text(self, name: str, default: str) -> str:
         """A string attribute."""
         value = self.attributes.get(name, default)
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
     def integers(self, name: str, default: Sequence[int] | None = None) -> list[int]:
         """A list of integers as attribute."""
@@ -81,36 +67,50 @@ class Call:
         """Whether the optional input ``i`` is there."""
         return i < len(self.inputs) and self.inputs[i] is not None
 
+    def known(self, i: int) -> Constant | None:
+        """Input ``i``, if it is known without running the network."""
+        tensor = self.inputs[i] if self.has(i) else None
+        return tensor if isinstance(tensor, Constant) else None
+
     def view(self, i: int = 0) -> View:
         """Input ``i``, which must be a value of the network."""
-        tensor = self.inputs[i] if i < len(self.inputs) else None
+        tensor = self.inputs[i] if self.has(i) else None
+        if isinstance(tensor, Foreign):
+            return self.building.view(tensor.name)
         if not isinstance(tensor, View):
-            self.refuse(f"its input {i} is a constant, where a value of the network is read")
+            self.refuse(f"its input {i} is {'a constant' if tensor else 'missing'}, where a value of the network is read")
         return tensor
 
     def views(self) -> list[View]:
         """All inputs, which must be values of the network."""
         return [self.view(i) for i in range(len(self.inputs))]
 
-    def constant(self, i: int) -> AnyArray:
-        """Input ``i``, which must be known without running the network."""
-        tensor = self.inputs[i] if i < len(self.inputs) else None
-        if not isinstance(tensor, Constant):
+    def constants(self, i: int) -> tuple[AnyArray, ...]:
+        """Input ``i`` for each assumed size of the batch; it must be known without running the network."""
+        tensor = self.known(i)
+        if tensor is None:
             self.refuse(f"its input {i} ('{self.node.input[i] if i < len(self.node.input) else ''}') is computed by the network, "
                         "where a constant is needed")
-        if any(not np.array_equal(tensor.values[0], other) for other in tensor.values[1:]):
+        batches = self.building.batches
+        return tensor.values * len(batches) if len(tensor.values) == 1 else tensor.values
+
+    def constant(self, i: int) -> AnyArray:
+        """Input ``i``, which must be known without running the network, and not depend on the batch."""
+        first, *others = self.constants(i)
+        if any(first is not other and not np.array_equal(first, other) for other in others):
             self.refuse(f"its input {i} ('{self.node.input[i]}') depends on the size of the batch")
-        return tensor.values[0]
+        return first
 
     def parameter(self, i: int) -> AnyArray:
         """Input ``i``, a constant of finite floating numbers."""
         value, name = self.constant(i), self.node.input[i]
-        if value.dtype not in (np.float16, np.float32, np.float64):
-            raise self.importer.error(self.node, f"initializer '{name}' holds {value.dtype}; weights must be floats: "
-                                                 "export the float network")
+        if value.dtype not in FLOATS.values():
+            self.refuse(f"initializer '{name}' holds {value.dtype}; weights must be floats: export the float network")
         if not np.isfinite(value).all():
             where = tuple(int(k) for k in np.argwhere(~np.isfinite(value))[0])
-            raise self.importer.error(self.node, f"initializer '{name}' holds {value[where]} at index {where}; weights must be finite")
+            raise ValueError(f"initializer '{name}' holds {value[where]} at index {where}; weights must be finite")
+        if value.dtype != self.building.dtype:
+            self.refuse(f"initializer '{name}' holds {value.dtype}; a network is computed in one type here, {self.building.dtype}")
         return value
 
     def given(self, **inputs: int) -> dict[str, int]:
@@ -125,58 +125,117 @@ class Call:
 
     # ------------------------------------------------------------------------------------------- what it makes
 
+    def origin(self, names: Mapping[str, int] | None = None, transposed: bool = False) -> Origin:
+        """What an op that this node becomes remembers of it; ``names`` says which inputs are its parameters."""
+        initializers = {name: str(self.node.input[i]) for name, i in (names or {}).items()}
+        reads = tuple(str(name) for name, tensor in zip(self.node.input, self.inputs, strict=True)
+                      if tensor is not None and not isinstance(tensor, Constant))
+        return Origin(str(self.node.name), initializers, transposed, self.building.source, reads, self.output)
+
     def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, transposed: bool = False, suffix: str = "") -> View:
         """A node with ``op`` on eqfact values, named after the first output; ``names`` says which inputs are its parameters."""
-        initializers = {name: str(self.node.input[i]) for name, i in (names or {}).items()}
-        origin = Origin(str(self.node.name), initializers, transposed, self.importer.header)
         if isinstance(op, Weighted):
-            op = self.importer.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant)),
-                                           *(a.SerializeToString() for a in self.node.attribute)))
-        return self.importer.add(f"{self.output}{suffix}", op, values, origin)
+            op = self.building.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant))))
+        return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names, transposed))
 
     def value(self, tensor: View) -> str:
         """The eqfact value that is this tensor, batch and channels first; what its moves leave over becomes nodes."""
-        return self.importer.written(tensor, self.output)
+        return self.building.written(tensor, self.output)
+
+    def by_channel(self, view: View, axis: int) -> tuple[str, Callable[[View], View]]:
+        """The value whose channels are one axis of a tensor, all others but the batch being space; and the way back for what is made of it.
+
+        That may have other channels, and the same space or all of its sizes 1.
+        """
+        axis = view.axis(axis)
+        view.size(axis)
+        first = int(view.batch is None and not view.axes[0] and axis > 0)  # the batch of one sample
+        others = [i for i in range(first, view.ndim) if i != axis and view.axes[i] != (BATCH,)]
+        space: list[Axis] = []
+        for i in others:
+            if BATCH in view.axes[i][1:-1]:
+                self.refuse("its samples lie between entries of one axis")
+            space.append(tuple(a for a in view.axes[i] if not a.is_batch))
+        value = self.value(view.with_axes(() if view.batch is None else (BATCH,), view.axes[axis], *space))
+
+        def back(made: View) -> View:
+            axes: dict[int, Axis] = {axis: made.axes[1]}
+            for i, run in zip(others, made.axes[2:], strict=True):
+                old = view.axes[i]
+                axes[i] = (*(old[:1] if BATCH in old[:1] else ()), *run, *(old[-1:] if BATCH in old[1:] else ()))
+            return made.with_axes(*(axes.get(i, () if view.axes[i] != (BATCH,) else (BATCH,)) for i in range(view.ndim)))
+        return value, back
 
     def entrywise(self, op: Op, *views: View, names: Mapping[str, int] | None = None) -> View:
-        """An op that does not care where the channels stand: on the values themselves, if all tensors have the same layout."""
+        """An op that does not care where the channels stand: on the values themselves, if one arrangement fits all tensors."""
         views = views or (self.view(),)
-        layouts = {v.layout() for v in views}
-        if len(layouts) > 1 or None in layouts:
-            return self.emit(op, *(self.value(v) for v in views), names=names)
-        made = self.emit(op, *(v.value for v in views), names=names)
-        (axes,) = layouts
-        assert axes is not None
-        return made.transpose((0, *(a + 1 for a in axes)))
-
-    def channelwise(self, view: View, constants: Mapping[str, AnyArray], make: type[Op] | Any, names: Mapping[str, int]) -> View:
-        """An op whose parameters are constants that broadcast against a tensor: one entry a channel if they allow it, else one an entry."""
-        if view.batch:
-            self.refuse(f"the batch stands at axis {view.batch} of its input")
-        spread = {}
-        for name, value in constants.items():
-            if value.ndim == view.ndim and value.shape[0] != 1:
-                self.refuse(f"its constant of shape {value.shape} differs between samples")
-            value = value.reshape(value.shape[1:]) if value.ndim == view.ndim else value
+        batches = self.building.batches
+        shapes = [v.full_shape(batches[0]) for v in views]
+        try:
+            shape = tuple(np.broadcast_shapes(*shapes))
+        except ValueError:
+            raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}, which do not broadcast") from None
+        whole = [v for v, s in zip(views, shapes, strict=True) if s == shape]
+        for model in sorted(set(whole), key=lambda v: -sum(v.axes == w.axes and v.shape == w.shape for w in whole)):
             try:
-                spread[name] = np.broadcast_to(value, view.sample)
-            except ValueError:
-                self.refuse(f"its constant of shape {constants[name].shape} does not broadcast against samples of shape {view.sample}")
-        axes = view.layout()
-        if axes is not None:
-            own = {name: value.transpose(np.argsort(axes)).reshape(view.shape[0], -1) for name, value in spread.items()}
-            if all((value == value[:, :1]).all() for value in own.values()):
-                vectors = {name: np.ascontiguousarray(value[:, 0]) for name, value in own.items()}
-                return self.entrywise(make(**vectors), view, names=names)
-        flat = view.moved(view.positions.reshape(-1))
-        vectors = {name: np.ascontiguousarray(value).reshape(-1) for name, value in spread.items()}
-        made = self.emit(make(**vectors), self.value(flat), names=names, suffix=".flat")
-        return made.moved(made.positions.reshape(view.sample))
+                alike = [v.like(model, batches) for v in views]
+                made = self.emit(op, *(self.value(v) for v in alike), names=names)
+            except (ValueError, LookupError):
+                continue
+            if made.shape == model.shape:
+                return model.of(made.value)
+            del self.building.nodes[made.value]
+        ndim = len(shape)
+        aligned = [v.with_axes(*((),) * (ndim - v.ndim), *v.axes) for v in views]
+        return self.emit(op, *(self.value(v) for v in aligned), names=names)
+
+    def constants_on(self, view: View, constants: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """Constants that broadcast against a tensor, as they stand against its value: ``(C or 1, *spatial or 1)``."""
+        found = {}
+        for name, value in constants.items():
+            shape = (1,) * (view.ndim - value.ndim) + value.shape
+            for axis, n in zip(view.axes, shape, strict=False):
+                if n != 1 and BATCH in axis:
+                    self.refuse(f"its constant of shape {value.shape} differs between samples")
+            if value.ndim > view.ndim or any(n not in (1, math.prod(a.size for a in axis))
+                                             for n, axis in zip(shape, view.axes, strict=True) if BATCH not in axis):
+                self.refuse(f"its constant of shape {value.shape} does not broadcast against samples of shape {view.described()}")
+            atoms = [a for axis in view.axes for a in axis if not a.is_batch]
+            spread = value.reshape([1 if n == 1 else a.size for n, axis in zip(shape, view.axes, strict=True) for a in axis if not a.is_batch])
+            order = [atoms.index(a) for axis in range(len(view.shape)) for a in view.atoms_of(axis)]
+            spread = spread.transpose(order)
+            sizes, at = [], 0
+            for axis, size in enumerate(view.shape):
+                count = len(view.atoms_of(axis))
+                if set(spread.shape[at:at + count]) <= {1}:
+                    sizes.append(1)
+                else:
+                    own = [a.size for a in view.atoms_of(axis)]
+                    spread = np.broadcast_to(spread, (*spread.shape[:at], *own, *spread.shape[at + count:]))
+                    sizes.append(size)
+                at += count
+            found[name] = np.ascontiguousarray(spread).reshape(sizes)
+        return found
+
+    def channelwise(self, view: View, constants: Mapping[str, AnyArray], make: Callable[..., Op], names: Mapping[str, int],
+                    over_space: Callable[..., Op] | None = None) -> View:
+        """An op whose parameters are constants that broadcast against a tensor: ``make`` of one entry a channel if they allow it, else
+        ``over_space`` of ``(C or 1, *spatial or 1)``, or if there is no such op ``make`` of one entry an entry."""
+        own = self.constants_on(view, constants)
+        if all(math.prod(value.shape[1:]) == 1 for value in own.values()):
+            count = view.shape[0]
+            vectors = {name: np.ascontiguousarray(np.broadcast_to(value.reshape(-1), (count,))) for name, value in own.items()}
+            return view.of(self.emit(make(**vectors), view.value, names=names).value)
+        if over_space is not None:
+            return view.of(self.emit(over_space(**own), view.value, names=names).value)
+        spread = {name: np.ascontiguousarray(np.broadcast_to(value, view.shape)).reshape(-1) for name, value in own.items()}
+        made = self.emit(make(**spread), self.value(view.flat()), names=names, suffix=".flat")
+        return view.of_flat(made.value)
 
     def absorbed(self, i: int, kind: type[Op]) -> Node | None:
         """The node that makes input ``i``, taken out of the graph again, if it is of this kind and nothing else reads it."""
         view = self.view(i)
-        return self.importer.taken(view.value, kind) if view.index is None and view.value == self.node.input[i] else None
+        return self.building.taken(view.value, kind) if view.plain and view.value == self.node.input[i] else None
 
 
 #: What the table of op types holds: a function that makes the tensors of a node.

@@ -18,7 +18,6 @@ from onnx import helper, numpy_helper
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.opaque import Opaque
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN
 from eqfact.onnx.writers import WRITERS
@@ -103,9 +102,9 @@ class Writer:
 
     def _header(self) -> onnx.ModelProto:
         """The model without nodes: as in the file that the network came from, or a new one."""
-        origins = [node.origin for node in self.graph.nodes if isinstance(node.origin, Origin) and node.origin.header]
-        model = onnx.ModelProto.FromString(origins[0].header) if origins else onnx.ModelProto(ir_version=IR_VERSION)
-        if not origins:
+        sources = [node.origin.source for node in self.graph.nodes if isinstance(node.origin, Origin) and node.origin.source is not None]
+        model = sources[0].header if sources else onnx.ModelProto(ir_version=IR_VERSION)
+        if not sources:
             model.opset_import.append(helper.make_opsetid("", OPSET))
             model.graph.name, model.producer_name = "network", "eqfact"
         model.ir_version = max(model.ir_version, IR_VERSION)
@@ -138,9 +137,6 @@ class Writer:
     def need_opset(self, version: int, node: Node) -> None:
         """Raise the opset, if an op is too new for it."""
         if self.standard.version < version:
-            if any(isinstance(n.op, Opaque) for n in self.graph.nodes):
-                raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} needs opset {version}, and a node kept "
-                                f"as it is (opaque) needs its own, {self.standard.version}")
             self.standard.version = version
             self.header.ir_version = max(self.header.ir_version, helper.find_min_ir_version_for([self.standard], ignore_unknown=True))
 
@@ -173,6 +169,14 @@ class Writer:
         with np.errstate(over="ignore"):  # a bound beyond the largest float leaves its side open
             written = np.ascontiguousarray(array.astype(self.dtype, copy=False).reshape(array.shape if shape is None else shape))
         return self.constant(written, self.named(node, name), source)
+
+    def vector(self, node: Node, name: str, value: AnyArray) -> str:
+        """A parameter with one entry a channel, or one for all, as it broadcasts against the node's tensor."""
+        return self.parameter(node, name, value, (value.size, *(1 for _ in range(self.spatial(node)))))
+
+    def channels_second(self, node: Node) -> bool:
+        """Whether the channels of the node's tensor stand where ONNX's layers want them, behind the batch."""
+        return True
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         """The weight of an op as ONNX has its axes; ``arranged`` moves them."""

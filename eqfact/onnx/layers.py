@@ -46,7 +46,7 @@ def _shared_out(mode: str, totals: Sequence[int]) -> Sides:
 def conv(call: Call) -> View:
     weight = call.parameter(1)
     x = call.value(call.view())
-    stride, padding, dilation = _window(call, call.importer.shapes[x][1:], call.integers("kernel_shape", weight.shape[2:]))
+    stride, padding, dilation = _window(call, call.building.shapes[x][1:], call.integers("kernel_shape", weight.shape[2:]))
     if tuple(call.integers("kernel_shape", weight.shape[2:])) != weight.shape[2:]:
         raise ValueError(f"its kernel_shape {call.integers('kernel_shape')} is not that of its weight {weight.shape}")
     op = Conv(weight, call.parameter(2) if call.has(2) else None, stride=_one(stride), padding=padding if any(map(any, padding)) else 0,
@@ -57,7 +57,7 @@ def conv(call: Call) -> View:
 def conv_transpose(call: Call) -> View:
     weight, groups = call.parameter(1), call.integer("group", 1)
     x = call.value(call.view())
-    sizes, kernel = call.importer.shapes[x][1:], weight.shape[2:]
+    sizes, kernel = call.building.shapes[x][1:], weight.shape[2:]
     if len(sizes) != len(kernel) or weight.shape[0] % groups:
         raise ValueError(f"its weight {weight.shape} does not fit {groups} groups and an input with {len(sizes)} spatial axes")
     strides, dilations = call.integers("strides", [1] * len(kernel)), call.integers("dilations", [1] * len(kernel))
@@ -89,7 +89,7 @@ def _pool(call: Call) -> tuple[str, list[int], list[int], Sides, Sides]:
     """The value, kernel, stride, padding, and how much more is padded behind because of ``ceil_mode``."""
     kernel = call.integers("kernel_shape")
     x = call.value(call.view())
-    sizes = call.importer.shapes[x][1:]
+    sizes = call.building.shapes[x][1:]
     stride, padding, dilation = _window(call, sizes, kernel)
     if any(d != 1 for d in dilation):
         call.refuse(f"it has dilations {dilation}, and the pools of eqfact have none")
@@ -128,7 +128,7 @@ def global_average_pool(call: Call) -> View:
 
 def global_max_pool(call: Call) -> View:
     x = call.value(call.view())
-    return call.emit(MaxPool(call.importer.shapes[x][1:], stride=1), x)
+    return call.emit(MaxPool(call.building.shapes[x][1:], stride=1), x)
 
 
 def reduce_space(average: bool) -> Reader:
@@ -137,20 +137,27 @@ def reduce_space(average: bool) -> Reader:
         if not given and call.integer("noop_with_empty_axes", 0):
             return call.entrywise(Identity())
         reduced = sorted({view.axis(a) for a in given or range(view.ndim)})
-        kept = [a for a in range(len(view.sample)) if a not in reduced]
-        if not kept or view.batch:
+        for axis in reduced:
+            view.size(axis)
+        kept = [a for a in range(view.ndim) if a not in reduced and a != view.batch]
+        channel = next((a for a in kept if view.axes[a]), None)
+        if channel is None:
             call.refuse("it reduces the channels with all else, and leaves no channel")
-        # what is left are channels (and perhaps space) in front, what is reduced is space behind
-        turned = view.transpose((0, *(a + 1 for a in (*kept, *reduced))))
-        x = call.value(turned)
-        sample = [view.sample[a] for a in (*kept, *reduced)]
-        kernel = (*(1 for _ in kept[1:]), *sample[len(kept):])
-        op = (GlobalAvgPool() if len(kept) == 1 else AvgPool(kernel, stride=1)) if average else MaxPool(kernel, stride=1)
-        made = call.emit(op, x)
-        if not call.integer("keepdims", 1):
-            return made.moved(made.positions.reshape(sample[:len(kept)]))
-        back = np.argsort((*kept, *reduced))
-        return made.transpose((0, *(int(a) + 1 for a in back)))
+        layout = view.layout()
+        if layout is not None and layout[0] in kept:
+            channel = layout[0]  # the channels that it has already
+        x, back = call.by_channel(view, channel)
+        first = int(view.batch is None and not view.axes[0] and channel > 0)
+        space = [a for a in range(first, view.ndim) if a not in (channel, view.batch)]
+        if not space:
+            return call.entrywise(Identity())
+        kernel = tuple(n if a in reduced else 1 for a, n in zip(space, call.building.shapes[x][1:], strict=True))
+        everything = all(a in reduced for a in space)
+        op = (GlobalAvgPool() if everything else AvgPool(kernel, stride=1)) if average else MaxPool(kernel, stride=1)
+        made = back(call.emit(op, x))
+        if call.integer("keepdims", 1):
+            return made
+        return made.with_axes(*(axis for i, axis in enumerate(made.axes) if i not in reduced))
     return reduce
 
 
@@ -185,20 +192,17 @@ def bias_row(call: Call, bias: Any, out: int) -> Any:
 def matmul(call: Call) -> View:
     """``x @ W`` over the last axis: Dense, or a pointwise convolution if there are axes in between."""
     view, weight = call.view(), call.parameter(1)
-    if weight.ndim != 2 or view.ndim < 2 or view.batch:
+    if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
                     "(N, ..., in) times (in, out) is supported")
-    names = {"weight": 1}
-    if view.ndim == 2:
-        return call.emit(Dense(weight.T), call.value(view), names=names, transposed=True)
-    last = view.ndim - 1
-    x = call.value(view.transpose((0, last, *range(1, last))))
-    made = call.emit(Conv(weight.T.reshape(*weight.T.shape, *(1 for _ in range(1, last)))), x, names=names, transposed=True)
-    return made.transpose((0, *range(2, last + 1), 1))
+    x, back = call.by_channel(view, -1)
+    axes = len(call.building.shapes[x]) - 1
+    op = Dense(weight.T) if axes == 0 else Conv(weight.T.reshape(*weight.T.shape, *(1 for _ in range(axes))))
+    return back(call.emit(op, x, names={"weight": 1}, transposed=True))
 
 
 def batch_normalization(call: Call) -> View:
-    if call.integer("training_mode", 0):
+    if call.integer("training_mode", 0) or (call.opset < 14 and sum(map(bool, call.node.output)) > 1):
         call.refuse("it is in training mode; export the network for inference")
     if not call.integer("spatial", 1):
         call.refuse("it has spatial=0, one set of parameters for every pixel")

@@ -1,4 +1,7 @@
-"""How are the ONNX ops read that move entries: over space, between channels, or only on paper (views)?"""
+"""How are the ONNX ops read that move entries: over space, between channels, or only on paper (views)?
+
+Choosing entries along an axis, in any order and number, is one op (:class:`~eqfact.ops.Take`); splitting, joining and ordering axes is none.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +12,76 @@ from typing import Any
 
 import numpy as np
 
-from eqfact.onnx.call import Call, Constant
+from eqfact.onnx.call import Call
 from eqfact.onnx.layers import sides_of
-from eqfact.onnx.views import View
+from eqfact.onnx.origin import Constant
+from eqfact.onnx.views import BATCH, View
 from eqfact.ops import Concat, Identity, Pad, Shape, Upsample
+
+#: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
+REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
+
+
+def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
+    """Entries along one axis."""
+    return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
 
 
 def pad(call: Call) -> View:
-    view = call.view()
-    if call.text("mode", "constant") != "constant":
-        call.refuse(f"its mode is '{call.text('mode', '')}'; only constant padding is supported")
+    view, mode = call.view(), call.text("mode", "constant")
     pads = call.listed("pads", 1)
     if pads is None:
         raise ValueError("it has no pads")
     value = float(call.constant(2).reshape(())) if call.has(2) and call.constant(2).size else call.number("value", 0.0)
-    axes = [int(a) % view.ndim for a in call.constant(3).reshape(-1)] if call.has(3) else list(range(view.ndim))
-    sides = dict(zip(axes, sides_of(pads), strict=True))
-    padded = {}
-    for axis, (before, after) in sides.items():
-        if min(before, after) < 0:
-            count = view.full_shape(0)[axis]
-            view = view.take(axis, slice(max(0, -before), count + min(0, after)))
-        if max(before, after) > 0:
-            padded[view.axis(axis)] = (max(0, before), max(0, after))
+    axes = [view.axis(int(a)) for a in call.constant(3).reshape(-1)] if call.has(3) else list(range(view.ndim))
+    if len(set(axes)) < len(axes) or len(pads) != 2 * len(axes):
+        raise ValueError(f"it pads axes {axes} by {pads}: two numbers for each axis, each axis once")
+    padded: dict[int, tuple[int, int]] = {}
+    for axis, (before, after) in zip(axes, sides_of(pads), strict=True):
+        if before == after == 0:
+            continue
+        n = view.size(axis)
+        if min(before, after) < 0:  # first what is cut off
+            view = _choose(call, view, axis, range(max(0, -before), n + min(0, after)))
+            n = view.size(axis)
+        before, after = max(0, before), max(0, after)
+        if mode in REPEATING and before + after:
+            if n < 2 and mode == "reflect":
+                raise ValueError(f"it reflects along axis {axis}, which has {n} entries")
+            view = _choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
+        elif before + after:
+            padded[axis] = (before, after)
+    if mode not in (*REPEATING, "constant"):
+        call.refuse(f"its mode is '{mode}'")
     if not padded:
-        return identity(call) if view is call.view() else view
+        return view if view != call.view() else identity(call)
+    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0), "pads the channels")
+
+
+def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any, what: str) -> View:
+    """An op with one parameter an axis of space: on the value itself if its channels stay out of it, else on the tensor as it stands."""
     layout = view.layout()
     if layout is None:
-        layout = tuple(range(len(view.sample)))
-        view = View(call.value(view), view.sample)
-    at = {layout[axis]: side for axis, side in padded.items()}
-    if 0 in at:
-        call.refuse("it pads the channels")
-    made = call.emit(Pad(tuple(at.get(a, (0, 0)) for a in range(1, len(view.shape))), value), view.value)
-    return made.transpose((0, *(a + 1 for a in layout)))
+        view = call.building.settled(view, call.output)
+        layout = view.layout()
+    if layout is None or layout[0] in at:  # some other axis must be the channels
+        channel = next((a for a in range(view.ndim) if a not in at and a != view.batch and view.axes[a]), None)
+        if channel is None:
+            call.refuse(f"it {what}")
+        value, back = call.by_channel(view, channel)
+        space = [a for a in range(int(view.batch is None and not view.axes[0]), view.ndim) if a not in (channel, view.batch)]
+        return back(call.emit(make(tuple(at.get(a, neutral) for a in space)), value))
+    made = call.emit(make(tuple(at.get(a, neutral) for a in layout[1:])), view.value)
+    order = [0, *layout]
+    return made.transpose([int(i) for i in np.argsort(order)])
 
 
 def resize(call: Call) -> View:
-    """Nearest neighbours by whole factors, whatever mix of attributes says so."""
+    """Nearest neighbours, whatever mix of attributes says so: whole factors repeat entries, others choose some."""
     if call.text("mode", "nearest") != "nearest":
-        call.refuse(f"its mode is '{call.text('mode', '')}'; only nearest neighbours by whole factors are supported")
+        call.refuse(f"its mode is '{call.text('mode', '')}'; only nearest neighbours are supported")
     view = call.view()
-    if view.batch:
-        call.refuse(f"the batch stands at axis {view.batch} of its input")
-    axes = [a % view.ndim for a in call.integers("axes", range(view.ndim))]
+    axes = [view.axis(a) for a in call.integers("axes", range(view.ndim))]
     i = 1 if call.opset < 11 else 2
     if call.node.op_type == "Upsample" and "scales" in call.attributes:
         scales = [float(s) for s in call.attributes["scales"]]
@@ -60,33 +89,30 @@ def resize(call: Call) -> View:
         scales = call.constant(i).reshape(-1).tolist()
     else:
         scales = _scales_of_sizes(call, view, axes)
-    factors = [1] * view.ndim
+    repeated, taken = {}, {}
     for axis, scale in zip(axes, scales, strict=True):
-        factors[axis] = round(scale)
-        n = view.full_shape(1)[axis]
-        if scale < 1 or not np.array_equal(_sources(call, n, scale), np.repeat(np.arange(n), factors[axis])):
-            call.refuse(f"its scale {scale:g} along axis {axis} is not a plain repetition; "
-                        "only nearest neighbours by whole factors are supported")
-    layout = view.layout()
-    if layout is None:
-        layout = tuple(range(len(view.sample)))
-        view = View(call.value(view), view.sample)
-    at = {layout[axis - 1]: factors[axis] for axis in range(1, view.ndim)}
-    if at[0] != 1 or factors[0] != 1:
-        call.refuse("it repeats channels or samples")
-    made = call.emit(Upsample(tuple(at[a] for a in range(1, len(view.shape)))), view.value)
-    return made.transpose((0, *(a + 1 for a in layout)))
+        if scale == 1:
+            continue
+        n = view.size(axis)
+        sources = _sources(call, n, scale)
+        if scale >= 1 and np.array_equal(sources, np.repeat(np.arange(n), round(scale))):
+            repeated[axis] = round(scale)
+        else:
+            taken[axis] = sources
+    for axis, sources in taken.items():
+        view = _choose(call, view, axis, sources)
+    if not repeated:
+        return view if taken else identity(call)
+    return _over_space(call, view, repeated, Upsample, 1, "repeats channels")
 
 
 def _scales_of_sizes(call: Call, view: View, axes: Sequence[int]) -> list[float]:
     """The scales of a Resize that is given the sizes of its output, which may name the batch."""
-    given = call.inputs[3] if call.has(3) else None
-    if not isinstance(given, Constant) or call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
+    if call.known(3) is None or call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
         call.refuse("its scales or sizes are not constant")
     found = set()
-    for k, b in enumerate(call.importer.batches):
-        sizes = given.values[min(k, len(given.values) - 1)].reshape(-1).tolist()
-        found.add(tuple(n / view.full_shape(b)[a] for n, a in zip(sizes, axes, strict=True)))
+    for sizes, b in zip(call.constants(3), call.building.batches, strict=True):
+        found.add(tuple(n / view.full_shape(b)[a] for n, a in zip(sizes.reshape(-1).tolist(), axes, strict=True)))
     if len(found) > 1:
         call.refuse("its scales depend on the size of the batch")
     return list(found.pop())
@@ -94,7 +120,7 @@ def _scales_of_sizes(call: Call, view: View, axes: Sequence[int]) -> list[float]
 
 def _sources(call: Call, n: int, scale: float) -> Any:
     """Which entry each entry of a nearest Resize comes from, along one axis of ``n`` entries (ONNX, Resize)."""
-    count = int(n * scale)
+    count = int(n * scale + 1e-9)
     x = np.arange(count)
     transformation = call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
     at = {
@@ -114,46 +140,61 @@ def _sources(call: Call, n: int, scale: float) -> Any:
 def concat(call: Call) -> View:
     views = call.views()
     axis = views[0].axis(call.integer("axis", 1))
-    if any(v.ndim != views[0].ndim or v.batch for v in views):
-        call.refuse("it joins tensors with other axes, or with the batch at another axis")
-    order = (axis, *(a for a in range(len(views[0].sample)) if a != axis))
-    made = call.emit(Concat(), *(call.value(v.transpose((0, *(a + 1 for a in order)))) for v in views))
-    return made.transpose((0, *(int(a) + 1 for a in np.argsort(order))))
+    if any(v.ndim != views[0].ndim for v in views):
+        raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}")
+    for v in views:
+        v.size(axis)
+    layouts = {v.layout() for v in views}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is not None and axis in layout[1:]:  # along space
+        made = call.emit(Concat(layout.index(axis)), *(v.value for v in views))
+        return made.transpose([int(i) for i in np.argsort([0, *layout])])
+    turned = [call.by_channel(v, axis) for v in views]
+    return turned[0][1](call.emit(Concat(), *(value for value, _ in turned)))
 
 
 # ------------------------------------------------------------------------------------------------- views only
 
 
 def identity(call: Call) -> View:
-    view = call.view()
-    return view if view.batch else call.entrywise(Identity())
+    return call.entrywise(Identity())
 
 
 def shape_of(call: Call) -> Constant:
     view = call.view()
     chosen = slice(call.integer("start", 0), call.attributes.get("end"))
-    return Constant(call.output, tuple(np.array(view.full_shape(b)[chosen], np.int64) for b in call.importer.batches))
+    return Constant(call.output, tuple(np.array(view.full_shape(b)[chosen], np.int64) for b in call.building.batches))
 
 
 def size_of(call: Call) -> Constant:
-    return Constant(call.output, tuple(np.array(math.prod(call.view().full_shape(b)), np.int64) for b in call.importer.batches))
+    return Constant(call.output, tuple(np.array(math.prod(call.view().full_shape(b)), np.int64) for b in call.building.batches))
 
 
 def _reshaped(call: Call, target: Callable[[Shape, int], Sequence[int]]) -> View:
     """The first input in the shape that ``target`` gives for its full shape and the number of an assumed batch."""
-    view, batches = call.view(), call.importer.batches
-    return view.reshape(*(target(view.full_shape(b), k) for k, b in enumerate(batches)), batches=batches)
+    view, batches = call.view(), call.building.batches
+    targets = [target(view.full_shape(b), k) for k, b in enumerate(batches)]
+    try:
+        return view.reshape(*targets, batches=batches)
+    except ValueError:
+        if view.batch not in (None, 0) or (view.batch == 0 and len(view.axes[0]) > 1):
+            raise
+        # no axis is a factor of another, as from 3x4 to 4x3: through one axis of all entries
+        entries = tuple(a for axis in view.axes for a in axis if not a.is_batch)
+        batch = () if view.batch is None else (BATCH,)
+        flat = call.value(view.with_axes(batch, entries))
+        return View.whole(flat, call.building.shapes[flat], call.building.samples).reshape(*targets, batches=batches)
 
 
 def reshape(call: Call) -> View:
-    given = call.inputs[1] if call.has(1) else Constant("", (np.array(call.integers("shape")),))
-    if not isinstance(given, Constant):
-        call.refuse("its shape is computed by the network")
+    given = call.constants(1) if call.has(1) else (np.array(call.integers("shape")),) * len(call.building.batches)
 
     def target(shape: Shape, k: int) -> list[int]:
-        wanted = [int(n) for n in given.values[min(k, len(given.values) - 1)].reshape(-1)]
+        wanted = [int(n) for n in given[k].reshape(-1)]
         if not call.integer("allowzero", 0):
-            wanted = [shape[i] if n == 0 and i < len(shape) else n for i, n in enumerate(wanted)]
+            if any(n == 0 and i >= len(shape) for i, n in enumerate(wanted)):
+                raise ValueError(f"it copies sizes by 0 in {wanted} that its input {shape} does not have")
+            wanted = [shape[i] if n == 0 else n for i, n in enumerate(wanted)]
         return _filled(wanted, math.prod(shape))
     return _reshaped(call, target)
 
@@ -167,35 +208,34 @@ def _filled(wanted: list[int], size: int) -> list[int]:
 
 
 def flatten(call: Call) -> View:
-    axis = call.integer("axis", 1)
+    axis, ndim = call.integer("axis", 1), call.view().ndim
+    if not -ndim <= axis <= ndim:
+        raise ValueError(f"it flattens from axis {axis} on a tensor with {ndim} axes")
+    axis += ndim if axis < 0 else 0
     return _reshaped(call, lambda shape, _: (math.prod(shape[:axis]), math.prod(shape[axis:])))
 
 
 def squeeze(call: Call) -> View:
-    axes = call.listed("axes", 1)
-
-    def target(shape: Shape, _: int) -> list[int]:
-        gone = [a % len(shape) for a in axes] if axes is not None else [i for i, n in enumerate(shape) if n == 1]
-        if any(shape[a] != 1 for a in gone):
-            raise ValueError(f"it removes axes {axes} of the shape {shape}, and not all of them are 1")
-        return [n for i, n in enumerate(shape) if i not in gone]
-    return _reshaped(call, target)
+    view, axes = call.view(), call.listed("axes", 1)
+    gone = {view.axis(a) for a in axes} if axes is not None else {i for i, axis in enumerate(view.axes) if not axis}
+    if any(view.axes[a] for a in gone):
+        raise ValueError(f"it removes axes {axes} of the shape {view.described()}, and not all of them are 1")
+    return view.with_axes(*(axis for i, axis in enumerate(view.axes) if i not in gone))
 
 
 def unsqueeze(call: Call) -> View:
-    axes = call.listed("axes", 1) or []
-
-    def target(shape: Shape, _: int) -> list[int]:
-        count = len(shape) + len(axes)
-        rest = iter(shape)
-        new = {a % count for a in axes}
-        return [1 if i in new else next(rest) for i in range(count)]
-    return _reshaped(call, target)
+    view, axes = call.view(), call.listed("axes", 1) or []
+    count = view.ndim + len(axes)
+    new = {a % count for a in axes}
+    if len(new) < len(axes) or any(not -count <= a < count for a in axes):
+        raise ValueError(f"it adds axes {axes} to a tensor with {view.ndim} axes")
+    rest = iter(view.axes)
+    return view.with_axes(*(() if i in new else next(rest) for i in range(count)))
 
 
 def transpose(call: Call) -> View:
     view = call.view()
-    return view.transpose([a % view.ndim for a in call.integers("perm", range(view.ndim)[::-1])])
+    return view.transpose([view.axis(a) for a in call.integers("perm", range(view.ndim)[::-1])])
 
 
 def slice_(call: Call) -> View:
@@ -206,63 +246,69 @@ def slice_(call: Call) -> View:
     axes = call.listed("axes", 3, range(len(starts))) or []
     steps = call.listed("steps", 4, [1] * len(starts)) or []
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if axis % view.ndim == view.batch and (start, step) == (0, 1) and end >= max(call.importer.batches):
+        if step == 0:
+            raise ValueError(f"it steps by 0 along axis {axis}")
+        if view.batch == view.axis(axis) and (start, step) == (0, 1) and end >= max(call.building.batches):
             continue
-        n = view.full_shape(0)[axis]
+        n = view.size(axis)
         stop: int | None = end
         if step < 0 and end < -n:  # down to the first entry and with it
             stop = None
-        view = view.take(axis, slice(start, stop, step))
+        view = _choose(call, view, axis, range(n)[start:stop:step])
     return view
 
 
 def split(call: Call) -> list[View]:
     view, axis, count = call.view(), call.integer("axis", 0), len(call.node.output)
-    n = view.sample[view.axis(axis)]
+    n = view.size(axis)
     even = [min(-(-n // count), n - i * -(-n // count)) for i in range(count)]
     sizes = call.listed("split", 1, even) or []
-    edges = [0, *np.cumsum(sizes).tolist()]
-    if edges[-1] != n or len(sizes) != count:
+    if sum(sizes) != n or len(sizes) != count or min(sizes) < 1:
         raise ValueError(f"it splits {n} entries into {sizes}")
-    return [view.take(axis, slice(a, b)) for a, b in itertools.pairwise(edges)]
+    edges = [0, *itertools.accumulate(sizes)]
+    return [call.building.choose(view, axis, range(a, b), name, call.origin()) for name, (a, b) in zip(
+        call.node.output, itertools.pairwise(edges), strict=True)]
 
 
 def gather(call: Call) -> View:
-    view, axis, chosen = call.view(), call.integer("axis", 0), call.constant(1)
-    n = view.sample[view.axis(axis)]
-    chosen = np.where(chosen < 0, chosen + n, chosen)
-    if chosen.ndim == 1:
-        return view.take(axis, chosen)
+    view, chosen = call.view(), call.constant(1)
+    axis = view.axis(call.integer("axis", 0))
+    n = view.size(axis)
+    if chosen.size and not -n <= chosen.min() <= chosen.max() < n:
+        raise ValueError(f"it takes entries {chosen.min()} to {chosen.max()} of {n}")
+    view = _choose(call, view, axis, np.where(chosen < 0, chosen + n, chosen).reshape(-1))
     if chosen.ndim == 0:
-        taken = view.take(axis, chosen.reshape(1))
-        return taken.moved(np.squeeze(taken.positions, taken.axis(axis)), taken.batch - (axis % view.ndim < view.batch))
-    return call.refuse(f"its indices have the shape {chosen.shape}")
+        return view.with_axes(*view.axes[:axis], *view.axes[axis + 1:])
+    batches = call.building.batches
+    shapes = [view.full_shape(b) for b in batches]
+    return view.reshape(*((*s[:axis], *chosen.shape, *s[axis + 1:]) for s in shapes), batches=batches)
+
+
+def _regrouped(call: Call, split: Callable[[Shape], Sequence[int]], order: Sequence[int], join: Callable[[Shape], Sequence[int]]) -> View:
+    """A reshape, a transpose and another reshape."""
+    view, batches = call.view(), call.building.batches
+    if view.ndim != 4:
+        raise ValueError(f"it reads a tensor of 4 axes, got {view.described()}")
+    shapes = [view.full_shape(b) for b in batches]
+    return view.reshape(*map(split, shapes), batches=batches).transpose(order).reshape(*map(join, shapes), batches=batches)
 
 
 def depth_to_space(call: Call) -> View:
-    view, b = call.view(), call.integer("blocksize", 1)
-    c, h, w = view.sample
-    if call.text("mode", "DCR") == "DCR":
-        moved = view.positions.reshape(b, b, c // b**2, h, w).transpose(2, 3, 0, 4, 1)
-    else:
-        moved = view.positions.reshape(c // b**2, b, b, h, w).transpose(0, 3, 1, 4, 2)
-    return view.moved(moved.reshape(c // b**2, h * b, w * b), view.batch)
+    b, columns = call.integer("blocksize", 1), call.text("mode", "DCR") == "DCR"
+    return _regrouped(call, lambda s: (s[0], b, b, s[1] // b**2, *s[2:]) if columns else (s[0], s[1] // b**2, b, b, *s[2:]),
+                      (0, 3, 4, 1, 5, 2) if columns else (0, 1, 4, 2, 5, 3), lambda s: (s[0], s[1] // b**2, s[2] * b, s[3] * b))
 
 
 def space_to_depth(call: Call) -> View:
-    view, b = call.view(), call.integer("blocksize", 1)
-    c, h, w = view.sample
-    blocks = view.positions.reshape(c, h // b, b, w // b, b)
-    moved = blocks.transpose((2, 4, 0, 1, 3) if call.text("mode", "DCR") == "DCR" else (0, 2, 4, 1, 3))
-    return view.moved(moved.reshape(c * b * b, h // b, w // b), view.batch)
+    b, order = call.integer("blocksize", 1), (0, 3, 5, 1, 2, 4) if call.text("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    return _regrouped(call, lambda s: (s[0], s[1], s[2] // b, b, s[3] // b, b), order,
+                      lambda s: (s[0], s[1] * b * b, s[2] // b, s[3] // b))
 
 
 def expand(call: Call) -> View:
-    view, given = call.view(), call.inputs[1]
-    if not isinstance(given, Constant):
-        call.refuse("its shape is computed by the network")
-    for k, b in enumerate(call.importer.batches):
-        full, wanted = view.full_shape(b), tuple(given.values[min(k, len(given.values) - 1)].reshape(-1).tolist())
+    view = call.view()
+    for b, given in zip(call.building.batches, call.constants(1), strict=True):
+        full, wanted = view.full_shape(b), tuple(given.reshape(-1).tolist())
         if np.broadcast_shapes(full, wanted) != full:
             call.refuse(f"it repeats entries, from shape {full} to {wanted}")
     return identity(call)

@@ -1,13 +1,20 @@
 """What does a network remember of the ONNX file that it came from?
 
-Values keep their names, because an eqfact node is named after the value that it makes. What else people see when they
-compare files (names of nodes and initializers, the layout of a weight, the file's header) is kept in ``Node.origin``.
+Values keep their names, because an eqfact node is named after the value that it makes. What else people see when they compare
+files is kept in ``Node.origin``: the names of nodes and initializers, the layout of a weight, and the file itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from eqfact.onnx.views import View
 
 
 class OnnxError(ValueError):
@@ -15,7 +22,65 @@ class OnnxError(ValueError):
 
 
 class UnsupportedNode(OnnxError):
-    """A node that has no counterpart in eqfact; ``load(..., opaque=True)`` keeps it as it is."""
+    """A node that has no counterpart in eqfact; :func:`eqfact.onnx.open` keeps it as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A tensor known without running the network; ``values`` holds it for each assumed size of the batch."""
+
+    name: str
+    values: tuple[npt.NDArray[Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A tensor that is no eqfact value (yet): an input of the file or what a kept node makes. ``reason`` says why."""
+
+    name: str
+    reason: str
+
+
+Tensor = View | Constant | Foreign
+
+
+@dataclass(eq=False)
+class Source:
+    """A file as it was read: its model without initializers, these by name, and what became of its tensors."""
+
+    model: onnx.ModelProto
+    initializers: dict[str, npt.NDArray[Any]]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def header(self) -> onnx.ModelProto:
+        """The file without nodes and weights: opset, producer, inputs, outputs, metadata."""
+        model = self.model
+        header = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name, producer_version=model.producer_version,
+                                 domain=model.domain, model_version=model.model_version, doc_string=model.doc_string)
+        header.opset_import.extend(model.opset_import)
+        header.metadata_props.extend(model.metadata_props)
+        header.graph.name, header.graph.doc_string = model.graph.name, model.graph.doc_string
+        header.graph.input.extend(i for i in model.graph.input if i.name not in self.initializers)
+        header.graph.output.extend(model.graph.output)
+        return header
+
+    def dtype(self) -> np.dtype[Any]:
+        """The floating type of most weights, or of the inputs if there are none; float32 if nothing is floating."""
+        entries: dict[np.dtype[Any], int] = {}
+        for array in self.initializers.values():
+            entries[array.dtype] = entries.get(array.dtype, 0) + array.size
+        for info in self.model.graph.input:
+            kind = info.type.tensor_type.elem_type
+            if kind in FLOATS:
+                entries.setdefault(np.dtype(FLOATS[kind]), 0)
+        found = [dtype for dtype in entries if dtype in FLOATS.values()]
+        return max(found, key=entries.__getitem__, default=np.dtype(np.float32))
+
+
+#: The floating types that networks are computed in.
+FLOATS = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.DOUBLE: np.dtype(np.float64),
+          onnx.TensorProto.FLOAT16: np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
@@ -26,5 +91,7 @@ class Origin:
     initializers: Mapping[str, str] = field(default_factory=dict)
     #: The weight of a Gemm or MatMul stood as ``(in, out)``.
     transposed: bool = False
-    #: The file without its nodes and weights, as bytes of a ``ModelProto``: opset, producer, inputs, outputs, metadata.
-    header: bytes = field(default=b"", repr=False)
+    source: Source | None = field(default=None, repr=False)
+    #: The ONNX tensors that the ONNX node reads, constants apart, and the one that it makes; for a node that stands in no file there are none.
+    reads: tuple[str, ...] = ()
+    makes: str = ""

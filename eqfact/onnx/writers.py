@@ -14,11 +14,11 @@ import onnx
 
 from eqfact.graph import Node
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.opaque import Opaque
 from eqfact.onnx.origin import Origin
 from eqfact.ops import (
     GELU,
     Add,
+    Affine,
     AvgPool,
     BatchNorm,
     Clip,
@@ -39,11 +39,13 @@ from eqfact.ops import (
     Pad,
     Permute,
     PReLU,
+    Rearrange,
     ReLU,
     Sigmoid,
     SiLU,
     Slice,
     Softmax,
+    Take,
     Tanh,
     Transpose,
     Unflatten,
@@ -100,21 +102,24 @@ def conv_transpose(w: Writer, node: Node, op: ConvTranspose) -> None:
 
 
 def batch_norm(w: Writer, node: Node, op: BatchNorm) -> None:
-    """As Add or Mul with a constant where it is no more than that."""
-    shape = (-1, *(1 for _ in range(w.spatial(node))))
+    """As Add or Mul with a constant where it is no more than that, or where the channels do not stand at axis 1."""
     centred = not op.mean.any() and (op.var == 1).all() and op.eps == 0
-    if centred and (op.gamma == 1).all():
-        w.node("Add", [*node.inputs, w.parameter(node, "beta", op.beta, shape)], node.name, node)
-    elif centred and not op.beta.any():
-        w.node("Mul", [*node.inputs, w.parameter(node, "gamma", op.gamma, shape)], node.name, node)
-    else:
+    if w.channels_second(node) and not (centred and ((op.gamma == 1).all() or not op.beta.any())):
         parameters = [w.parameter(node, name, getattr(op, name)) for name in ("gamma", "beta", "mean", "var")]
         w.node("BatchNormalization", [*node.inputs, *parameters], node.name, node, epsilon=op.eps)
+        return
+    slope, shift = (op.gamma, op.beta) if centred else (op.weight[:, 0], op.bias)
+    (value,) = node.inputs
+    if (slope != 1).any():
+        last = not shift.any()
+        value = w.node("Mul", [value, w.vector(node, "gamma", slope)], node.name if last else w.inner(node, "scaled"), node,
+                       suffix="" if last else ".mul")
+    if shift.any() or (slope == 1).all():
+        w.node("Add", [value, w.vector(node, "beta", shift)], node.name, node)
 
 
 def prelu(w: Writer, node: Node, op: PReLU) -> None:
-    shape = (op.slope.size, *(1 for _ in range(w.spatial(node))))
-    w.node("PRelu", [*node.inputs, w.parameter(node, "slope", op.slope, shape)], node.name, node)
+    w.node("PRelu", [*node.inputs, w.vector(node, "slope", op.slope)], node.name, node)
 
 
 def clip(w: Writer, node: Node, op: Clip) -> None:
@@ -128,9 +133,8 @@ def clip(w: Writer, node: Node, op: Clip) -> None:
     (value,) = node.inputs
     for i, (name, bound) in enumerate(bounds.items()):
         last = i == len(bounds) - 1
-        limit = w.parameter(node, name, bound, (np.size(bound), *(1 for _ in range(w.spatial(node)))))
-        value = w.node("Max" if name == "low" else "Min", [value, limit], node.name if last else w.inner(node, name), node,
-                       suffix="" if last else f".{name}")
+        value = w.node("Max" if name == "low" else "Min", [value, w.vector(node, name, np.asarray(bound))],
+                       node.name if last else w.inner(node, name), node, suffix="" if last else f".{name}")
 
 
 def pool(w: Writer, node: Node, op: MaxPool | AvgPool) -> None:
@@ -201,28 +205,44 @@ def gelu(w: Writer, node: Node, op: GELU) -> None:
     w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
 
 
-def kept(w: Writer, node: Node, op: Opaque) -> None:
-    """An opaque node, once for all its outputs."""
-    mates = [n for n in w.graph.nodes if isinstance(n.op, Opaque) and n.op.node == op.node and n.inputs == node.inputs]
-    if node is not mates[0]:
-        return
-    proto = onnx.NodeProto.FromString(op.node)
-    values = dict(zip(op.inputs, node.inputs, strict=True))
-    for name, array in op.constants.items():
-        values[name] = w.constant(array, name, array)
-    proto.input[:] = [values.get(name, name) for name in proto.input]
-    outputs = {n.op.output: n.name for n in mates if isinstance(n.op, Opaque)}
-    proto.output[:] = [outputs[i] if i in outputs else name and w.fresh(name) for i, name in enumerate(proto.output)]
-    w.nodes.append(proto)
+def affine(w: Writer, node: Node, op: Affine) -> None:
+    value = node.inputs[0]
+    if (op.slope != 1).any():
+        last = not op.shift.any()
+        value = w.node("Mul", [value, w.parameter(node, "slope", op.slope)], node.name if last else w.inner(node, "scaled"), node,
+                       suffix="" if last else ".mul")
+    if op.shift.any() or (op.slope == 1).all():
+        w.node("Add", [value, w.parameter(node, "shift", op.shift)], node.name, node)
+
+
+def rearrange(w: Writer, node: Node, op: Rearrange) -> None:
+    sizes = [n for part in op.split for n in part]
+    order = [i for group in op.groups for i in group]
+    split = w.node("Reshape", [*node.inputs, w.integers(node, "split", [0, *sizes])], w.inner(node, "split"), node, ".split")
+    moved = w.node("Transpose", [split], w.inner(node, "moved"), node, ".move", perm=[0, *(i + 1 for i in order)])
+    w.node("Reshape", [moved, w.integers(node, "shape", [0, *w.graph.shapes[node.name]])], node.name, node)
+
+
+def take(w: Writer, node: Node, op: Take) -> None:
+    """As Slice where the entries are equally spaced."""
+    axis = op.axis + 1
+    steps = set(np.diff(op.indices).tolist())
+    if len(op.indices) > 1 and len(steps) == 1 and 0 not in steps:
+        (step,) = steps
+        stop = op.indices[-1] + (1 if step > 0 else -1)
+        ends = {"start": op.indices[0], "stop": stop if stop >= 0 else -(2**31), "axes": axis, "step": step}
+        w.node("Slice", [*node.inputs, *(w.integers(node, name, [value]) for name, value in ends.items())], node.name, node)
+    else:
+        w.node("Gather", [*node.inputs, w.integers(node, "indices", op.indices)], node.name, node, axis=axis)
 
 
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
     MaxPool: pool, AvgPool: pool, GlobalAvgPool: _plain("GlobalAveragePool"), Pad: pad, Upsample: upsample,
-    Add: add, Concat: _plain("Concat", axis=lambda op: 1), Flatten: _plain("Flatten", axis=lambda op: 1), Unflatten: unflatten,
-    Transpose: transpose, Slice: slice_, Permute: permute,
+    Add: add, Concat: _plain("Concat", axis=lambda op: op.axis + 1), Flatten: _plain("Flatten", axis=lambda op: 1), Unflatten: unflatten,
+    Transpose: transpose, Slice: slice_, Permute: permute, Rearrange: rearrange, Take: take,
     Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
-    Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Opaque: kept,
+    Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Affine: affine,
 }

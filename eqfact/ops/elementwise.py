@@ -18,6 +18,7 @@ from eqfact.ops.base import (
     along_channels,
     one_input,
     parameter,
+    scaled,
 )
 
 
@@ -190,3 +191,50 @@ class Clip(Commuting):
             finite = np.where(np.isfinite(bound), np.abs(bound), 0)
             m = np.maximum(m, self._on(m, finite))
         return m
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Commuting):
+    """``y = slope * x + shift``, the same for all samples; both ``(C or 1, *spatial or 1)``, so that they may differ over space.
+
+    For position embeddings, masks and windows; where nothing differs over space a BatchNorm does the same and absorbs factors. Here they
+    pass: ``f * (slope * x + shift) == slope * (f * x) + f * shift``.
+
+    >>> Affine(np.ones((1, 1)), np.array([[1.0, 2.0]])).forward(np.zeros((1, 1, 2)))
+    array([[[1., 2.]]])
+    """
+
+    slope: Array
+    shift: Array
+
+    def __post_init__(self) -> None:
+        for name in ("slope", "shift"):
+            object.__setattr__(self, name, parameter(f"Affine {name}", getattr(self, name)))
+        if self.slope.ndim != self.shift.ndim or not self.slope.ndim:
+            raise ValueError(f"Affine needs a slope and a shift (C or 1, *spatial or 1), got shapes {self.slope.shape} and {self.shift.shape}")
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        for array in (self.slope, self.shift):
+            if array.ndim != len(shape) or any(n not in (1, m) for n, m in zip(array.shape, shape, strict=True)):
+                raise ValueError(f"Affine parameters of shape {array.shape} do not fit a value of shape {shape}")
+        return tuple(shape)
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = inputs[0] * self.slope
+        y += self.shift
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * self.slope,)
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        super().rescale(f_out, *f_in)
+        f = along_channels(np.asarray(f_out), self.shift.ndim)
+        if np.all(f == f.flat[0]) and len(self.shift) == 1:
+            f = f[:1]  # one shift for all channels stays one
+        return replace(self, shift=scaled(self.shift, f, "shift"))
+
+    def magnitude(self, *inputs: Array) -> Array:
+        result: Array = inputs[0] * np.abs(self.slope) + np.abs(self.shift)
+        return result

@@ -7,6 +7,7 @@ each over its pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,12 @@ def common_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
         raise ValueError(f"{name} needs equal spatial shapes, got {' and '.join(str(s[1:]) for s in shapes)}") from None
 
 
+def tie_all(trace: Trace, inputs: Sequence[Labels]) -> None:
+    """Channel ``i`` of all these must carry the same factor."""
+    for x in inputs[1:]:
+        trace.tie(inputs[0], x)
+
+
 def unbroadcast(cotangent: Array, shape: Shape) -> Array:
     """Sum a cotangent over the axes along which a value of this shape was broadcast."""
     axes = tuple(i for i, (n, m) in enumerate(zip(cotangent.shape, shape, strict=True)) if n != m)
@@ -58,8 +65,7 @@ class Add(Commuting):
 
     def trace(self, trace: Trace, *inputs: Labels) -> Labels:
         labels = super().trace(trace, *inputs)
-        for x in inputs[1:]:
-            trace.tie(inputs[0], x)
+        tie_all(trace, inputs)
         return labels
 
     def rescale(self, f_out: Array, *f_in: Array) -> Op:
@@ -79,28 +85,49 @@ class Add(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class Concat(Commuting):
-    """Join values along the channels.
+    """Join values along the channels, or along another ``axis`` of ``(C, *spatial)``; there it ties its inputs' factors, as Add does.
 
     >>> Concat().forward(np.zeros((1, 1)), np.ones((1, 2)))
     array([[0., 1., 1.]])
     """
 
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        axis = integers("Concat axis", self.axis, 0)
+        object.__setattr__(self, "axis", axis)
+
     def output_shape(self, *shapes: Shape) -> Shape:
         if not shapes:
             raise ValueError("Concat reads at least one value")
-        if len({s[1:] for s in shapes}) > 1:
-            raise ValueError(f"Concat needs equal spatial shapes, got {' and '.join(str(s[1:]) for s in shapes)}")
-        return (sum(s[0] for s in shapes), *shapes[0][1:])
+        if self.axis >= len(shapes[0]):
+            raise ValueError(f"Concat joins along axis {self.axis}, got values of shape {' and '.join(map(str, shapes))}")
+        if len({(*s[:self.axis], *s[self.axis + 1:]) for s in shapes}) > 1:
+            rule = "spatial shapes" if self.axis == 0 else f"sizes of all axes but {self.axis}"
+            seen = (s[1:] if self.axis == 0 else s for s in shapes)
+            raise ValueError(f"Concat needs equal {rule}, got {' and '.join(map(str, seen))}")
+        return (*shapes[0][:self.axis], sum(s[self.axis] for s in shapes), *shapes[0][self.axis + 1:])
 
     def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
-        return np.concatenate(vectors)
+        return vectors[0] if self.axis else np.concatenate(vectors)
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        labels = super().trace(trace, *inputs)
+        if self.axis:
+            tie_all(trace, inputs)
+        return labels
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        for f in f_in if self.axis else ():
+            super().rescale(f_out, f)
+        return super().rescale(f_out, *f_in)
 
     def forward(self, *inputs: Array) -> Array:
-        return np.concatenate(inputs, axis=1)
+        return np.concatenate(inputs, axis=self.axis + 1)
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
-        ends = np.cumsum([x.shape[1] for x in inputs])[:-1]
-        return tuple(np.split(cotangent, ends, axis=1))
+        ends = np.cumsum([x.shape[self.axis + 1] for x in inputs])[:-1]
+        return tuple(np.split(cotangent, ends, axis=self.axis + 1))
 
 
 @dataclass(frozen=True, eq=False)

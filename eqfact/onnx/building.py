@@ -1,0 +1,196 @@
+"""What has been made of a file so far? Tensors by their ONNX names, and the eqfact nodes that they are views of.
+
+Whatever a reader of a node asks for is answered here: a new node, the value that is a tensor itself, some entries along an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import onnx
+
+from eqfact.graph import Node
+from eqfact.onnx.origin import Constant, Foreign, Origin, Source, Tensor
+from eqfact.onnx.views import BATCH, Axis, View, chosen, moves
+from eqfact.ops import Identity, Op, Permute, Shape, Slice, Take, Weighted
+
+#: Two assumed sizes of a free batch; primes, so that no product of other sizes is mistaken for one.
+BATCHES = (7919, 7907)
+
+
+class Building:
+    """The network that a file is becoming.
+
+    ``samples`` is the size of the batch, None if it is free; ``enter`` makes a network input of a tensor from outside, or raises
+    :class:`ValueError` with the reason why not.
+    """
+
+    def __init__(self, source: Source, samples: int | None, enter: Callable[[Foreign], View]) -> None:
+        self.source, self.samples, self._enter = source, samples, enter
+        self.dtype = source.dtype()
+        self.batches = BATCHES if samples is None else (samples,)
+        self.tensors: dict[str, Tensor] = source.tensors
+        self.inputs: dict[str, Shape] = {}
+        self.nodes: dict[str, Node] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.reads: dict[str, int] = {}
+        self._ops: dict[tuple[object, ...], list[Op]] = {}
+        self._written: dict[View, str] = {}
+        graph = source.model.graph
+        self.names = {*source.initializers, *(i.name for i in graph.input), *(name for node in graph.node for name in node.output)}
+        self._makers = {name: str(node.name) for node in graph.node for name in node.output}
+        for name in (*(name for node in graph.node for name in names_read(node)), *(output.name for output in graph.output)):
+            self.reads[name] = self.reads.get(name, 0) + 1
+
+    def view(self, name: str) -> View:
+        """A tensor as a view of a value; what comes from outside becomes an input."""
+        tensor = self.tensors[name]
+        if isinstance(tensor, Foreign):
+            tensor = self._enter(tensor)
+            self.tensors[name] = tensor
+        if isinstance(tensor, Constant):
+            raise ValueError(f"'{name}' is a constant, where a value of the network is read")
+        return tensor
+
+    def input(self, name: str, view: View) -> None:
+        """A new input of the network, and the view of it that the tensor is."""
+        self.inputs[view.value] = self.shapes[view.value] = view.shape
+        self.tensors[name] = view
+
+    # ------------------------------------------------------------------------------------------- nodes
+
+    def add(self, name: str, op: Op, inputs: Sequence[str], origin: Origin) -> View:
+        """A new node; :class:`ValueError` with the op's reason if the inputs do not fit."""
+        name = self.fresh(name) if name in self.nodes or name in self.inputs else name
+        shape = op.output_shape(*(self.shapes[i] for i in inputs))
+        self.nodes[name], self.shapes[name] = Node(name, op, tuple(inputs), origin), shape
+        return View.whole(name, shape, self.samples)
+
+    def fresh(self, name: str) -> str:
+        """A name that nothing in the file or the network has."""
+        taken = self.names | self.nodes.keys()
+        candidates = (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2)))
+        return next(c for c in candidates if c not in taken)
+
+    def shared(self, op: Weighted, source: tuple[object, ...]) -> Weighted:
+        """The same op object for equal uses of the same constants, so that sharing is seen by everyone."""
+        known = self._ops.setdefault((type(op), *source), [])
+        found = next((other for other in known if _equal(op, other)), None)
+        if found is None:
+            known.append(op)
+            return op
+        assert isinstance(found, Weighted)
+        return found
+
+    def taken(self, value: str, kind: type[Op]) -> Node | None:
+        """The node that makes a value, removed, if it is of this kind and the value is read once."""
+        node = self.nodes.get(value)
+        if node is None or not isinstance(node.op, kind) or self.reads.get(value) != 1:
+            return None
+        return self.nodes.pop(value)
+
+    def restore(self, node: Node) -> None:
+        """Put a taken node back."""
+        self.nodes = {node.name: node, **self.nodes}  # Graph sorts them
+
+    def inherit(self, name: str, from_: Node) -> None:
+        """The node ``name`` has taken another one in: it reads what that one read, and remembers its initializers too."""
+        node = self.nodes[name]
+        own, other = node.origin, from_.origin
+        assert isinstance(own, Origin) and isinstance(other, Origin)
+        merged = replace(own, initializers={**other.initializers, **own.initializers}, transposed=other.transposed, reads=other.reads)
+        self.nodes[name] = replace(node, origin=merged)
+
+    def rename(self, old: str, new: str) -> None:
+        """Another name for a value."""
+        self.shapes[new] = self.shapes[old]
+        self.nodes = {(new if n.name == old else n.name): replace(n, name=new if n.name == old else n.name,
+                                                                  inputs=tuple(new if i == old else i for i in n.inputs))
+                      for n in self.nodes.values()}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, View) and tensor.value == old:
+                self.tensors[name] = replace(tensor, value=new)
+        self._written = {replace(v, value=new) if v.value == old else v: new if made == old else made for v, made in self._written.items()}
+
+    # ------------------------------------------------------------------------------------------- views
+
+    def written(self, view: View, reader: str, at: str | None = None) -> str:
+        """The value that is a tensor itself, batch first; the ops that move its entries are added, and reused by later readers.
+
+        They are named after the tensor, or else its ``reader``; with ``at``, the last one has exactly this name.
+        """
+        if at is None and view in self._written:
+            return self._written[view]
+        ops = moves(view)
+        value = view.value
+        if not ops:
+            if at is None:
+                return value
+            ops = [Identity()]
+        name = next((n for n, t in self.tensors.items() if t is view), reader)
+        for i, op in enumerate(ops):
+            last = i == len(ops) - 1
+            own = at if at is not None else name if name not in self.nodes and name != reader else None
+            made = own if last and own is not None else self.fresh(f"{name}.{type(op).__name__.lower()}")
+            value = self.add(made, op, (value,), Origin(self._makers.get(name, "") if last else "", source=self.source)).value
+        self._written[view] = value
+        return value
+
+    def settled(self, view: View, reader: str) -> View:
+        """The same tensor as a view of a value that has its axes: no axis of it is more than the batch and one axis of that value."""
+        space: list[Axis] = [tuple(a for a in axis if not a.is_batch) for axis in view.axes if axis != (BATCH,)]
+        batch = () if view.batch is None else (BATCH,)
+        if view.batch is None and not view.axes[0]:
+            space = space[1:]  # the batch of one sample
+        value = self.written(view.with_axes(batch, *space), reader)
+        made = View.whole(value, self.shapes[value], self.samples)
+        runs = iter(made.axes[1:])
+        axes = [axis if axis == (BATCH,) else (*(a for a in axis[:1] if a.is_batch), *next(runs), *(a for a in axis[1:] if a.is_batch))
+                for axis in (view.axes[1:] if view.batch is None and not view.axes[0] else view.axes)]
+        return made.with_axes(*([()] if len(axes) < view.ndim else []), *axes)
+
+    def choose(self, view: View, axis: int, indices: Sequence[int], name: str, origin: Origin) -> View:
+        """Some entries along one axis of a tensor that is not the batch, in any order and any number."""
+        axis, n = view.axis(axis), view.size(axis)
+        if not len(indices):
+            raise ValueError("it leaves no entry")
+        if list(indices) == list(range(n)):
+            return view
+        if len(view.axes[axis]) != 1:
+            view = self.settled(view, name)
+        if not view.axes[axis]:  # one entry, repeated
+            raise ValueError("it repeats the one entry of an axis")
+        along, entries, atom = chosen(view, axis, indices)
+        made = self.add(name, _selection(entries, along, view.shape[along]), (view.value,), origin)
+        return view.on(made.value, made.shape, along, atom.step, len(indices))
+
+
+def _selection(entries: list[int], axis: int, count: int) -> Op:
+    """The op that takes these entries of ``count`` along an axis."""
+    if axis == 0 and entries == list(range(entries[0], entries[0] + len(entries))):
+        return Slice(entries[0], entries[-1] + 1)
+    return Permute(tuple(entries)) if axis == 0 and sorted(entries) == list(range(count)) else Take(tuple(entries), axis)
+
+
+def _equal(a: Op, b: Op) -> bool:
+    """Whether two ops of one class have the same parameters, to the bit."""
+    for f in fields(a):  # type: ignore[arg-type]  # every final op is a dataclass
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+            if x is not y and not (x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()):
+                return False
+        elif isinstance(x, np.ndarray) or isinstance(y, np.ndarray) or repr(x) != repr(y):
+            return False
+    return True
+
+
+def names_read(node: onnx.NodeProto) -> list[str]:
+    """The tensors that a node reads, in its own graphs too."""
+    found = [str(name) for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+            found += [name for inner in graph.node for name in names_read(inner)]
+            found += [output.name for output in graph.output]
+    return found

@@ -1,0 +1,91 @@
+"""What is known of a file without running it? Nodes that read nothing but constants, computed by onnx's own evaluator.
+
+How much may come of it is asked before anything is made: a few bytes of a file can ask for terabytes, or for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+AnyArray = npt.NDArray[Any]
+
+#: Not constant, although all their inputs may be.
+RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+#: Nodes that run graphs of their own, as often as they like.
+NESTED = ("If", "Loop", "Scan", "SequenceMap")
+#: A node's outputs hold at most this many entries, or twice as many as it reads.
+MOST_ENTRIES = 2**24
+#: What costs more than a step or so an entry is computed on at most this many.
+COSTLY = ("MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "DeformConv", "LSTM", "GRU", "RNN",
+          "Attention", "NonMaxSuppression", "TfIdfVectorizer", "Det", "DFT", "STFT", "RoiAlign", "MaxRoiPool", "GridSample", "Resize",
+          "MaxPool", "AveragePool", "LpPool", "MaxUnpool", "LRN", "Col2Im")
+MOST_COSTLY = 2**20
+#: Inputs up to this many entries may say how large an output is.
+MOST_INFERRED = 1024
+
+
+def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> list[AnyArray]:
+    """The outputs of a node for these inputs; :class:`ValueError` if that would be too much, or onnx cannot compute it."""
+    if node.op_type in NESTED:
+        raise ValueError("it runs a graph of its own, which is not done while a file is read")
+    model = _alone(node, opsets, feeds)
+    read = sum(a.size for a in feeds.values())
+    try:
+        made = _entries_made(model)
+    except onnx.shape_inference.InferenceError as error:
+        raise ValueError(f"its constant inputs do not fit: {' '.join(str(error).split())[:300]}") from error
+    if (made is None or node.op_type in COSTLY) and read > MOST_COSTLY:
+        raise ValueError(f"it reads {read} constant entries; on more than {MOST_COSTLY} it is not computed while a file is read")
+    if made is not None and made > max(MOST_ENTRIES, 2 * read):
+        raise ValueError(f"it makes {made} entries of {read} constant ones, more than are computed while a file is read")
+    try:
+        with np.errstate(all="ignore"):
+            outputs: Any = ReferenceEvaluator(model).run(None, {i.name: feeds[i.name] for i in model.graph.input})
+    except Exception as error:  # whatever a kernel of onnx raises
+        raise ValueError(f"onnx cannot compute it from its constants: {type(error).__name__}: {str(error)[:300]}") from error
+    if not all(isinstance(y, (np.ndarray, np.generic)) for y in outputs):
+        raise ValueError("it makes no tensor of its constants")
+    return [np.asarray(y) for y in outputs]
+
+
+def _alone(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> onnx.ModelProto:
+    """A model of one node: onnx's evaluator of a bare node takes the newest operators, whatever the file's opset."""
+    # what says how large outputs are stands in the model, for onnx to look at; weights would only be copied
+    small = {name: a for name, a in feeds.items() if a.size <= MOST_INFERRED}
+    inputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+              for name, a in feeds.items() if name not in small]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+    graph = helper.make_graph([node], "constant", inputs, outputs, [numpy_helper.from_array(a, name) for name, a in small.items()])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()])
+
+
+def _entries_made(model: onnx.ModelProto) -> int | None:
+    """How many entries the outputs have together, as far as onnx can tell without computing them."""
+    total = 0
+    for info in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output:
+        kind = info.type.tensor_type
+        if not kind.HasField("shape") or any(not d.HasField("dim_value") for d in kind.shape.dim):
+            return None
+        total += math.prod(d.dim_value for d in kind.shape.dim)
+    return total
+
+
+def constant_arrays(tensors: Sequence[onnx.TensorProto]) -> dict[str, AnyArray]:
+    """Initializers by name, locked against writing."""
+    arrays = {}
+    for tensor in tensors:
+        try:
+            value = np.array(numpy_helper.to_array(tensor))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"initializer '{tensor.name}' cannot be read: {error}") from error
+        value.flags.writeable = False
+        arrays[tensor.name] = value
+    return arrays

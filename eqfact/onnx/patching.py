@@ -1,0 +1,166 @@
+"""How does a changed graph go back into the file that it was read from? Node by node: what did not change is written as it was read.
+
+A node with other parameters becomes ONNX nodes on the tensors that its own node read, in the order of axes that they have in the file,
+so that nothing around it changes: sizes that the file leaves open stay open, and moves of entries stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from eqfact.graph import Graph, Node
+from eqfact.onnx.building import names_read
+from eqfact.onnx.exporting import AnyArray, Writer, write_model
+from eqfact.onnx.origin import OnnxError, Origin, Source
+from eqfact.onnx.views import View
+from eqfact.ops import Conv
+
+#: From this opset on the bounds of Clip are inputs.
+CLIP_INPUTS = 11
+
+
+def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
+    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
+    write_model(path, Patcher(path, graph, read, source).model())
+
+
+class Patcher(Writer):
+    """A writer whose nodes stand among those of a file."""
+
+    def __init__(self, path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
+        super().__init__(path, graph)
+        self.standard.version = next(o.version for o in source.model.opset_import if o.domain in ("", "ai.onnx"))
+        self.source = source
+        self.before = {node.name: node for node in read.nodes}
+        self.node_names = {str(node.name) for node in source.model.graph.node}
+        self._view: View | None = None
+
+    def model(self) -> onnx.ModelProto:
+        """The whole file."""
+        protos, outputs = self.source.model.graph.node, {str(info.name) for info in self.source.model.graph.output}
+        made = {str(name): i for i, proto in enumerate(protos) for name in proto.output if name}
+        placed: dict[int, Node] = {}
+        for node in self.graph.nodes:
+            old = self.before.get(node.name)
+            if old is None or old.op is not node.op or old.inputs != node.inputs:
+                new = self._placed(node)
+                placed[made[new.name]] = new
+        alive = _alive([(placed[i].inputs if i in placed else names_read(proto), proto.output) for i, proto in enumerate(protos)], outputs)
+        as_read = [proto for i, proto in enumerate(protos) if i in alive and i not in placed]
+        self.names = {name for proto in protos for name in proto.output} | {name for proto in as_read for name in names_read(proto)} | {
+            str(info.name) for info in self.source.model.graph.input}
+        nodes: list[onnx.NodeProto] = []
+        for i, proto in enumerate(protos):
+            if i in placed:
+                self.node_names.discard(proto.name)
+                self.nodes = []
+                self._view = self._tensor(placed[i].name)
+                self.write(placed[i])
+                nodes += self.nodes
+            elif i in alive:
+                nodes.append(proto)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.source.model)
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        read = {name for node in nodes for name in names_read(node)} | outputs
+        arrays = {**self.source.initializers, **self.initializers}
+        model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items() if name in read)
+        return model
+
+    # ------------------------------------------------------------------------------------------- where nodes stand
+
+    def _placed(self, node: Node) -> Node:
+        """The node on the tensors of the file."""
+        origin, makes = node.origin, self._makes(node.name)
+        if not isinstance(origin, Origin) or not origin.reads or not makes:
+            raise self._refused(node)
+        own = next((n for n in self.before.values() if n.origin is origin), None)
+        if own is None or self._tensor(makes).axes != self._tensor(origin.makes).axes:
+            raise self._refused(node)
+        reads = origin.reads
+        if own.inputs != node.inputs:  # another node was folded into it: what that one read
+            folded = self.before.get(own.inputs[0])
+            folded_from = folded.origin if folded is not None else None
+            if folded is None or not isinstance(folded_from, Origin) or folded.inputs != node.inputs or reads != (folded_from.makes,):
+                raise self._refused(node)
+            reads = folded_from.reads
+        return replace(node, name=makes, inputs=reads)
+
+    def _makes(self, value: str) -> str:
+        """The tensor of the file that a value's own node makes; none if it is not the value itself, or there is none."""
+        origin = self.before[value].origin if value in self.before else None
+        makes = origin.makes if isinstance(origin, Origin) else ""
+        return makes if makes and self._tensor(makes).value == value else ""
+
+    def _tensor(self, name: str) -> View:
+        tensor = self.source.tensors[name]
+        assert isinstance(tensor, View)
+        return tensor
+
+    def _refused(self, node: Node) -> OnnxError:
+        return OnnxError(f"{self.path}: node '{node.name}' has no place of its own in the file that the network was read from; a network of "
+                         "another structure (folded across moves, quantized) is written by eqfact.onnx.save or save_qdq, if it was "
+                         "understood whole")
+
+    # ------------------------------------------------------------------------------------------- what writers ask
+
+    def vector(self, node: Node, name: str, value: AnyArray) -> str:
+        assert self._view is not None
+        channels = self._view.shape[0]
+        array = self._view.spread(np.broadcast_to(value, (channels,))) if value.size > 1 else value.reshape(())
+        return self.parameter(node, name, array)
+
+    def channels_second(self, node: Node) -> bool:
+        assert self._view is not None
+        layout = self._view.layout()
+        return layout is not None and layout[0] == 1
+
+    def spatial(self, node: Node) -> int:
+        assert self._view is not None
+        return self._view.ndim - 2
+
+    def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
+        if name in ("slope", "shift") and np.ndim(value) and self._view is not None and np.ndim(value) == len(self._view.shape):
+            value = self._over_space(np.asarray(value))
+        return super().parameter(node, name, value, shape, key)
+
+    def _over_space(self, value: AnyArray) -> AnyArray:
+        """A parameter ``(C or 1, *spatial or 1)`` as it broadcasts against the tensor."""
+        assert self._view is not None
+        return self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None])
+
+    def write(self, node: Node) -> None:
+        origin = node.origin
+        if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
+            self._matmul(node, node.op)
+        else:
+            super().write(node)
+
+    def _matmul(self, node: Node, op: Conv) -> None:
+        """A product over the last axis, and a sum if there is a bias."""
+        rows = op.weight.reshape(op.weight.shape[:2])
+        weight = self.parameter(node, "weight", rows.T, key=op.weight)
+        if op.bias is None:
+            self.node("MatMul", [*node.inputs, weight], node.name, node)
+            return
+        made: Any = self.node("MatMul", [*node.inputs, weight], self.inner(node, "product"), node, ".product")
+        self.node("Add", [made, self.parameter(node, "bias", op.bias)], node.name, node)
+
+
+def _alive(nodes: Sequence[tuple[Sequence[str], Sequence[str]]], outputs: set[str]) -> set[int]:
+    """Which nodes, given by what they read and make, an output needs."""
+    wanted, alive = set(outputs), set()
+    for i in range(len(nodes) - 1, -1, -1):
+        reads, makes = nodes[i]
+        if wanted.intersection(makes):
+            wanted.update(reads)
+            alive.add(i)
+    return alive
