@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"eqfact: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 3
-    print(commands.as_json(facts) if args.json else "\n".join(command.text(facts)))
+    if args.json:
+        print(commands.as_json(facts))
+    else:
+        print("\n".join([*filter(None, [facts.get("partly")]), *command.text(facts)]))
     return 0 if facts["ok"] else 1
 
 
@@ -65,8 +68,8 @@ def _network(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("reading ONNX files")
     group.add_argument("--input-shape", type=input_shape, action="append", default=[], metavar="NAME=C,H,W",
                        help="sizes of an input, without the batch, where the file leaves them open; once for each such input")
-    group.add_argument("--opaque", action="store_true",
-                       help="keep nodes that eqfact has no layer for, and pin what they touch; only .onnx files hold such networks")
+    group.add_argument("--strict", action="store_true",
+                       help="refuse files of which only parts are understood; else these parts are worked on, and the rest stays as it is")
 
 
 def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -252,7 +255,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence
 COMMANDS: dict[str, Command] = {
     "demo": Command("every method against every bit-width, on the bundled network", (_plot,), commands.run_demo, demo_text),
     "inspect": Command("layers, shapes and degrees of freedom of a network, and what is pinned and why",
-                       (_network,), commands.run_inspect, inspect_text),
+                       (_network, _data), commands.run_inspect, inspect_text),
     "fold": Command("fold BatchNorms into their neighbours, where that is exact",
                     (_network, _output, _data), commands.run_fold, fold_text),
     "equalize": Command("find factors and write the equivalent network",

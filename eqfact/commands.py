@@ -58,12 +58,13 @@ def run_demo(args: Args) -> Facts:
 
 
 def run_inspect(args: Args) -> Facts:
-    (graph,) = _networks(args, args.network)
+    (network,) = _networks(args, args.network)
+    graph = network.graph
     resolved = channels(graph)
     pinned = resolved.pinned
     made_by = dict.fromkeys(graph.inputs, "input") | {node.name: type(node.op).__name__ for node in graph.nodes}
     return {
-        "ok": True, "network": args.network, "dtype": str(graph.dtype), "parameters": _parameters(graph),
+        "ok": True, **_file(network), "dtype": str(graph.dtype), "parameters": _parameters(graph),
         "inputs": dict(graph.inputs), "outputs": {name: graph.shapes[name] for name in graph.outputs},
         "layers": dict(Counter(made_by[node.name] for node in graph.nodes)),
         "degrees_of_freedom": resolved.degrees_of_freedom, **_batchnorms(graph),
@@ -74,21 +75,25 @@ def run_inspect(args: Args) -> Facts:
 
 def run_fold(args: Args) -> Facts:
     _check_outputs(args)
-    graph, images = _given(args)
+    network, images = _given(args)
+    graph = network.graph
+    _proven(network, images)
     folded = fold_batchnorm(graph)
-    facts = {"network": args.network, "folded": len(graph) - len(folded), **_batchnorms(folded), **_verification(graph, folded, images)}
-    return _written(facts, args, {args.output: partial(files.save_network, graph=folded)})
+    facts = {**_file(network), "folded": len(graph) - len(folded), **_batchnorms(folded), **_verification(graph, folded, images)}
+    return _written(facts, args, {args.output: partial(_save, network=network, graph=folded, images=images)})
 
 
 def run_equalize(args: Args) -> Facts:
     _check_outputs(args)
-    graph, images = _given(args)
+    network, images = _given(args)
+    graph = network.graph
     if args.harmless and not (args.data or args.apply):
         args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
+    _proven(network, images)
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
     result = _equalized(args, graph, start, stats, images)
-    facts = {"network": args.network, "method": "apply" if args.apply else args.method, "success": result.success,
+    facts = {**_file(network), "method": "apply" if args.apply else args.method, "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
              "predicted_sqnr": result.predicted, **_batchnorms(start),
@@ -99,36 +104,41 @@ def run_equalize(args: Args) -> Facts:
         args.factors: partial(files.save_factors, factorization=result.factorization),
         args.plot: partial(_plot, start, result.graph, f"{os.path.basename(args.network)}: {facts['method']}"),
         args.report: lambda path: _write_json(path, facts | {"tensors": tensors}),
-        args.output: partial(files.save_network, graph=result.graph)})
+        args.output: partial(_save, network=network, graph=result.graph, images=images)})
 
 
 def run_quantize(args: Args) -> Facts:
     _check_outputs(args)
-    graph, images = _given(args)
+    network, images = _given(args)
+    graph = network.graph
     if args.activation_bits is not None and not args.data:
         args.refuse("the ranges of activations come from images: give --data FILE.npz, or --activation-bits float")
+    _proven(network, images)
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
     quantized = _quantized(args, start, stats)
     noise = _noise(start, quantized, images)
-    facts = {"ok": True, "network": args.network, "quantizer": _quantizer_name(args), "data": images.source,
+    facts = {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source,
              "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start)}
     return _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise)}),
-        args.output: partial(files.save_network, graph=quantized, quantized=True)})
+        args.output: partial(network.save, graph=quantized, quantized=True)})
 
 
 def run_verify(args: Args) -> Facts:
-    graph, other = _networks(args, args.network, args.other)
-    images = _images(args, graph)
-    return {"network": args.network, "other": args.other, **_verification(graph, other, images, len(images))}
+    network, other = _networks(args, args.network, args.other)
+    images = _images(args, network)
+    for one in (network, other):
+        _proven(one, images)
+    return {**_file(network), "other": args.other, **_verification(network.graph, other.graph, images, len(images))}
 
 
 def run_report(args: Args) -> Facts:
-    graph, images = _given(args)
+    network, images = _given(args)
+    graph = network.graph
     stats = _calibrated(args, graph, images)
     noise = _noise(graph, _quantized(args, graph, stats), images) if stats else {}
-    return {"ok": True, "network": args.network, "quantizer": _quantizer_name(args), "data": images.source if stats else None,
+    return {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source if stats else None,
             **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise)}
 
 
@@ -136,29 +146,50 @@ def run_report(args: Args) -> Facts:
 # Steps that several commands share.
 
 def _check_outputs(args: Args) -> None:
-    if "output" in args and files.network_kind(args.output) == ".npz" and args.opaque and files.network_kind(args.network) == ".onnx":
-        args.refuse("--opaque keeps nodes that only ONNX files hold: give the output a name that ends in .onnx")
+    if "output" in args:
+        files.network_kind(args.output)
     files.check_outputs(getattr(args, name) for name in ("output", "factors", "report", "plot") if name in args)
 
 
-def _networks(args: Args, *paths: str) -> list[Graph]:
+def _networks(args: Args, *paths: str) -> list[files.Network]:
     """The networks in these files; the options for ONNX go to those that are ONNX, of which there must be one then."""
     shapes: dict[str, Sequence[int]] = dict(args.input_shape)
     if len(shapes) < len(args.input_shape):
         args.refuse(f"--input-shape names an input twice: {', '.join(name for name, _ in args.input_shape)}")
-    for flag, given in (("--input-shape", shapes), ("--opaque", args.opaque)):
+    for flag, given in (("--input-shape", shapes), ("--strict", args.strict)):
         if given and all(files.network_kind(path) == ".npz" for path in paths):
             args.refuse(f"{flag} is for ONNX files: leave it out for {' and '.join(map(repr, paths))}")
-    return [files.load_network(path, opaque=args.opaque, input_shapes=shapes) for path in paths]
+    return [files.load_network(path, data=getattr(args, "data", None), input_shapes=shapes, strict=args.strict) for path in paths]
 
 
-def _given(args: Args) -> tuple[Graph, files.Images]:
-    (graph,) = _networks(args, args.network)
-    return graph, _images(args, graph)
+def _given(args: Args) -> tuple[files.Network, files.Images]:
+    (network,) = _networks(args, args.network)
+    return network, _images(args, network)
 
 
-def _images(args: Args, graph: Graph) -> files.Images:
-    return files.load_images(args.data, graph) if args.data else files.random_images(graph)
+def _images(args: Args, network: files.Network) -> files.Images:
+    return files.load_images(args.data, network) if args.data else files.random_images(network)
+
+
+def _file(network: files.Network) -> Facts:
+    """What of a file is understood."""
+    kept = [] if network.file is None else [asdict(kept) for kept in network.file.kept]
+    return {"network": network.path, "partly": network.partly, "kept": kept}
+
+
+def _proven(network: files.Network, images: files.Images, graph: Graph | None = None, path: str | None = None) -> None:
+    """:class:`ValueError` if a file does not compute what eqfact takes it for, by another runtime's account."""
+    verdict = network.prove(network.graph if graph is None else graph, images.feeds, path)
+    if verdict is not None and not verdict.equal:
+        what = "the file was misread" if path is None else "what was written is not the network"
+        raise ValueError(f"'{network.path}': {what}: {verdict.message}; nothing is written, please report this")
+
+
+def _save(path: str, network: files.Network, graph: Graph, images: files.Images) -> None:
+    """Write a network and look at what was written."""
+    network.save(path, graph)
+    if files.network_kind(path) == ".onnx":
+        _proven(network, images, graph, path)
 
 
 def _parameters(graph: Graph) -> int:

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from eqfact import serialization
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph, checked_inputs
+from eqfact.metrics import Verification
 from eqfact.ops.base import Array
 
 NETWORKS = (".npz", ".onnx")
@@ -34,20 +35,54 @@ BATCH_ENTRIES = 2**25
 RANDOM_IMAGES = 4
 
 
-def load_network(path: str, *, opaque: bool = False, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Graph:
-    """Read a network, native or ONNX; the options are those of :func:`eqfact.onnx.load`, native files have no use for them."""
-    if network_kind(path) == ".npz":
-        return serialization.load(path)
-    graph: Graph = _onnx().load(path, opaque=opaque, input_shapes=input_shapes)
-    return graph
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network from a file: what eqfact understands of it, and for ONNX the file around it."""
+
+    path: str
+    graph: Graph
+    #: An :class:`eqfact.onnx.Opened`; None for native files.
+    file: Any = None
+
+    @property
+    def partly(self) -> str | None:
+        """What is understood and what is kept, in a line; None if all of it is understood."""
+        return str(self.file) if self.file is not None and not self.file.whole else None
+
+    def prove(self, graph: Graph, feeds: Mapping[str, npt.ArrayLike], path: str | None = None) -> Verification | None:
+        """Does the file (or that at ``path``, written with its names) compute what ``graph`` does, by another runtime's account?"""
+        if self.file is None:
+            return None
+        verdict: Verification = _onnx().checking.checked(self.file, graph, feeds, path)
+        return verdict
+
+    def save(self, path: str, graph: Graph, *, quantized: bool = False) -> None:
+        """Write the network as ``graph`` is now, in its file if it came from one; a ``quantized`` one to ONNX with QuantizeLinear."""
+        if network_kind(path) == ".npz":
+            if self.partly:
+                raise ValueError(f"'{path}': only parts of '{self.path}' are understood, and the rest stands in its file: "
+                                 "give the output a name that ends in .onnx")
+            serialization.save(path, graph)
+        elif self.file is not None:
+            self.file.save_qdq(path, graph) if quantized else self.file.save(path, graph)
+        else:
+            (_onnx().save_qdq if quantized else _onnx().save)(path, graph)
 
 
-def save_network(path: str, graph: Graph, *, quantized: bool = False) -> None:
-    """Write a network; a ``quantized`` one to ONNX with QuantizeLinear and DequantizeLinear."""
+def load_network(path: str, *, data: str | None = None, input_shapes: Mapping[str, Sequence[int]] | None = None,
+                 strict: bool = False) -> Network:
+    """Read a network, native or ONNX; of the latter, sizes that are open are those of the file ``data``, or ``input_shapes``.
+
+    ``strict``: a file of which only parts are understood is refused.
+    """
     if network_kind(path) == ".npz":
-        serialization.save(path, graph)
-    else:
-        (_onnx().save_qdq if quantized else _onnx().save)(path, graph)
+        return Network(path, serialization.load(path))
+    feeds = None if data is None else load_data(data, _onnx().reading.input_names(path))
+    file = _onnx().open(path, feeds, input_shapes=input_shapes)
+    network = Network(path, file.graph, file)
+    if strict and network.partly:
+        raise ValueError(f"{network.partly}: leave out --strict to work on what is understood")
+    return network
 
 
 def network_kind(path: str) -> str:
@@ -74,6 +109,8 @@ class Images:
     """Inputs of a network by name, each ``(N, C, *spatial)``, and in words where they come from."""
 
     arrays: Mapping[str, Array]
+    #: The data that they come from: the same, or the inputs of the file that a network is part of.
+    feeds: Mapping[str, npt.NDArray[Any]]
     source: str
     #: Images in a batch.
     size: int
@@ -89,36 +126,46 @@ class Images:
         """At most the first ``count`` images."""
         if count >= len(self):
             return self
-        return Images({name: a[:count] for name, a in self.arrays.items()}, f"the first {count} of {self.source}", self.size)
+        return replace(self, arrays={name: a[:count] for name, a in self.arrays.items()}, source=f"the first {count} of {self.source}")
 
 
-def load_images(path: str, graph: Graph) -> Images:
-    """The images in an ``.npz``: one array for each input by name, or (one input) a single array, or one called ``images``."""
+def load_data(path: str, inputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays in an ``.npz``: one for each input by name, or (one input) a single array, or one called ``images``."""
     found = _arrays(path)
-    (first, *others) = graph.inputs
-    if not set(graph.inputs) <= set(found):
+    (first, *others) = inputs
+    if not set(inputs) <= set(found):
         name = "images" if "images" in found else next(iter(found), "")
         if others or (len(found) != 1 and name != "images"):
-            raise ValueError(f"'{path}' must hold one array for each input ({', '.join(graph.inputs)})"
+            raise ValueError(f"'{path}' must hold one array for each input ({', '.join(inputs)})"
                              f"{'' if others else ', a single array, or an array called images'}, got {', '.join(sorted(found)) or 'none'}")
         found = {first: found[name]}
+    return {name: found[name] for name in inputs}
+
+
+def load_images(path: str, network: Network) -> Images:
+    """The data in an ``.npz`` at the inputs of what is understood of a network."""
+    feeds = load_data(path, list(network.graph.inputs) if network.file is None else network.file.inputs)
     try:
-        arrays = checked_inputs(graph, {name: found[name] for name in graph.inputs})
+        arrays = checked_inputs(network.graph, feeds) if network.file is None else network.file.boundary(feeds)
+        return _images(arrays, feeds, "{} images of " + os.path.basename(path), network.graph)
     except (ValueError, TypeError) as error:
         raise ValueError(f"'{path}': {error}") from error
-    return _images(arrays, f"{len(arrays[first])} images of {os.path.basename(path)}", graph)
 
 
-def random_images(graph: Graph) -> Images:
-    """Standard normal numbers, the same every time."""
+def random_images(network: Network) -> Images:
+    """Standard normal numbers, the same every time; for an ONNX file what stood in for data when it was opened."""
+    graph, source = network.graph, "{} inputs of random numbers (seed 0)"
+    if network.file is not None:
+        return _images(network.file.boundary(network.file.feeds), network.file.feeds, source, graph)
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((RANDOM_IMAGES, *shape)).astype(graph.dtype or np.float64) for name, shape in graph.inputs.items()}
-    return _images(arrays, f"{RANDOM_IMAGES} inputs of random numbers (seed 0)", graph)
+    return _images(arrays, arrays, source, graph)
 
 
-def _images(arrays: Mapping[str, Array], source: str, graph: Graph) -> Images:
+def _images(arrays: Mapping[str, Array], feeds: Mapping[str, npt.NDArray[Any]], source: str, graph: Graph) -> Images:
     entries = sum(prod(shape) for shape in graph.shapes.values())
-    return Images(arrays, source, max(1, BATCH_ENTRIES // entries))
+    count = len(next(iter(arrays.values())))
+    return Images(arrays, feeds, source.format(count), max(1, BATCH_ENTRIES // entries))
 
 
 def load_factors(path: str, graph: Graph) -> Factorization:

@@ -8,10 +8,11 @@ as a *view*, an array of positions in an eqfact value, and only what is left of 
 tensor is written down, as Flatten, Permute, Slice, Transpose or Unflatten. So layout sandwiches cancel by themselves.
 """
 
+from eqfact.onnx.checking import check
 from eqfact.onnx.exporting import save
 from eqfact.onnx.importing import load
 from eqfact.onnx.opened import Kept, Opened, open
 from eqfact.onnx.origin import OnnxError, Origin, UnsupportedNode
 from eqfact.onnx.qdq import save_qdq
 
-__all__ = ["Kept", "OnnxError", "Opened", "Origin", "UnsupportedNode", "load", "open", "save", "save_qdq"]
+__all__ = ["Kept", "OnnxError", "Opened", "Origin", "UnsupportedNode", "check", "load", "open", "save", "save_qdq"]

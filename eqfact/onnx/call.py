@@ -176,7 +176,7 @@ class Call:
         except ValueError:
             raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}, which do not broadcast") from None
         whole = [v for v, s in zip(views, shapes, strict=True) if s == shape]
-        for model in sorted(set(whole), key=lambda v: -sum(v.axes == w.axes and v.shape == w.shape for w in whole)):
+        for model in sorted(dict.fromkeys(whole), key=lambda v: -sum(v.axes == w.axes and v.shape == w.shape for w in whole)):
             try:
                 alike = [v.like(model, batches) for v in views]
                 made = self.emit(op, *(self.value(v) for v in alike), names=names)

@@ -24,10 +24,12 @@ NESTED = ("If", "Loop", "Scan", "SequenceMap")
 #: A node's outputs hold at most this many entries, or twice as many as it reads.
 MOST_ENTRIES = 2**24
 #: What costs more than a step or so an entry is computed on at most this many.
-COSTLY = ("MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "DeformConv", "LSTM", "GRU", "RNN",
+COSTLY = ("Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "DeformConv", "LSTM", "GRU", "RNN",
           "Attention", "NonMaxSuppression", "TfIdfVectorizer", "Det", "DFT", "STFT", "RoiAlign", "MaxRoiPool", "GridSample", "Resize",
           "MaxPool", "AveragePool", "LpPool", "MaxUnpool", "LRN", "Col2Im")
 MOST_COSTLY = 2**20
+#: A matrix product adds up at most this many products.
+MOST_PRODUCTS = 2**32
 #: Inputs up to this many entries may say how large an output is.
 MOST_INFERRED = 1024
 
@@ -42,7 +44,11 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
         made = _entries_made(model)
     except onnx.shape_inference.InferenceError as error:
         raise ValueError(f"its constant inputs do not fit: {' '.join(str(error).split())[:300]}") from error
-    if (made is None or node.op_type in COSTLY) and read > MOST_COSTLY:
+    if node.op_type in ("MatMul", "Gemm") and made is not None:
+        steps = made * max(a.shape[-1] for a in feeds.values() if a.ndim)
+        if steps > MOST_PRODUCTS:
+            raise ValueError(f"it adds up {steps} products of constants, more than are computed while a file is read")
+    elif (made is None or node.op_type in COSTLY) and read > MOST_COSTLY:
         raise ValueError(f"it reads {read} constant entries; on more than {MOST_COSTLY} it is not computed while a file is read")
     if made is not None and made > max(MOST_ENTRIES, 2 * read):
         raise ValueError(f"it makes {made} entries of {read} constant ones, more than are computed while a file is read")

@@ -20,7 +20,7 @@ from eqfact.onnx import folding
 from eqfact.onnx.building import Building
 from eqfact.onnx.call import Call
 from eqfact.onnx.nodes import READERS
-from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode
+from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, sizes
 from eqfact.onnx.reading import opset, read_model
 from eqfact.onnx.views import View
 from eqfact.ops import Shape
@@ -62,8 +62,8 @@ class errors_of:  # noqa: N801  # reads as what it does
 class Importer:
     """One walk through a file.
 
-    ``keep`` is what to do about a node that cannot be read, with the reason: by default an error. ``outside`` knows the full shapes of
-    tensors that are no eqfact values, and where their batch stands (:mod:`eqfact.onnx.opened`).
+    ``outside`` knows the full shapes of tensors that are no eqfact values, their types, and where their batch stands. With it a node that
+    cannot be read is kept, with the reason (:mod:`eqfact.onnx.opened`); without it that is an error.
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]],
@@ -87,10 +87,9 @@ class Importer:
         return [i for i in self.model.graph.input if i.name not in self.source.initializers]
 
     def _samples(self) -> int | None:
-        """The size of the batch, if all inputs have a fixed and the same one."""
-        firsts = {(None if not d or not d[0].HasField("dim_value") else int(d[0].dim_value))
-                  for i in self._inputs() if (d := i.type.tensor_type.shape.dim) is not None}
-        return firsts.pop() if len(firsts) == 1 else None
+        """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch."""
+        firsts = {dims[0] if (dims := sizes(info)) else None for info in self._inputs()}
+        return firsts.pop() if len(firsts) == 1 else None if None in firsts or self.outside is None else 1
 
     def _read_inputs(self, given: Mapping[str, Sequence[int]]) -> None:
         inputs = self._inputs()
@@ -110,8 +109,7 @@ class Importer:
             if FLOATS[kind.elem_type] != self.building.dtype:
                 raise OnnxError(f"{self.path}: input '{info.name}' holds {FLOATS[kind.elem_type]}, the weights {self.building.dtype}; "
                                 "load computes in one type: eqfact.onnx.open reads files of several")
-            dims = [int(d.dim_value) if d.HasField("dim_value") else None for d in kind.shape.dim]
-            shape = self._shape(info.name, dims, given.get(info.name))
+            shape = self._shape(info.name, sizes(info), given.get(info.name))
             self.building.input(info.name, View.whole(info.name, shape, self.building.samples))
 
     def _shape(self, name: str, dims: Sequence[int | None], given: Sequence[int] | None) -> Shape:
@@ -125,8 +123,6 @@ class Importer:
             raise OnnxError(f"{self.path}: input '{name}' has the shape ({seen}); eqfact needs a batch and fixed sizes (N, C, *spatial): "
                             f"give input_shapes={{'{name}': (C, *spatial)}} (on the command line --input-shape {name}=C,H,W), "
                             "without the batch")
-        if dims[0] == 0 or not all(dims[1:]):
-            raise OnnxError(f"{self.path}: input '{name}' has an axis of size 0: shape {list(dims)}")
         return tuple(int(d) for d in dims[1:] if d is not None)
 
     def _enter(self, tensor: Foreign) -> View:
@@ -181,7 +177,7 @@ class Importer:
                     self.source.tensors[name] = Constant(name, (value,))
                 yield from self._flat(branch.node)
                 for name, output in zip(proto.output, branch.output, strict=True):
-                    yield from self._flat([onnx.helper.make_node("Identity", [output.name], [name], name=proto.name)])
+                    yield from self._flat([onnx.helper.make_node("Identity", [output.name], [name])])
                 continue
             for name, tensor in zip(proto.output, self._made(proto), strict=False):
                 if name:
@@ -212,6 +208,8 @@ class Importer:
                     call.refuse(f"its output '{name}' is read, and eqfact does not compute it")
             return tensors
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, OnnxError) and not isinstance(error, UnsupportedNode):
+                raise
             reason = str(error)
             if self.outside is None:
                 raise self.error(proto, f"{reason}; eqfact.onnx.open (and the command line without --strict) keeps such nodes as they are; "

@@ -7,35 +7,41 @@ types, subgraphs, sizes and names, because nothing of it is touched: a rescaled 
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.importing import Importer, errors_of
-from eqfact.onnx.origin import Constant, Foreign, OnnxError, Source
+from eqfact.onnx.origin import Foreign, OnnxError, Source, sizes
 from eqfact.onnx.patching import save as patched
+from eqfact.onnx.qdq import save_qdq
 from eqfact.onnx.reading import read_model
-from eqfact.onnx.running import run
-from eqfact.onnx.views import BATCH, View
+from eqfact.onnx.running import Arrays, Running
+from eqfact.onnx.views import View
 from eqfact.ops import BatchNorm, Shape, Weighted
 
 Feeds = Mapping[str, npt.ArrayLike]
-Arrays = dict[str, npt.NDArray[Any]]
 
 #: Tensors of a file are looked at in groups of this many, so that a large network's are never all held at once.
-AT_ONCE = 32
+AT_ONCE = 64
+#: Samples that a file with a free batch is run on at a time.
+A_PART = 8
 #: Sizes of the batch with which a tensor's batch axis is found.
 PROBES = (1, 2)
+#: Samples of random numbers that stand in for data.
+STAND_INS = 4
 
 
 @dataclass(frozen=True)
@@ -58,50 +64,75 @@ class Opened:
     graph: Graph
     kept: tuple[Kept, ...]
     source: Source
+    #: The data that the file was opened with, or what stood in for it.
+    feeds: Feeds
 
     def __str__(self) -> str:
         nodes = len(self.source.model.graph.node)
-        text = f"{self.path}: {nodes - len(self.kept)} of {nodes} nodes are understood"
-        reasons = Counter(f"{k.op_type}: {k.reason}" for k in self.kept).most_common(3)
-        return "; ".join([text, *(f"{count} kept ({reason})" for reason, count in reasons)])
+        return "; ".join(filter(None, [f"{self.path}: {nodes - len(self.kept)} of {nodes} nodes are understood", _commonest(self.kept)]))
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the file's inputs."""
+        return [str(info.name) for info in _inputs(self.source)]
 
     def run(self, feeds: Feeds) -> Arrays:
-        """The outputs of the file by name, for its inputs by name and in their own types, by onnxruntime if it is installed."""
-        return run(self.path, self.checked(feeds))
+        """The outputs of the file by name, for its inputs by name and in their own types, by onnxruntime if it is installed.
+
+        A file of a fixed batch is run as often as it takes, and its outputs are joined along their first axis.
+        """
+        running = Running(self.path)
+        made = [running(part) for part in self.parts(feeds)]
+        return {name: np.concatenate([of[name] for of in made]) if len(made) > 1 else array for name, array in made[0].items()}
 
     def boundary(self, feeds: Feeds) -> Arrays:
         """The graph's inputs ``(N, C, *spatial)`` by name, as the file makes them of its own inputs."""
-        feeds = self.checked(feeds)
-        views = {name: view for name, view in self.source.tensors.items() if isinstance(view, View) and view.value in self.graph.inputs
-                 and view.value not in self._made}
-        first = {view.value: name for name, view in reversed(views.items())}
-        inner = [name for name in first.values() if name not in feeds]
-        found = {**feeds, **(run(self.path, feeds, inner) if inner else {})}
-        arrays = {}
-        for value in self.graph.inputs:
-            view = self.source.tensors[first[value]]
-            assert isinstance(view, View)
-            arrays[value] = np.ascontiguousarray(view.value_of(found[first[value]]))
-            if arrays[value].shape[1:] != self.graph.shapes[value]:
-                raise OnnxError(f"{self.path}: '{first[value]}' has the shape {found[first[value]].shape} on this data; the graph was read for "
-                                f"samples of shape {self.graph.shapes[value]}: open the file with data of this size")
-        return arrays
+        tensors: dict[str, tuple[str, View]] = {}
+        for name, view in self.source.tensors.items():
+            if isinstance(view, View) and view.value in self.graph.inputs and view.value not in tensors:
+                tensors[view.value] = name, view
+        parts = self.parts(feeds)
+        inner = [name for name, _ in tensors.values() if name not in parts[0]]
+        running = Running(self.path, inner) if inner else None
+        arrays: dict[str, list[npt.NDArray[Any]]] = {value: [] for value in self.graph.inputs}
+        for part in parts:
+            found = {**part, **(running(part, inner) if running else {})}
+            for value, shape in self.graph.inputs.items():
+                name, view = tensors[value]
+                if tuple(n for axis, n in enumerate(found[name].shape) if axis != view.batch) != tuple(
+                        n for axis, n in enumerate(view.full_shape(0)) if axis != view.batch):
+                    raise OnnxError(f"{self.path}: '{name}' has the shape {found[name].shape} on this data; the graph was read for samples "
+                                    f"of shape {shape}: open the file with data of this size")
+                arrays[value].append(np.ascontiguousarray(view.value_of(found[name])))
+        return {value: np.concatenate(several) if len(several) > 1 else several[0] for value, several in arrays.items()}
+
+    def parts(self, feeds: Feeds, first: int | None = None) -> list[Arrays]:
+        """Data as the file takes it, a few samples at a time, in its own types, or an error that names the input and the rule.
+
+        A file of a fixed batch may be given several batches, one behind the other. ``first`` samples are enough, if it is given.
+        """
+        return _parts(self.path, self.source, feeds, first)
 
     @property
-    def _made(self) -> set[str]:
-        return {node.name for node in self.graph.nodes}
-
-    def checked(self, feeds: Feeds) -> Arrays:
-        """Inputs of the file in its own types, or an error that names the input and the rule."""
-        return _checked(self.path, self.source, feeds)
+    def whole(self) -> bool:
+        """Whether every node is understood, and inputs and outputs are values as they are."""
+        return not self.kept and set(self.inputs) == set(self.graph.inputs) and set(self.graph.outputs) == {
+            info.name for info in self.source.model.graph.output}
 
     def save(self, path: str | os.PathLike[str], graph: Graph) -> None:
         """Write the file with the parameters of ``graph`` in place of its own, whole or not at all.
 
         ``graph`` is this one, equalized, or with BatchNorms folded. Every node that is kept or unchanged is written as it was read.
-        :class:`OnnxError` that names the node for a graph of another structure.
+        Where a file that is understood whole has no place for a node of ``graph`` (BatchNorms folded across moves), the whole network is
+        written anew, as :func:`eqfact.onnx.save` does. :class:`OnnxError` that names the node for any other graph of another structure.
         """
-        patched(path, graph, self.graph, self.source)
+        patched(path, graph, self.graph, self.source, whole=self.whole)
+
+    def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
+        """Write a quantized form of the graph as :func:`eqfact.onnx.save_qdq` does; only for files that are understood whole."""
+        if not self.whole:
+            raise OnnxError(f"{self.path}: only parts of the file are understood; a quantized network is written where all of it is")
+        save_qdq(path, graph)
 
 
 def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # noqa: A001  # eqfact.onnx.open, as it is read
@@ -122,68 +153,92 @@ def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # noqa: A0
 
 def _opened(path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes: Mapping[str, Sequence[int]]) -> Opened:
     outside = _Outside(path, model, data, input_shapes)
-    importer = Importer(path, model, {}, outside)
+    importer = Importer(path, model, input_shapes, outside)
     outside.source = importer.source
     outside.samples = importer.building.samples
     importer.walk()
     building, source = importer.building, importer.source
     islands = _islands(tuple(building.nodes.values()))
-    alone = "it stands among kept nodes, without a layer that has weights"
-    kept = [(proto, reason) for proto, reason in importer.kept]
-    unread = {id(proto) for proto, _ in kept}
+    reasons = {tuple(proto.output): reason for proto, reason in importer.kept}
     for proto in source.model.graph.node:
         tensors = [source.tensors.get(name) for name in proto.output if name]
-        if id(proto) not in unread and tensors and all(isinstance(t, View) and t.value in islands for t in tensors):
-            kept.append((proto, alone))
-    wanted = [*importer.outputs, *(name for proto, _ in kept for name in names_read(proto))]
+        if tensors and all(isinstance(t, View) and t.value in islands for t in tensors):
+            reasons.setdefault(tuple(proto.output), "it stands among kept nodes, without a layer that has weights")
+    kept = [proto for proto in source.model.graph.node if tuple(proto.output) in reasons]
     outputs = []
-    for name in dict.fromkeys(wanted):
+    for name in dict.fromkeys([*importer.outputs, *(name for proto in kept for name in names_read(proto))]):
         tensor = source.tensors.get(name)
         if isinstance(tensor, View) and tensor.value in building.nodes and tensor.value not in islands:
             outputs.append(tensor.value)
+    described = tuple(Kept(str(p.name or next(iter(p.output), "")), str(p.op_type), reasons[tuple(p.output)]) for p in kept)
     if not outputs:
-        reasons = Counter(f"{proto.op_type}: {reason}" for proto, reason in kept).most_common(3)
-        raise OnnxError(f"{path}: eqfact understands no layer with weights in this network; " + "; ".join(
-            f"{count} nodes {reason}" for reason, count in reasons))
-    graph = importer.finished(outputs)
-    order = {id(proto): i for i, proto in enumerate(source.model.graph.node)}
-    kept.sort(key=lambda pair: order.get(id(pair[0]), len(order)))
-    return Opened(path, graph, tuple(Kept(str(p.name or next(iter(p.output), "")), str(p.op_type), reason) for p, reason in kept), source)
+        raise OnnxError(f"{path}: eqfact understands no layer with weights in this network; {_commonest(described)}")
+    return Opened(path, importer.finished(outputs), described, source, outside.feeds)
+
+
+def _commonest(kept: Sequence[Kept]) -> str:
+    """The three commonest reasons for which nodes are kept."""
+    found = Counter(f"{k.op_type}: {k.reason}" for k in kept).most_common(3)
+    return "; ".join(f"{count} kept ({reason})" for reason, count in found)
 
 
 def _islands(nodes: Sequence[Node]) -> set[str]:
     """Nodes that are connected, by values that nodes make, with no layer but BatchNorms: nothing there can be equalized or quantized."""
-    parent = {node.name: node.name for node in nodes}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-    for node in nodes:
-        for value in node.inputs:
-            if value in parent:
-                parent[root(value)] = root(node.name)
-    layers = {root(node.name) for node in nodes if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm)}
-    return {node.name for node in nodes if root(node.name) not in layers}
+    number = {node.name: i for i, node in enumerate(nodes)}
+    edges = np.array([(number[node.name], number[value]) for node in nodes for value in node.inputs if value in number]).reshape(-1, 2).T
+    joined = sparse.coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(len(nodes), len(nodes)))
+    _, part = csgraph.connected_components(joined, directed=False)
+    layers = {part[number[n.name]] for n in nodes if isinstance(n.op, Weighted) and not isinstance(n.op, BatchNorm)}
+    return {node.name for node in nodes if part[number[node.name]] not in layers}
 
 
-def _checked(path: Path, source: Source, feeds: Feeds) -> Arrays:
-    inputs = {info.name: info for info in source.model.graph.input if info.name not in source.initializers}
-    if set(feeds) != set(inputs):
-        raise OnnxError(f"{path}: the file needs inputs {sorted(inputs)}, got {sorted(feeds)}")
-    arrays = {}
-    for name, info in inputs.items():
-        kind, array = info.type.tensor_type, np.asarray(feeds[name])
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        dims = kind.shape.dim
-        if array.dtype != dtype and not (array.dtype.kind == np.dtype(dtype).kind and np.can_cast(array.dtype, dtype, "same_kind")):
-            raise OnnxError(f"{path}: input '{name}' holds {dtype}, got {array.dtype}; convert it with .astype")
-        if kind.HasField("shape") and dims and (len(dims) != array.ndim or any(
-                d.HasField("dim_value") and d.dim_value != n for d, n in zip(dims, array.shape, strict=True))):
-            said = ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
-            raise OnnxError(f"{path}: input '{name}' has the shape ({said}), got {array.shape}")
-        arrays[name] = array.astype(dtype, copy=False)
-    return arrays
+def _inputs(source: Source) -> list[onnx.ValueInfoProto]:
+    """The inputs of a file that are no weights."""
+    return [info for info in source.model.graph.input if info.name not in source.initializers]
+
+
+def _batches(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, int]:
+    """The axis of each input that is the batch, of any size: the first, or the one that is called as the first axis of another is."""
+    found = {info.name: 0 for info in inputs if (dims := sizes(info)) and dims[0] is None}
+    called = next((info.type.tensor_type.shape.dim[0].dim_param for info in inputs if info.name in found), "")
+    for info in inputs if found else ():
+        names = [d.dim_param if n is None else None for d, n in zip(info.type.tensor_type.shape.dim, sizes(info), strict=True)]
+        if info.name not in found and names.count(called) == 1:  # where nothing has a name: the only open axis
+            found[info.name] = names.index(called)
+    return found
+
+
+def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None) -> list[Arrays]:
+    """Data in the shapes and types that a file takes, a few samples at a time."""
+    inputs = _inputs(source)
+    if set(feeds) != {info.name for info in inputs}:
+        raise OnnxError(f"{path}: the file needs inputs {sorted(info.name for info in inputs)}, got {sorted(feeds)}")
+    arrays, runs = {}, {}
+    for info in inputs:
+        array, dims = np.asarray(feeds[info.name]), sizes(info)
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+        if array.dtype != dtype and not (array.dtype.kind == dtype.kind and np.can_cast(array.dtype, dtype, "same_kind")):
+            raise OnnxError(f"{path}: input '{info.name}' holds {dtype}, got {array.dtype}; convert it with .astype")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise OnnxError(f"{path}: input '{info.name}' holds NaN or infinity; data must be finite")
+        fits = len(dims) == array.ndim and all(d in (None, n) for d, n in zip(dims[1:], array.shape[1:], strict=True))
+        if array.size == 0 or info.type.tensor_type.HasField("shape") and not (
+                fits and (not dims or dims[0] in (None, array.shape[0]) or array.shape[0] % dims[0] == 0)):
+            said = ", ".join("?" if d is None else str(d) for d in dims)
+            raise OnnxError(f"{path}: input '{info.name}' has the shape ({said}), got {array.shape}")
+        arrays[info.name] = array.astype(dtype, copy=False)
+        runs[info.name] = array.shape[0] // dims[0] if dims and dims[0] is not None else 1
+    at = _batches(inputs)
+    if len({arrays[name].shape[axis] for name, axis in at.items()}) > 1 or len(set(runs.values()) - {1}) > 1:
+        raise OnnxError(f"{path}: inputs must have equal batch sizes, got { {name: array.shape for name, array in arrays.items()} }")
+    if at:
+        count = next(arrays[name].shape[axis] for name, axis in at.items())
+        count = count if first is None else min(first, count)
+        return [{name: array if name not in at else array.take(range(i, min(i + A_PART, count)), at[name]) for name, array in arrays.items()}
+                for i in range(0, count, A_PART)]
+    count = max(runs.values(), default=1)
+    return [{name: array if runs[name] == 1 else np.split(array, count)[i] for name, array in arrays.items()}
+            for i in range(count if first is None else min(first, count))]
 
 
 class _Outside:
@@ -191,10 +246,10 @@ class _Outside:
 
     def __init__(self, path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes: Mapping[str, Sequence[int]]) -> None:
         self.path, self.data, self.input_shapes = path, data, input_shapes
-        self.source = Source(onnx.ModelProto(), {})
+        self.source = Source(model, {})
         self.samples: int | None = None
-        self._inputs = [i for i in model.graph.input]
-        self._initializers = {t.name for t in model.graph.initializer}
+        initializers = {t.name for t in model.graph.initializer}
+        self._inputs = [info for info in model.graph.input if info.name not in initializers]
         self._names = [i.name for i in model.graph.input] + [name for node in model.graph.node for name in node.output if name]
         self._found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
 
@@ -215,44 +270,42 @@ class _Outside:
         return shape, dtype, changed[0] if changed else None
 
     def _look(self) -> list[dict[str, tuple[Shape, np.dtype[Any]]]]:
-        feeds = self._feeds()
-        found = []
-        for count in PROBES if self.samples is None else (self.samples,):
-            given = {name: np.concatenate([array[:1]] * count) if name in self._open and array.ndim else array for name, array in feeds.items()}
+        (feeds, *_), at = _parts(self.path, self.source, self.feeds, 1), _batches(self._inputs)
+        inner = [name for name in self._names if name not in feeds]
+        running, found = Running(self.path, inner), []
+        for count in PROBES if at else PROBES[:1]:
+            given = {name: array if name not in at else np.concatenate([array] * count, at[name]) for name, array in feeds.items()}
             shapes = {name: (array.shape, array.dtype) for name, array in given.items()}
-            inner = [name for name in self._names if name not in given]
             for i in range(0, len(inner), AT_ONCE):
-                arrays = run(self.path, given, inner[i:i + AT_ONCE])
+                arrays = running(given, inner[i:i + AT_ONCE])
                 shapes.update((name, (array.shape, array.dtype)) for name, array in arrays.items())
             found.append(shapes)
         return found
 
-    @property
-    def _open(self) -> set[str]:
-        """Inputs whose first axis, the batch, is of any size."""
-        return {i.name for i in self._inputs if i.type.tensor_type.shape.dim and not i.type.tensor_type.shape.dim[0].HasField("dim_value")}
-
-    def _feeds(self) -> Arrays:
+    @cached_property
+    def feeds(self) -> Arrays:
         """The data given, or what stands in for it."""
-        inputs = [i for i in self._inputs if i.name not in self._initializers]
+        inputs, at = self._inputs, _batches(self._inputs)
         if self.data is not None:
-            return _checked(self.path, self.source, self.data)
+            _parts(self.path, self.source, self.data)
+            return {name: np.asarray(array) for name, array in self.data.items()}
         unknown = sorted(set(self.input_shapes) - {i.name for i in inputs})
         if unknown:
             raise OnnxError(f"{self.path}: input_shapes (--input-shape) names {unknown}, the network's inputs are {[i.name for i in inputs]}")
         rng, feeds = np.random.default_rng(0), {}
         for info in inputs:
-            dims = [int(d.dim_value) if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+            dims = sizes(info)
             given = self.input_shapes.get(info.name)
-            shape = [dims[0] if dims and dims[0] is not None else 1, *(dims[1:] if given is None else given)]
+            shape = dims if given is None else [*dims[:1], *given]
+            if (axis := at.get(info.name)) is not None and shape[axis] is None:
+                shape[axis] = STAND_INS
             if any(n is None for n in shape) or not info.type.HasField("tensor_type"):
                 seen = ", ".join("?" if d is None else str(d) for d in dims)
                 raise OnnxError(f"{self.path}: input '{info.name}' has the shape ({seen}): give data (on the command line --data), or "
                                 f"input_shapes={{'{info.name}': (C, *spatial)}} (--input-shape {info.name}=C,H,W), without the batch")
-            sizes = [int(n) for n in shape if n is not None][:max(len(dims), 1 + len(given or ()))]
+            known = [int(n) for n in shape if n is not None]
+            if not at and known:  # as many batches of the fixed size
+                known[0] *= STAND_INS
             dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
-            feeds[info.name] = rng.standard_normal(sizes).astype(dtype) if dtype.kind == "f" else np.ones(sizes, dtype)
+            feeds[info.name] = rng.standard_normal(known).astype(dtype) if dtype.kind == "f" else np.ones(known, dtype)
         return feeds
-
-
-__all__ = ["BATCH", "Constant", "Kept", "Opened", "math", "open"]

@@ -51,6 +51,12 @@ class Source:
     model: onnx.ModelProto
     initializers: dict[str, npt.NDArray[Any]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    #: The tensors that the file itself can show; those of an If that was resolved are not among them.
+    shown: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.model.graph
+        self.shown = frozenset((*(str(i.name) for i in graph.input), *(str(name) for node in graph.node for name in node.output if name)))
 
     @property
     def header(self) -> onnx.ModelProto:
@@ -81,6 +87,11 @@ class Source:
 #: The floating types that networks are computed in.
 FLOATS = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.DOUBLE: np.dtype(np.float64),
           onnx.TensorProto.FLOAT16: np.dtype(np.float16)}
+
+
+def sizes(info: onnx.ValueInfoProto) -> list[int | None]:
+    """The sizes of a tensor as a file states them; None where it leaves one open, as some exporters do by 0 or -1."""
+    return [int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else None for d in info.type.tensor_type.shape.dim]
 
 
 @dataclass(frozen=True)

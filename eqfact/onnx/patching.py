@@ -26,9 +26,15 @@ from eqfact.ops import Conv
 CLIP_INPUTS = 11
 
 
-def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
-    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
-    write_model(path, Patcher(path, graph, read, source).model())
+def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, *, whole: bool) -> None:
+    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``; anew if that fits nowhere."""
+    try:
+        model = Patcher(path, graph, read, source).model()
+    except OnnxError:
+        if not whole:
+            raise
+        model = Writer(path, graph).model()
+    write_model(path, model)
 
 
 class Patcher(Writer):

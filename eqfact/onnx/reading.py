@@ -66,6 +66,15 @@ def read_model(path: Path) -> onnx.ModelProto:
     return read
 
 
+def input_names(path: Path | str) -> list[str]:
+    """The inputs of a file that are no weights, before anything else is asked of it; none if it is not ONNX."""
+    try:
+        graph = onnx.ModelProto.FromString(Path(path).read_bytes()).graph
+    except DecodeError:
+        return []
+    return [str(info.name) for info in graph.input if info.name not in {tensor.name for tensor in graph.initializer}]
+
+
 def opset(model: onnx.ModelProto) -> int:
     """Version of the standard operators, 0 if the file does not import them."""
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)

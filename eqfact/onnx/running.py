@@ -6,8 +6,9 @@ and ``eqfact[onnx-run]`` for onnxruntime.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from eqfact.onnx.origin import OnnxError
 
@@ -35,13 +37,47 @@ def runtime() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
+class Running:
+    """A model made ready to be run, on the processor; inner values that may be asked for are named beforehand.
+
+    ``optimized``: with all that onnxruntime does to a model when a session is opened without options, integer kernels among it; else node
+    by node, as it is written. ``entries`` are entries of the session's configuration, for instance :data:`EXACT_SUMS`. The reference
+    evaluator always goes node by node, and has no use for either.
+    """
+
+    def __init__(self, model: onnx.ModelProto | str | os.PathLike[str], inner: Sequence[str] = (), *, optimized: bool = False,
+                 entries: Mapping[str, str] | None = None) -> None:
+        self.path = None if isinstance(model, onnx.ModelProto) else Path(model)
+        given = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+        self.outputs = [info.name for info in given.graph.output]
+        hidden = [name for name in dict.fromkeys(inner) if name not in self.outputs]
+        if hidden:
+            shown = onnx.ModelProto()
+            shown.CopyFrom(given)
+            shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in hidden)
+            given = shown
+        with self._refusals():
+            self._ask = _prepared(given, self.path, optimized, entries or {})
+
+    def __call__(self, feeds: Mapping[str, npt.ArrayLike], outputs: Sequence[str] | None = None) -> Arrays:
+        """The values called ``outputs`` (by default the model's own outputs) by name, for inputs by name."""
+        names = self.outputs if outputs is None else list(outputs)
+        with self._refusals():
+            made = self._ask(names, {name: np.asarray(array) for name, array in feeds.items()})
+        return dict(zip(names, (np.asarray(array) for array in made), strict=True))
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # runtimes share no class of errors
+            where = "" if self.path is None else f"{self.path}: "
+            raise OnnxError(f"{where}{runtime()} does not run this model: {' '.join(str(error).split())}") from error
+
+
 def run(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt.ArrayLike], outputs: Sequence[str] | None = None, *,
         optimized: bool = False, entries: Mapping[str, str] | None = None) -> Arrays:
-    """The values called ``outputs`` (by default the model's own outputs) by name, for inputs by name, on the processor.
-
-    ``outputs`` may name inner values too. ``optimized``: with all that onnxruntime does to a model when a session is opened without
-    options, integer kernels among it; else node by node, as it is written. ``entries`` are entries of the session's configuration, for
-    instance :data:`EXACT_SUMS`. The reference evaluator always goes node by node, and has no use for either.
+    """What a model makes of its inputs, once; ``outputs`` may name inner values too. The options are those of :class:`Running`.
 
     :class:`OnnxError` with what the runtime says if it does not load or run the model.
 
@@ -52,39 +88,38 @@ def run(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt
     >>> run(model, {"x": np.float32([-1, 2])}, ["y", "z"])
     {'y': array([0., 2.], dtype=float32), 'z': array([-0., -2.], dtype=float32)}
     """
-    path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    given = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
-    own = [info.name for info in given.graph.output]
-    names = own if outputs is None else list(outputs)
-    inner = [name for name in dict.fromkeys(names) if name not in own]
-    if inner:
-        shown = onnx.ModelProto()
-        shown.CopyFrom(given)
-        shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
-        given = shown
-    arrays = {name: np.asarray(array) for name, array in feeds.items()}
-    try:
-        made = _run(given, path, arrays, names, optimized, entries or {})
-    except Exception as error:  # runtimes share no class of errors
-        where = "" if path is None else f"{path}: "
-        raise OnnxError(f"{where}{runtime()} does not run this model: {' '.join(str(error).split())}") from error
-    return dict(zip(names, (np.asarray(array) for array in made), strict=True))
+    return Running(model, outputs or (), optimized=optimized, entries=entries)(feeds, outputs)
 
 
-def _run(model: onnx.ModelProto, path: Path | None, feeds: Arrays, names: Sequence[str], optimized: bool,
-         entries: Mapping[str, str]) -> Sequence[Any]:
+def _prepared(model: onnx.ModelProto, path: Path | None, optimized: bool,
+              entries: Mapping[str, str]) -> Callable[[Sequence[str], Arrays], Sequence[Any]]:
+    """What computes the named values of inputs."""
     try:
         import onnxruntime
     except ImportError:
         if path is not None:
             onnx.load_external_data_for_model(model, str(path.parent))
-        return list(ReferenceEvaluator(model).run(list(names), feeds))
+        evaluator = ReferenceEvaluator(model, new_ops=[LRN])
+        return lambda names, feeds: list(evaluator.run(list(names), feeds))
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what goes wrong is raised
+    options.log_severity_level = 4  # what goes wrong is raised, not printed
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in entries.items() if path is None else {_FOLDER: str(path.parent.resolve()), **entries}.items():
         options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    answers: Sequence[Any] = session.run(list(names), feeds)
-    return answers
+    quiet = onnxruntime.RunOptions()
+    quiet.log_severity_level = 4
+    return lambda names, feeds: session.run(list(names), feeds, quiet)
+
+
+class LRN(OpRun):
+    """Local response normalization over all channels; onnx's own (1.23) counts samples where it means channels."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, alpha: float, beta: float, bias: float, size: int) -> tuple[Any]:  # type: ignore[override,unused-ignore]
+        before, after = (size - 1) // 2, size // 2
+        squares = np.pad(x * x, ((0, 0), (before, after), *((0, 0) for _ in x.shape[2:])))
+        total = np.lib.stride_tricks.sliding_window_view(squares, size, axis=1).sum(axis=-1)
+        return ((x / (bias + alpha / size * total) ** beta).astype(x.dtype),)
