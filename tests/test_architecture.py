@@ -31,7 +31,7 @@ ROWS = [
 ]
 LEVEL = {module: level for level, row in enumerate(ROWS) for module in row}
 #: Modules that may need more than numpy, scipy and the standard library, and what. All of it is imported late or by choice.
-EXTRAS = {"onnx": {"onnx", "google"}, "files": {"onnx"}, "testing": {"hypothesis"}, "plotting": {"matplotlib"},
+EXTRAS = {"onnx": {"onnx", "onnxruntime", "google"}, "files": {"onnx"}, "testing": {"hypothesis"}, "plotting": {"matplotlib"},
           "demo": {"tqdm"}, "commands": {"tqdm"}, "__main__": {"tqdm"}}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -101,6 +101,11 @@ def test_only_what_the_house_allows_is_imported(path):
 def test_hypothesis_is_needed_for_strategies_only():
     users = {path.name for path in SOURCES if any(name.startswith("hypothesis") for name in imports(path))}
     assert users <= {"strategies.py"}
+
+
+def test_onnxruntime_is_asked_in_one_module_only():
+    users = {path.name for path in SOURCES if any(name.partition(".")[0] == "onnxruntime" for name in imports(path))}
+    assert users == {"running.py"}
 
 
 @any_source
