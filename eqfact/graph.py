@@ -42,6 +42,13 @@ class Node:
             raise TypeError(f"node '{self.name}': inputs must be a list of value names, got the string {self.inputs!r}")
         object.__setattr__(self, "inputs", tuple(self.inputs))
 
+    def forward(self, *inputs: Array) -> Array:
+        """What the op makes of the inputs; an error of the op gets the node's name."""
+        try:
+            return self.op.forward(*inputs)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"node '{self.name}': {error}") from error
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -149,7 +156,7 @@ def walk(graph: Graph, x: Data) -> Iterator[tuple[str, Array]]:
     last = {name: node.name for node in graph.nodes for name in node.inputs}
     yield from env.items()
     for node in graph.nodes:
-        env[node.name] = node.op.forward(*(env[i] for i in node.inputs))
+        env[node.name] = node.forward(*(env[i] for i in node.inputs))
         yield node.name, env[node.name]
         for name in dict.fromkeys((*node.inputs, node.name)):
             if last.get(name, node.name) == node.name:

@@ -23,6 +23,11 @@ from eqfact.ops.weighted import BatchNorm
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
+#: Integer engines add up products of 8 bits in 32, a sign among them.
+ACCUMULATOR = 2**31
+#: The most steps of its layer's sums that a bias gets: float32 tells the steps of numbers as large, with a margin of three bits.
+TOLD = 2**20
+
 
 @dataclass(frozen=True)
 class UniformQuantizer:
@@ -126,7 +131,7 @@ class FakeQuantize(Blocking):
     """Round a value to a grid, ``scale`` and ``zero_point`` one for the tensor or ``(C,)``; pins what it touches.
 
     ``step``, ``(1,)`` or ``(C,)``: the value is made of whole multiples of it, an integer engine's sums, and is rescaled as there
-    (:meth:`Grid.quantize`).
+    (:meth:`Grid.quantize`); :class:`ValueError` if one does not fit into 32 bits.
 
     >>> FakeQuantize(UniformQuantizer(bits=2, symmetric=False).grid([0.0], [3.0])).forward(np.array([[0.6, 9.0]]))
     array([[1., 3.]])
@@ -155,6 +160,12 @@ class FakeQuantize(Blocking):
         (x,) = inputs
         scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
         step = None if self.step is None else along_channels(self.step, x.ndim - 1)
+        if self.step is not None:
+            sums = np.abs(x).max(axis=(0, *range(2, x.ndim)), initial=0).astype(np.float64) / self.step
+            if sums.max() >= ACCUMULATOR:
+                channel = int(np.argmax(sums))
+                raise ValueError(f"channel {channel}: a sum of {sums[channel]:.10g} steps does not fit into an integer engine's 32 bits, "
+                                 f"which hold less than {ACCUMULATOR}; raise the scale of the weights, as eqfact.quantize does")
         return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
 
 
@@ -169,9 +180,11 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
-    ``biases``: to whole multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would
-    not fit, ``s_w`` is raised. The layer's sums are such multiples then, too, and are rounded as an integer engine rounds them: the same
-    whole numbers come out. Scales are numbers of the network's own type.
+    ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
+    then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
+    not hold: where weights and activations have 8 bits, ``s_w`` is raised as far as that needs, and until no bias has more steps than
+    float32 tells (2**20); where they have more, and sums could be too large, bias and sums stay in float. The scale of weights that are
+    all 0 is chosen for their bias. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
@@ -286,10 +299,16 @@ def keeps_grid(op: Op, grid: Grid) -> bool:
     return all((np.isinf(b) | (np.abs(nearest.fake_quantize(b) - b) <= exact * np.abs(b))).all() for b in bounds)
 
 
-def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
-    """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist."""
-    step = accumulator_step(op, grid_of(quantized, node.inputs[0]), scale_dtype(quantized))
-    return op if step is None else _on_accumulator(op, step)
+def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> tuple[Weighted, int]:
+    """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist.
+
+    And in how many channels the 32 bits of their sums had no room for all of it.
+    """
+    input_grid = grid_of(quantized, node.inputs[0])
+    step = accumulator_step(op, input_grid, scale_dtype(quantized))
+    if step is None or input_grid is None:
+        return op, 0
+    return _on_accumulator(op, step, input_grid), int((np.abs(np.rint(bias_of(op) / step)) > np.maximum(_room(op, input_grid), 0)).sum())
 
 
 def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
@@ -314,22 +333,71 @@ def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid
               dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
     """The op with its weights on a grid, if a quantizer is given, and its bias on that of its sums; and their step, if there is one."""
     if quantizer is not None:
-        grid = _roomy(quantizer.weight_grid(op), op, input_grid).astype(dtype)
+        grid = quantizer.weight_grid(op).astype(dtype)
+        if input_grid is not None and _one_step(op, grid, input_grid):
+            grid = _roomy(grid, op, input_grid, dtype)
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
+    if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
+        op = replace(op, grid=_with_free_scales(op.grid, op, input_grid, dtype))  # type: ignore[type-var]
     step = accumulator_step(op, input_grid, dtype)
-    if step is None or (op.bias is not None and np.abs(op.bias / step).max() >= 2**31):  # weights on a grid from before may be too small
+    if step is None or input_grid is None or (_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
         return op, None
-    return _on_accumulator(op, step), step
+    return _on_accumulator(op, step, input_grid), step
 
 
-def _roomy(grid: Grid, op: Weighted, input_grid: Grid | None) -> Grid:
-    """The weights' grid, its scale raised where a bias would not fit into 32 bits at ``s_x * s_w`` (channels of next to no weight)."""
-    if op.bias is None or input_grid is None or not _one_step(op, grid, input_grid):
+def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
+    """The weights' grid, its scale raised where a layer of 8 bits would not fit into 32 bits, or where ``TOLD`` would not hold a bias.
+
+    Wider products are added up in more than 32 bits, if at all: their scales stay.
+    """
+    if max(of.qmax - of.qmin for of in (grid, input_grid)) >= 2**8:
         return grid
-    room = 2**31 - 2**9  # the scale may become smaller by 2**-24 of itself when it is rounded to float32
-    needed = np.abs(op.bias.astype(np.float64)) / (input_grid.scale.reshape(()) * room)
-    needed = needed.max() if grid.scale.size == 1 else needed.reshape(grid.scale.shape)
-    return replace(grid, scale=np.maximum(grid.scale, needed))
+    rows, reach, s_x = op.rows().astype(np.float64), _reach(input_grid), input_grid.scale.item()
+    # rounding moves a weight by a step at most; and the scale itself, rounded to float32, all sums by 2**-24
+    room = np.maximum(ACCUMULATOR - reach * np.count_nonzero(rows, axis=1) - 2**9, ACCUMULATOR // 2)
+    bias = np.abs(bias_of(op))
+    with np.errstate(over="ignore"):
+        needed = np.maximum(bias / TOLD, (bias + s_x * reach * np.abs(rows).sum(axis=1)) / room) / s_x
+    needed = _as(grid.scale, needed)
+    return replace(grid, scale=np.where((needed > grid.scale) & (needed < np.finfo(dtype).max), needed, grid.scale)).astype(dtype)
+
+
+def _with_free_scales(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
+    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD`` steps, if there is one."""
+    dead = _as(grid.scale, np.logical_not(op.rows().any(axis=1)), np.minimum)
+    smallest, s_x = float(np.finfo(dtype).tiny), input_grid.scale.item()
+    with np.errstate(over="ignore"):
+        needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD / s_x
+        free = np.maximum(needed, 2 * smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
+    return replace(grid, scale=np.where(dead & (needed > 0) & (free < np.finfo(dtype).max), free, grid.scale)).astype(dtype)
+
+
+def _as(scale: Array, by_channel: npt.NDArray[Any], reduce: Any = np.maximum) -> npt.NDArray[Any]:
+    """Numbers of the output channels in the shape of the scales: those of one scale are reduced to one."""
+    together: npt.NDArray[Any] = np.asarray(reduce.reduce(by_channel)) if scale.size == 1 else by_channel
+    return together.reshape(scale.shape)
+
+
+def bias_of(op: Weighted) -> npt.NDArray[np.float64]:
+    """The bias in float64; 0 where there is none."""
+    return np.zeros(op.out_channels) if op.bias is None else op.bias.astype(np.float64)
+
+
+def _reach(grid: Grid) -> int:
+    """How far from its zero point a grid of one scale reaches, in steps."""
+    zero_point = int(grid.zero_point.item())
+    return max(grid.qmax - zero_point, zero_point - grid.qmin)
+
+
+def _room(op: Weighted, input_grid: Grid) -> Array:
+    """What the products ``(q_x - z_x)(q_w - z_w)`` leave for a bias ``(out,)`` in an integer engine's 32 bits, whatever the input holds.
+
+    ``op`` and input have the grids of one step; negative where the products alone do not fit.
+    """
+    assert op.grid is not None
+    steps = np.abs(np.rint(op.weight.astype(np.float64) / op.grid.scale))
+    room: Array = ACCUMULATOR - 1 - _reach(input_grid) * steps.reshape(op.out_channels, -1).sum(axis=1)
+    return room
 
 
 def _one_step(op: Weighted, grid: Grid, input_grid: Grid) -> bool:
@@ -352,12 +420,13 @@ def accumulator_step(op: Weighted, input_grid: Grid | None, dtype: npt.DTypeLike
     return step.astype(np.float64) if (step >= np.finfo(dtype).tiny).all() else None
 
 
-def _on_accumulator(op: Weighted, step: Array) -> Weighted:
-    """The op with its bias on the grid of its integer accumulator, int32 with this step."""
+def _on_accumulator(op: Weighted, step: Array, input_grid: Grid) -> Weighted:
+    """The op with its bias on the grid of its integer accumulator, as far as the 32 bits have room for it beside the products."""
     if op.bias is None:
         return op
-    accumulator = Grid(step, np.zeros(1), -(2**31), 2**31 - 1)
-    return replace(op, bias=accumulator.fake_quantize(op.bias))  # type: ignore[type-var]
+    room = np.maximum(_room(op, input_grid), 0)
+    whole = np.clip(np.rint(bias_of(op) / step), -room, room)
+    return replace(op, bias=(whole * step).astype(op.bias.dtype))  # type: ignore[type-var]
 
 
 def effective_bits(ranges: Array, bits: int) -> Array:

@@ -653,7 +653,7 @@ def mean_law():
 def test_the_wrong_sign_is_caught(caught):
     right = correction._shifted
     for law in (mean_law, exact_on_linear_chains):
-        caught(law, correction, "_shifted", lambda q, node, shift: right(q, node, -shift))
+        caught(law, correction, "_shifted", lambda q, node, shift, bounded: right(q, node, -shift, bounded))
 
 
 def test_the_quantized_mean_as_the_truth_is_caught(caught):
@@ -678,7 +678,7 @@ def test_forgetting_that_earlier_layers_are_corrected_is_caught(caught):
 
 def test_forgetting_the_bias_grid_is_caught(caught):
     law = test_biases_stay_on_the_grid_of_their_accumulator_only_if_they_were
-    caught(law, correction, "rounded_bias", lambda q, node, op: op)
+    caught(law, correction, "rounded_bias", lambda q, node, op: (op, 0))
 
 
 def test_rounded_weights_instead_of_their_change_are_caught(caught):
