@@ -27,6 +27,8 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACCUMULATOR = 2**31
 #: The most steps of its layer's sums that a bias gets: float32 tells the steps of numbers as large, with a margin of three bits.
 TOLD = 2**20
+#: That of a bias that no product is added to; float32 holds it exactly.
+TOLD_ALONE = 2**23
 
 
 @dataclass(frozen=True)
@@ -363,11 +365,11 @@ def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> 
 
 
 def _with_free_scales(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
-    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD`` steps, if there is one."""
+    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD_ALONE`` steps."""
     dead = _as(grid.scale, np.logical_not(op.rows().any(axis=1)), np.minimum)
     smallest, s_x = float(np.finfo(dtype).tiny), input_grid.scale.item()
     with np.errstate(over="ignore"):
-        needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD / s_x
+        needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD_ALONE / s_x
         free = np.maximum(needed, 2 * smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
     return replace(grid, scale=np.where(dead & (needed > 0) & (free < np.finfo(dtype).max), free, grid.scale)).astype(dtype)
 

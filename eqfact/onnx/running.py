@@ -80,7 +80,7 @@ def _run(model: onnx.ModelProto, path: Path | None, feeds: Arrays, names: Sequen
             onnx.load_external_data_for_model(model, str(path.parent))
         return list(ReferenceEvaluator(model).run(list(names), feeds))
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what goes wrong is raised
+    options.log_severity_level = 4  # what goes wrong is raised, not printed
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in entries.items() if path is None else {_FOLDER: str(path.parent.resolve()), **entries}.items():
