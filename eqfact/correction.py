@@ -23,7 +23,7 @@ from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import bias_of, quantized_node, rounded_bias
+from eqfact.quantization import bias_of, quantized_node, rounded_bias, unrounded_names
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
@@ -204,10 +204,10 @@ def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
     if (node := quantized_node(graph)) is not None:
         raise ValueError(f"the float network comes first, then the quantized one, but node '{node.name}' of the first is quantized: "
                          "give the network that was quantized, and what quantize made of it")
-    found = {}
+    found, unrounded = {}, unrounded_names(graph, quantized)
     for node in quantized.nodes:
         if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
-            name = node.name if node.name in graph.shapes else node.name.removesuffix(".float")
+            name = unrounded.get(node.name, node.name)
             if name in graph.inputs or graph.shapes.get(name) != quantized.shapes[node.name]:
                 raise ValueError(f"layer '{node.name}' of the quantized network makes no value of the float one: "
                                  "give the network that was quantized")

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -254,6 +255,15 @@ def _in_order(inputs: Mapping[str, Shape], nodes: tuple[Node, ...]) -> tuple[Nod
         return tuple(by_name[name] for name in sorter.static_order())
     except graphlib.CycleError as error:
         raise ValueError(f"the nodes form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
+
+
+def fresh_name(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is taken already.
+
+    >>> fresh_name("x", ["x", "x_1"])
+    'x_2'
+    """
+    return next(c for i in itertools.count() if (c := f"{name}_{i}" if i else name) not in taken)
 
 
 def _some(names: Iterable[str]) -> str:

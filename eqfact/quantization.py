@@ -8,6 +8,7 @@ rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.calibration import Statistics, check_statistics
-from eqfact.graph import Graph, Node
+from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
@@ -107,8 +108,7 @@ class UniformQuantizer:
     def weight_grid(self, op: Weighted) -> Grid:
         """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
         w = op.weight
-        if self.granularity == "per_group":
-            assert self.group_size is not None
+        if self.granularity == "per_group" and self.group_size is not None and self.group_size < w.shape[1]:
             starts = np.arange(0, w.shape[1], self.group_size)
             axes: Any = tuple(range(2, w.ndim))
             group = np.arange(w.shape[1]) // self.group_size
@@ -178,7 +178,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
     whose extrema give the ranges. Every value that an engine stores is rounded: inputs, and the values of layers after
     their activation; ops that only select or move entries stay on the grid of their input; network outputs are rounded with
-    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. A ReLU or Clip behind a layer works on the
+    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``; of a network input, the rounded one is
+    called ``"NAME.quantized"`` (a number follows where the network has such a value). A ReLU or Clip behind a layer works on the
     layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
@@ -198,7 +199,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     dtype = scale_dtype(graph)
     grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs, dtype)
     stored = set(grids)
-    rename = {value: f"{value}.quantized" for value in graph.inputs if value in stored}
+    names = set(graph.shapes)
+
+    def fresh(name: str) -> str:
+        names.add(found := fresh_name(name, names))
+        return found
+    rename = {value: fresh(f"{value}.quantized") for value in graph.inputs if value in stored}
     nodes = [Node(name, FakeQuantize(grids[value]), (value,)) for value, name in rename.items()]
     steps: dict[str, Array] = {}
     on_grid: dict[tuple[int, bytes], tuple[Weighted, Array | None]] = {}
@@ -220,10 +226,10 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             continue
         bounds = op.bounds if isinstance(op, Commuting) and source not in grids else None
         if bounds is not None:
-            nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype)
+            nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype, fresh)
         else:
-            rounding = FakeQuantize(grids[node.name], steps.get(node.name))
-            nodes += [replace(node, name=f"{node.name}.float"), Node(node.name, rounding, (f"{node.name}.float",))]
+            rounding, unrounded = FakeQuantize(grids[node.name], steps.get(node.name)), fresh(f"{node.name}.float")
+            nodes += [replace(node, name=unrounded), Node(node.name, rounding, (unrounded,))]
     return replace(graph, nodes=tuple(nodes))
 
 
@@ -274,6 +280,30 @@ def fused_activation(readers: tuple[Node, ...]) -> Node | None:
     return None
 
 
+def stored_name(quantized: Graph, value: str) -> str:
+    """What a value of the float network, as an engine stores it, is called in the quantized one: as before, but for network inputs.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.ones((1, 1))))
+    >>> q = quantize(net, activations=UniformQuantizer(), stats=eq.calibrate(net, np.ones((1, 1))))
+    >>> stored_name(q, "x")
+    'x.quantized'
+    """
+    readers = quantized.readers[value] if value in quantized.inputs else ()
+    return next((node.name for node in readers if isinstance(node.op, FakeQuantize)), value)
+
+
+def unrounded_names(graph: Graph, quantized: Graph) -> dict[str, str]:
+    """What the nodes of a quantized network that make a value before it is rounded make in the float network, by name.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.ones((1, 1))))
+    >>> q = quantize(net, activations=UniformQuantizer(), stats=eq.calibrate(net, np.ones((1, 1))), outputs=True)
+    >>> unrounded_names(net, q)
+    {'fc.float': 'fc'}
+    """
+    return {node.inputs[0]: node.name for node in quantized.nodes
+            if isinstance(node.op, FakeQuantize) and node.name in graph.shapes and node.inputs[0] not in graph.shapes}
+
+
 def grid_of(quantized: Graph, value: str) -> Grid | None:
     """The grid that a value of a quantized network lies on: the one that it was rounded to, before ops that keep values on it."""
     if value in quantized.inputs:
@@ -310,10 +340,12 @@ def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> tuple[Weighted, 
     step = accumulator_step(op, input_grid, scale_dtype(quantized))
     if step is None or input_grid is None:
         return op, 0
-    return _on_accumulator(op, step, input_grid), int((np.abs(np.rint(bias_of(op) / step)) > np.maximum(_room(op, input_grid), 0)).sum())
+    wanted, room = np.abs(np.rint(bias_of(op) / step)), np.maximum(bias_room(op, input_grid), 0)
+    return _on_accumulator(op, step, input_grid), int((wanted > room).sum())
 
 
-def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
+def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any],
+                          fresh: Callable[[str], str]) -> list[Node]:
     """Nodes that round what a saturating activation reads: ``round(clip(x)) == clip'(round(x))``, with ``clip'`` between rounded bounds."""
     grid = rounding.grid
     low, high, bottom, top = (grid.fake_quantize(np.asarray(b, dtype)) for b in (*bounds, -math.inf, math.inf))
@@ -323,7 +355,8 @@ def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], roundin
     rounded = [bound.item() if bound.size == 1 else bound for bound in (low, high)]
     clip = Clip(rounded[0] if below else -math.inf, rounded[1] if above else math.inf)
     (value,) = node.inputs
-    return [Node(f"{value}.quantized", rounding, (value,)), replace(node, op=clip, inputs=(f"{value}.quantized",))]
+    stored = fresh(f"{value}.quantized")
+    return [Node(stored, rounding, (value,)), replace(node, op=clip, inputs=(stored,))]
 
 
 def scale_dtype(graph: Graph) -> np.dtype[Any]:
@@ -342,7 +375,7 @@ def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid
     if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
         op = replace(op, grid=_with_free_scales(op.grid, op, input_grid, dtype))  # type: ignore[type-var]
     step = accumulator_step(op, input_grid, dtype)
-    if step is None or input_grid is None or (_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
+    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
         return op, None
     return _on_accumulator(op, step, input_grid), step
 
@@ -391,7 +424,7 @@ def _reach(grid: Grid) -> int:
     return max(grid.qmax - zero_point, zero_point - grid.qmin)
 
 
-def _room(op: Weighted, input_grid: Grid) -> Array:
+def bias_room(op: Weighted, input_grid: Grid) -> Array:
     """What the products ``(q_x - z_x)(q_w - z_w)`` leave for a bias ``(out,)`` in an integer engine's 32 bits, whatever the input holds.
 
     ``op`` and input have the grids of one step; negative where the products alone do not fit.
@@ -426,7 +459,7 @@ def _on_accumulator(op: Weighted, step: Array, input_grid: Grid) -> Weighted:
     """The op with its bias on the grid of its integer accumulator, as far as the 32 bits have room for it beside the products."""
     if op.bias is None:
         return op
-    room = np.maximum(_room(op, input_grid), 0)
+    room = np.maximum(bias_room(op, input_grid), 0)
     whole = np.clip(np.rint(bias_of(op) / step), -room, room)
     return replace(op, bias=(whole * step).astype(op.bias.dtype))  # type: ignore[type-var]
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import eqfact as eq
 from eqfact.ops.grid import ROUNDINGS, rounded
 from eqfact.quantization import effective_bits, grid_of, stored_values
+from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
 
 NEAREST = ("half_even", "half_away", "half_up")
@@ -794,11 +795,33 @@ def test_steps_that_do_not_fit_are_refused():
         eq.FakeQuantize(grid, np.ones((1, 1)))
 
 
-def test_a_name_that_is_taken_is_refused():
+def renamed(graph, name, other):
+    """The network with a value under another name."""
+    new = {value: other if value == name else value for value in graph.shapes}
+    nodes = [dataclasses.replace(node, name=new[node.name], inputs=tuple(new[i] for i in node.inputs)) for node in graph]
+    return eq.Graph({new[value]: shape for value, shape in graph.inputs.items()}, nodes, [new[value] for value in graph.outputs])
+
+
+def test_no_name_that_is_made_takes_one_that_is_there():
+    """Whatever the network calls its values: under each name that quantize makes for it, quantized, corrected and measured as before."""
     m = Maker(18)
-    graph = eq.Graph({"x": (2,)}, [eq.Node("x.quantized", m.dense(2, 2), ["x"])], ["x.quantized"])
-    with pytest.raises(ValueError, match=r"node 'x\.quantized': this name is taken already"):
-        eq.quantize(graph, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    graph = eq.Graph.chain((2, 5), a=m.conv(3, 2, 2), act=eq.Clip(-0.2, np.array([0.1, 0.3, 1.0])), b=m.conv(3, 3, 1),
+                           leaky=eq.LeakyReLU(), y=m.conv(2, 3, 1))
+    x = m.data(graph)
+    options = {"weights": W8, "activations": A8, "outputs": True}
+
+    def found(graph):
+        quantized = eq.quantize(graph, stats=eq.calibrate(graph, x), **options)
+        noise = local_sqnr(graph, quantized, [x])
+        corrected = eq.correct_bias(graph, quantized, x)
+        return quantized, np.array(list(noise.values())), np.concatenate(list(corrected.shifts.values())), eq.forward(corrected.graph, x)
+    quantized, *expected = found(graph)
+    made = [name for name in quantized.shapes if name not in graph.shapes]
+    assert len(made) >= 4
+    for name, other in itertools.product(graph.shapes, made):
+        _, *other_found = found(renamed(graph, name, other))
+        for ours, theirs in zip(other_found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{name} called {other}")
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
