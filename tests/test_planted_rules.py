@@ -319,7 +319,7 @@ def test_a_step_of_another_layer_is_caught(caught):
 
 
 def test_bounds_that_are_left_between_two_steps_are_caught(caught):
-    def unrounded(node, bounds, rounding, dtype):
+    def unrounded(node, bounds, rounding, dtype, fresh):
         (value,) = node.inputs
         clip = eq.Clip(*bounds)
         return [eq.Node(f"{value}.quantized", rounding, (value,)), dataclasses.replace(node, op=clip, inputs=(f"{value}.quantized",))]
