@@ -23,7 +23,7 @@ from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import bias_of, quantized_node, rounded_bias, unrounded_names
+from eqfact.quantization import bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
@@ -31,6 +31,9 @@ Gaussians = Mapping[str, tuple[Vector, Vector]]
 
 #: What is linear up to a constant: the mean of its output is what it makes of the means of its inputs.
 AFFINE = (Weighted, Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Identity)
+
+#: Weights that are no further apart, relatively, are the same in another floating type.
+HALF_PRECISION = 2.0**-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,15 +207,40 @@ def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
     if (node := quantized_node(graph)) is not None:
         raise ValueError(f"the float network comes first, then the quantized one, but node '{node.name}' of the first is quantized: "
                          "give the network that was quantized, and what quantize made of it")
-    found, unrounded = {}, unrounded_names(graph, quantized)
+    found, unrounded, floats = {}, unrounded_names(graph, quantized), {node.name: node for node in graph.nodes}
+    stored = {stored_name(quantized, name): name for name in quantized.inputs}
     for node in quantized.nodes:
         if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
             name = unrounded.get(node.name, node.name)
             if name in graph.inputs or graph.shapes.get(name) != quantized.shapes[node.name]:
                 raise ValueError(f"layer '{node.name}' of the quantized network makes no value of the float one: "
                                  "give the network that was quantized")
+            before = floats.get(name)
+            if before is not None and type(before.op) is type(node.op) and [stored.get(i, i) for i in node.inputs] == list(before.inputs):
+                _check_rounded(before, node)
             found[node.name] = name
     return found
+
+
+def _check_rounded(before: Node, node: Node) -> None:
+    """An error unless a layer's weights are those of the float network's layer, within a step of their grid if they have one."""
+    op = node.op
+    assert isinstance(before.op, Weighted) and isinstance(op, Weighted)
+    if before.op.weight.shape != op.weight.shape:
+        raise ValueError(f"layer '{node.name}' is not '{before.name}' with rounded weights, of shapes {op.weight.shape} and "
+                         f"{before.op.weight.shape}: give the network that was quantized")
+    exact = before.op.weight.astype(np.float64)
+    off = np.abs(exact - op.weight)
+    allowed = HALF_PRECISION * np.abs(exact)
+    if op.grid is not None:  # also what saturates there is right
+        low, high = (op.grid.dequantize(q) for q in (op.grid.qmin, op.grid.qmax))
+        off, allowed = np.abs(np.clip(exact, low, high) - op.weight), allowed + op.grid.scale
+    wrong = off > allowed
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        rule = "equal" if op.grid is None else f"lie within a step of their grid, {op.grid.scale.max():.3g}, of"
+        raise ValueError(f"layer '{node.name}': its weights must {rule} those of the float network, got {op.weight[where]:.3g} at {where} "
+                         f"where that has {exact[where]:.3g}: give the network that was quantized, after its equalization")
 
 
 def _batchnorms(graph: Graph) -> dict[str, str]:

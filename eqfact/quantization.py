@@ -367,13 +367,14 @@ def scale_dtype(graph: Graph) -> np.dtype[Any]:
 def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid | None,
               dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
     """The op with its weights on a grid, if a quantizer is given, and its bias on that of its sums; and their step, if there is one."""
+    given = op
     if quantizer is not None:
         grid = quantizer.weight_grid(op).astype(dtype)
         if input_grid is not None and _one_step(op, grid, input_grid):
             grid = _roomy(grid, op, input_grid, dtype)
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
     if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
-        op = replace(op, grid=_with_free_scales(op.grid, op, input_grid, dtype))  # type: ignore[type-var]
+        op = replace(op, grid=_with_free_scales(op.grid, op, given, input_grid, dtype))  # type: ignore[type-var]
     step = accumulator_step(op, input_grid, dtype)
     if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
         return op, None
@@ -397,14 +398,18 @@ def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> 
     return replace(grid, scale=np.where((needed > grid.scale) & (needed < np.finfo(dtype).max), needed, grid.scale)).astype(dtype)
 
 
-def _with_free_scales(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
-    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD_ALONE`` steps."""
+def _with_free_scales(grid: Grid, op: Weighted, given: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
+    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD_ALONE`` steps.
+
+    As far as the weights that were ``given`` are 0 on it, too.
+    """
     dead = _as(grid.scale, np.logical_not(op.rows().any(axis=1)), np.minimum)
     smallest, s_x = float(np.finfo(dtype).tiny), input_grid.scale.item()
     with np.errstate(over="ignore"):
         needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD_ALONE / s_x
         free = np.maximum(needed, 2 * smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
-    return replace(grid, scale=np.where(dead & (needed > 0) & (free < np.finfo(dtype).max), free, grid.scale)).astype(dtype)
+    dead &= (needed > 0) & (free < np.finfo(dtype).max) & (2 * _as(grid.scale, np.abs(given.rows()).max(axis=1)) < free)
+    return replace(grid, scale=np.where(dead, free, grid.scale)).astype(dtype)
 
 
 def _as(scale: Array, by_channel: npt.NDArray[Any], reduce: Any = np.maximum) -> npt.NDArray[Any]:

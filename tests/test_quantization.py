@@ -763,6 +763,47 @@ def test_a_quantized_network_is_not_quantized_again(again):
         eq.quantize(quantized, stats=eq.calibrate(quantized, m.data(graph)), **again)
 
 
+@pytest.mark.parametrize("method", ["one_step", "two_step", "cross_layer", "optimal"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_a_network_with_channels_of_other_sizes_are_refused(method, dtype):
+    """Those of before an equalization for the network after it, and the other way round, whole or in shards; not those that fit."""
+    m = Maker(30, dtype)
+    graph = handmade.uneven(m)
+    x = m.data(graph, 40)
+    stats = eq.calibrate(graph, x[:20]) + eq.calibrate(graph, x[20:])
+    result = eq.equalize(graph, method, stats=stats)
+    after = result.factorization.apply(stats)
+    refused = r"these are the statistics of another network: the weights of layer '\w+', channel \d+, are \S+ times as large in this " \
+              r"one, as after an equalization; give factorization\.apply\(stats\), or calibrate this network"
+    for network, wrong in ((result.graph, stats), (graph, after), (result.graph, eq.likely_ranges(graph, stats)),
+                           (graph, result.factorization.apply(after))):
+        with pytest.raises(ValueError, match=refused):
+            eq.quantize(network, weights=W8, activations=A8, stats=wrong)
+        with pytest.raises(ValueError, match=refused):
+            eq.equalize(network, "two_step", stats=wrong)
+    with pytest.raises(ValueError, match="statistics of different networks do not add up: the weights of layer"):
+        stats + after
+    with pytest.raises(ValueError, match="statistics of different networks do not add up: the weights of layer"):
+        stats + eq.calibrate(result.graph, x)
+    for network, right in ((graph, stats), (result.graph, after), (result.graph, eq.calibrate(result.graph, x)),
+                           (result.graph, after + eq.calibrate(result.graph, x)), (graph, result.factorization.inverse().apply(after)),
+                           (result.graph, eq.likely_ranges(result.graph, after)),
+                           (eq.quantize(result.graph, weights=eq.UniformQuantizer(2)), after),  # weights first
+                           (eq.quantize(result.graph, weights=eq.UniformQuantizer(4, granularity="per_channel")), after),
+                           (result.graph, eq.Statistics(dict(after))), (result.graph, eq.Statistics(dict(stats)))):  # by hand: no telling
+        eq.quantize(network, activations=A8, stats=right)
+
+
+@each_net
+def test_statistics_of_the_network_before_folding_fit_the_one_after(build):
+    m = Maker(31)
+    graph = build(m)
+    stats, folded = eq.calibrate(graph, m.data(graph)), eq.fold_batchnorm(graph)
+    again = eq.Graph(folded.inputs, [dataclasses.replace(node) for node in folded], folded.outputs)
+    for network in (folded, again):
+        eq.quantize(network, weights=W8, activations=A8, stats=stats)
+
+
 def test_groups_are_for_weights():
     m = Maker(17)
     graph = handmade.plain(m)
