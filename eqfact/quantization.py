@@ -36,7 +36,8 @@ TOLD_ALONE = 2**23
 class UniformQuantizer:
     """A family of uniform grids: how many bits, symmetric or affine, and which entries share a grid.
 
-    ``bits`` from 2 to 16. ``symmetric``: the range is ``[-a, a]`` and zero sits in the middle; else *affine*: the range is
+    ``bits`` from 2 to 16; weights of 7 are what engines call *reduce_range*: stored in 8 bits, exact where pairs of products are added in
+    16 (docs/integers.md). ``symmetric``: the range is ``[-a, a]`` and zero sits in the middle; else *affine*: the range is
     ``[min, max]``, widened to hold zero. ``signed`` by default if symmetric, unsigned if affine. ``granularity`` is
     ``"per_tensor"``, ``"per_channel"`` (weights: output channels) or ``"per_group"`` (weights: runs of ``group_size`` input
     channels of every output channel). ``narrow_range`` leaves out the lowest number, so that a signed grid is symmetric.

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 import eqfact as eq
 import eqfact.onnx
@@ -305,3 +307,28 @@ def test_corrected_networks_store_an_engines_whole_numbers(case):
         done = eq.correct_bias(graph, quantized, x)
         assert max(largest_sums(done.graph)) < 2**31
         assert agrees_with_the_engine(done.graph, np.concatenate([x, 100 * x])) >= 6
+
+
+# ------------------------------------------------------------------------------------------------ processors that add pairs in 16 bits
+
+
+def added_in_pairs(q_x, q_w):
+    """``sum q_x q_w`` as vpmaddubsw adds: unsigned times signed bytes, neighbouring products in 16 bits that saturate."""
+    products = q_x[:, None, :] * q_w[None]
+    pairs = np.clip(products[..., 0::2] + products[..., 1::2], -(2**15), 2**15 - 1)
+    return pairs.sum(axis=-1)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("rounding", ["half_even", "floor"])
+def test_weights_of_7_bits_are_exact_where_pairs_of_products_saturate(granularity, rounding, tmp_path):
+    """Stored in 8 bits, as x86 processors without VNNI read them; weights of 8 bits are not."""
+    w = np.random.default_rng(6).normal(size=(6, 16)).astype(np.float32)
+    q_x = np.concatenate([np.full((1, 16), 255), np.random.default_rng(7).integers(0, 256, (200, 16))])
+    for bits, exact in ((7, True), (8, False)):
+        graph = eq.Graph.chain((16,), y=eq.Dense(np.concatenate([w, -np.abs(w), np.abs(w)])))
+        quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits, granularity=granularity, rounding=rounding))
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+        (stored,) = (numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.name == "y.weight.int")
+        assert stored.dtype == np.int8
+        assert np.array_equal(added_in_pairs(q_x, stored.astype(np.int64)), q_x @ stored.astype(np.int64).T) == exact

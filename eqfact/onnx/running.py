@@ -71,6 +71,16 @@ def run(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt
     return dict(zip(names, (np.asarray(array) for array in made), strict=True))
 
 
+def fed(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Arrays]:
+    """Inputs in batches as large as the model asks for, the last one filled up with the first entries; one batch if it takes any size."""
+    given = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+    sizes = [info.type.tensor_type.shape.dim[0].dim_value for info in given.graph.input if info.type.tensor_type.shape.dim]
+    count = max(map(len, feeds.values()))
+    size = max(sizes, default=0) or count
+    return [{name: np.take(array, np.arange(start, start + size), axis=0, mode="wrap") for name, array in feeds.items()}
+            for start in range(0, count, size)]
+
+
 def _run(model: onnx.ModelProto, path: Path | None, feeds: Arrays, names: Sequence[str], optimized: bool,
          entries: Mapping[str, str]) -> Sequence[Any]:
     try:
