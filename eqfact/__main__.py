@@ -123,7 +123,9 @@ def _method(p: argparse.ArgumentParser) -> None:
 def _quantizers(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("quantizers")
     for what, granularities in (("weight", GRANULARITIES), ("activation", GRANULARITIES[:2])):
-        group.add_argument(f"--{what}-bits", type=bits, default=8, metavar="BITS", help="2 to 16, or float; default: %(default)s")
+        group.add_argument(f"--{what}-bits", type=bits, default=8, metavar="BITS",
+                           help="2 to 16, or float; default: %(default)s" + ("; 7 is exact on processors that add pairs of products in 16 "
+                                                                              "bits (x86 without VNNI)" if what == "weight" else ""))
         group.add_argument(f"--{what}-granularity", choices=granularities, default=granularities[0], help="default: %(default)s")
     group.add_argument("--group-size", type=int, metavar="N", help="input channels in a group, for per_group")
     group.add_argument("--affine-weights", action="store_true", help="weights on affine grids, not symmetric ones")
@@ -206,6 +208,20 @@ def quantize_text(facts: Facts) -> Iterator[str]:
         yield f"{facts['quantizer']} SQNR of '{name}': {decibels:.1f} dB, on {facts['data']}"
     yield from _batchnorm_text(facts)
     yield f"written to {facts['output']}"
+    if facts["run"]:
+        yield from _run_text(facts["run"])
+
+
+def _run_text(run: Facts) -> Iterator[str]:
+    for name, difference in run.get("difference", {}).items():
+        yield (f"run by {run['with']}: '{name}' differs from eqfact's by {100 * difference:.2g} % of its largest, "
+               f"{run['sqnr'][name]:.1f} dB from float, on {run['data']}")
+    if run.get("saturated"):
+        yield (f"NOT the same on every processor: this one lacks VNNI and adds pairs of products in 16 bits, which saturate and move "
+               f"outputs by up to {100 * run['saturated']:.2g} %; give the session the entry session.x64quantprecision = 1, or quantize "
+               "with --weight-bits 7, which is exact here")
+    if "error" in run:
+        yield f"NOT run: {run['error']}"
 
 
 def verify_text(facts: Facts) -> Iterator[str]:

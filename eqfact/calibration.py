@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from eqfact.graph import Data, Graph, batches_of, walk
+from eqfact.graph import Data, Graph, Node, batches_of, walk
 from eqfact.ops.base import Array, Commuting, Weighted
+
+#: A layer's channel counts as another one when its weights are so many times as large or small; tuning and pruning moves them less.
+RESIZED = 1.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +59,19 @@ class ValueStatistics:
 
 
 class Statistics(Mapping[str, ValueStatistics]):
-    """Statistics of every value of a network by name; ``a + b`` merges two runs over different data."""
+    """Statistics of every value of a network by name; ``a + b`` merges two runs over different data.
+
+    ``graph`` is the network that was calibrated and ``factors`` ``(C,)``, by value, what its values were multiplied by since, where that is
+    known: passes refuse statistics of a network whose channels had other sizes. Those made by hand need not know.
+    """
 
     __eq__ = object.__eq__  # see Factorization
     __hash__ = object.__hash__
 
-    def __init__(self, of: Mapping[str, ValueStatistics]) -> None:
+    def __init__(self, of: Mapping[str, ValueStatistics], graph: Graph | None = None, factors: Mapping[str, Array] | None = None) -> None:
         self._of = dict(of)
+        self.graph = graph
+        self.factors = dict(factors or {})
 
     def __getitem__(self, value: str) -> ValueStatistics:
         try:
@@ -83,7 +92,15 @@ class Statistics(Mapping[str, ValueStatistics]):
             if self[name].min.shape != other[name].min.shape:
                 raise ValueError(f"statistics of different networks do not add up: value '{name}' has "
                                  f"{len(self[name].min)} channels in one and {len(other[name].min)} in the other")
-        return Statistics({name: self[name] + other[name] for name in self})
+        graph = self.graph if other.graph is not None else None
+        if graph is not None and other.graph is not None and (moved := _moved_channel(self, other.graph, other.factors)) is not None:
+            raise ValueError(f"statistics of different networks do not add up: {moved} in the second; give both the same factors first")
+        return Statistics({name: self[name] + other[name] for name in self}, graph, self.factors)
+
+    def rescaled(self, factors: Mapping[str, Array]) -> Statistics:
+        """The statistics of the network whose values are multiplied by these factors."""
+        together = {name: self.factors.get(name, 1.0) * np.asarray(factors[name], np.float64) for name in self}
+        return Statistics({name: of.rescaled(factors[name]) for name, of in self.items()}, self.graph, together)
 
 
 def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
@@ -106,7 +123,7 @@ def calibrate(graph: Graph, batches: Data | Iterable[Data]) -> Statistics:
     for name, of in total.items():
         if not np.isfinite(of.sum_square).all():
             raise ValueError(f"value '{name}' overflows on the calibration data (channel {int(np.argmin(np.isfinite(of.sum_square)))})")
-    return Statistics(total)
+    return Statistics(total, graph)
 
 
 def check_statistics(graph: Graph, stats: Statistics, values: Collection[str] | None = None) -> None:
@@ -123,6 +140,43 @@ def check_statistics(graph: Graph, stats: Statistics, values: Collection[str] | 
             raise ValueError(f"the statistics of value '{name}' have {stats[name].max.size} channels, the network has {shape[0]}")
         if not (np.isfinite(stats[name].min).all() and np.isfinite(stats[name].max).all()):
             raise ValueError(f"the statistics of value '{name}' hold NaN or infinity")
+    if isinstance(stats, Statistics) and (moved := _moved_channel(stats, graph, {})) is not None:
+        raise ValueError(f"these are the statistics of another network: {moved} in this one, as after an equalization; "
+                         "give factorization.apply(stats), or calibrate this network")
+
+
+def _moved_channel(stats: Statistics, graph: Graph, factors: Mapping[str, Array]) -> str | None:
+    """In words, a layer and channel whose weights have another size in a network than in the one that was calibrated, or None.
+
+    Layers of the same name, kind and shape that read the same are compared, so that folded networks pass, and so do weights on grids.
+    """
+    if stats.graph is None or (stats.graph is graph and not stats.factors and not factors):
+        return None
+    layers = {node.name: node for node in stats.graph.nodes if isinstance(node.op, Weighted)}
+    for node in graph.nodes:
+        op, before = node.op, layers.get(node.name)
+        if not isinstance(op, Weighted) or before is None or before.inputs != node.inputs or type(op) is not type(before.op) \
+                or op.weight.shape != before.op.weight.shape:
+            continue
+        was, now = _rescaled(before, stats.factors), _rescaled(node, factors)
+        sizes = [np.sqrt(np.square(w.reshape(len(w), -1), dtype=np.float64).sum(axis=1)) for w in (was, now)]
+        ratio = np.divide(sizes[1], sizes[0], out=np.ones(len(was)), where=(sizes[0] > 0) & (sizes[1] > 0))
+        moved = np.maximum(ratio, 1 / ratio) > RESIZED
+        if op.grid is not None and moved.any():  # weights may be a step off theirs
+            moved &= (np.abs(now - was) > op.grid.scale).reshape(len(was), -1).any(axis=1)
+        if moved.any():
+            channel = int(np.argmax(np.where(moved, np.abs(np.log(ratio)), 0)))
+            return f"the weights of layer '{node.name}', channel {channel}, are {ratio[channel]:.3g} times as large"
+    return None
+
+
+def _rescaled(node: Node, factors: Mapping[str, Array]) -> Array:
+    """The weights of a layer whose input and output are multiplied by these factors."""
+    assert isinstance(node.op, Weighted)
+    names = (node.name, *node.inputs)
+    if not all(name in factors for name in names):
+        return node.op.weight
+    return node.op.rescale(*(factors[name] for name in names)).weight
 
 
 def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple[Array, Array]] | None = None, *,
@@ -156,7 +210,7 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
         if isinstance(node.op, Commuting) and node.op.activation and node.inputs[0] in ends:
             ends.setdefault(node.name, node.op.forward(ends[node.inputs[0]]))
     return Statistics({name: replace(of, min=np.minimum(of.min, ends[name].min(axis=0)), max=np.maximum(of.max, ends[name].max(axis=0)))
-                       if name in ends else of for name, of in stats.items()})
+                       if name in ends else of for name, of in stats.items()}, stats.graph, stats.factors)
 
 
 def _gaussian(name: str, of: Any, channels: int) -> tuple[Array, Array]:

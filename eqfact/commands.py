@@ -17,13 +17,16 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from eqfact import demo, files, report
 from eqfact.calibration import Statistics, calibrate, likely_ranges
 from eqfact.channels import channels
 from eqfact.correction import batchnorm_gaussians
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
-from eqfact.graph import Graph
+from eqfact.graph import Graph, forward
+from eqfact.metrics import sqnr
 from eqfact.noise import Sensitivities, forward_sensitivities, gradient_sensitivities
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, quantize
@@ -120,9 +123,10 @@ def run_quantize(args: Args) -> Facts:
     noise = _noise(start, quantized, images)
     facts = {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source,
              "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start)}
-    return _written(facts, args, {
+    written = _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise)}),
         args.output: partial(network.save, graph=quantized, quantized=True)})
+    return written | {"run": _run(args.output, start, quantized, images.first(VERIFIED))}
 
 
 def run_verify(args: Args) -> Facts:
@@ -258,6 +262,40 @@ def _verification(graph: Graph, other: Graph, images: files.Images, count: int =
     images = images.first(count)
     verdict = report.verify_batches(graph, other, _progress(images.batches(), "verifying"))
     return {"ok": verdict.equal, "verification": {**asdict(verdict), "data": images.source}}
+
+
+def _run(path: str, graph: Graph, quantized: Graph, images: files.Images) -> Facts | None:
+    """How far onnxruntime's outputs of a written file are from eqfact's, as a share of the largest; None for other files, or without it.
+
+    And how far its sums of 16 bits, of which processors without VNNI have one of two products, are from whole ones.
+    """
+    if files.network_kind(path) != ".onnx":
+        return None
+    from eqfact.onnx import OnnxError, running
+    if not running.runtime().startswith("onnxruntime"):
+        return None
+    facts: Facts = {"with": running.runtime(), "data": images.source}
+    feeds = running.fed(path, {name: array.astype(np.float32) for name, array in images.arrays.items()})
+    ours = {name: np.concatenate([_outputs(quantized, feed)[name] for feed in feeds]) for name in quantized.outputs}
+    truth = {name: np.concatenate([_outputs(graph, feed)[name] for feed in feeds]) for name in graph.outputs}
+
+    def theirs(entries: Mapping[str, str]) -> dict[str, Any]:
+        answers = [running.run(path, feed, optimized=True, entries=entries) for feed in feeds]
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in ours}
+
+    def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
+        return {name: float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() or 1)) for name in b}
+    try:
+        default = theirs({})
+        facts |= {"difference": apart(default, ours), "sqnr": {name: sqnr(truth[name], default[name]) for name in ours}}
+        return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values())}
+    except OnnxError as error:
+        return facts | {"error": str(error)}
+
+
+def _outputs(graph: Graph, feed: Mapping[str, Any]) -> Mapping[str, Any]:
+    y = forward(graph, feed)
+    return y if isinstance(y, Mapping) else {graph.outputs[0]: y}
 
 
 def _written(facts: Facts, args: Args, writers: Mapping[str | None, Callable[[str], object]]) -> Facts:

@@ -23,7 +23,7 @@ from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import quantized_node, rounded_bias
+from eqfact.quantization import bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
@@ -31,6 +31,9 @@ Gaussians = Mapping[str, tuple[Vector, Vector]]
 
 #: What is linear up to a constant: the mean of its output is what it makes of the means of its inputs.
 AFFINE = (Weighted, Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Identity)
+
+#: Weights that are no further apart, relatively, are the same in another floating type.
+HALF_PRECISION = 2.0**-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class Correction:
     message: str
     #: Why other layers were left as they are, by name.
     left: Mapping[str, str] = field(default_factory=dict)
+    #: In how many channels of a layer the 32 bits of its sums had no room for all of the shift, by name.
+    bounded: Mapping[str, int] = field(default_factory=dict)
     #: For :func:`absorb_high_bias`: in which share of the entries seen of a layer's output its assumption fails, by name of the layer.
     failed: Mapping[str, float] = field(default_factory=dict)
 
@@ -50,9 +55,9 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     """Iterative bias correction: ``b += mean(y_float - y_quantized)``, in dependency order, on one batch (PAPER 7).
 
     ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Biases on
-    the grid of their accumulator stay on it, and within its 32 bits. Weights that several nodes share stay shared, but each node
-    gets its own bias; BatchNorms are left. :class:`ValueError` if ``graph`` is quantized itself, or a layer of ``quantized`` is not one
-    of it.
+    the grid of their accumulator stay on it, and go no further than its 32 bits have room beside the products (``bounded`` says where).
+    Weights that several nodes share stay shared, but each node gets its own bias; BatchNorms are left. :class:`ValueError` if ``graph`` is
+    quantized itself, or a layer of ``quantized`` is not one of it.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))
@@ -63,20 +68,21 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     made = set(layers.values())
     truth = {name: _channel_means(value) for name, value in walk(graph, batch) if name in made}
     ops: dict[str, Weighted] = {}
+    bounded: dict[str, int] = {}
     env = checked_inputs(quantized, batch)
     last = {name: node.name for node in quantized.nodes for name in node.inputs}
     for node in quantized.nodes:
         inputs = [env[i] for i in node.inputs]
-        y = node.op.forward(*inputs)
+        y = node.forward(*inputs)
         if node.name in layers:
-            ops[node.name] = _shifted(quantized, node, truth[layers[node.name]] - _channel_means(y))
+            ops[node.name] = _shifted(quantized, node, truth[layers[node.name]] - _channel_means(y), bounded)
             if ops[node.name] is not node.op:
                 y = ops[node.name].forward(*inputs)  # not y + shift: what comes later must see the corrected network to the last bit
         env[node.name] = y
         for name in dict.fromkeys((*node.inputs, node.name)):
             if last.get(name, node.name) == node.name:
                 del env[name]
-    return _corrected("measured", quantized, ops, _batchnorms(quantized))
+    return _corrected("measured", quantized, ops, _batchnorms(quantized), bounded)
 
 
 def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Gaussians) -> Correction:
@@ -95,6 +101,7 @@ def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Gaussia
     layers, means = _layers(graph, quantized), _means(graph, gaussians)
     floats = {node.name: node for node in graph.nodes}
     ops: dict[str, Weighted] = {}
+    bounded: dict[str, int] = {}
     left = _batchnorms(quantized)
     for node in quantized.nodes:
         if node.name not in layers:
@@ -107,9 +114,9 @@ def correct_bias_analytically(graph: Graph, quantized: Graph, gaussians: Gaussia
             left[node.name] = f"the mean of '{value}' does not follow from the normal values"
             continue
         error: Weighted = replace(op, weight=op.weight.astype(np.float64) - before.op.weight,  # type: ignore[type-var]
-                                  bias=_bias(op) - _bias(before.op))
-        ops[node.name] = _shifted(quantized, node, -_channel_means(error.forward(means[value])))
-    return _corrected("computed", quantized, ops, left)
+                                  bias=bias_of(op) - bias_of(before.op))
+        ops[node.name] = _shifted(quantized, node, -_channel_means(error.forward(means[value])), bounded)
+    return _corrected("computed", quantized, ops, left, bounded)
 
 
 def batchnorm_gaussians(graph: Graph, factorization: Factorization | None = None) -> dict[str, tuple[Vector, Vector]]:
@@ -172,7 +179,7 @@ def absorb_high_bias(graph: Graph, low: Mapping[str, Vector], batches: Data | It
         said += f", not exactly: up to {100 * failed[worst]:.3g} % of the entries seen ('{worst}') lie below what was absorbed"
     elif absorbed:
         said += ", not exactly: no data was given to say how often values lie below what was absorbed"
-    return Correction(graph.with_ops({**ops, **bounds}), _shifts(graph, ops), said + _said(left), left, failed)
+    return Correction(graph.with_ops({**ops, **bounds}), _shifts(graph, ops), said + _said(left), left, failed=failed)
 
 
 def clipped_normal_mean(mean: npt.ArrayLike, deviation: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> Vector:
@@ -200,15 +207,40 @@ def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
     if (node := quantized_node(graph)) is not None:
         raise ValueError(f"the float network comes first, then the quantized one, but node '{node.name}' of the first is quantized: "
                          "give the network that was quantized, and what quantize made of it")
-    found = {}
+    found, unrounded, floats = {}, unrounded_names(graph, quantized), {node.name: node for node in graph.nodes}
+    stored = {stored_name(quantized, name): name for name in quantized.inputs}
     for node in quantized.nodes:
         if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
-            name = node.name if node.name in graph.shapes else node.name.removesuffix(".float")
+            name = unrounded.get(node.name, node.name)
             if name in graph.inputs or graph.shapes.get(name) != quantized.shapes[node.name]:
                 raise ValueError(f"layer '{node.name}' of the quantized network makes no value of the float one: "
                                  "give the network that was quantized")
+            before = floats.get(name)
+            if before is not None and type(before.op) is type(node.op) and [stored.get(i, i) for i in node.inputs] == list(before.inputs):
+                _check_rounded(before, node)
             found[node.name] = name
     return found
+
+
+def _check_rounded(before: Node, node: Node) -> None:
+    """An error unless a layer's weights are those of the float network's layer, within a step of their grid if they have one."""
+    op = node.op
+    assert isinstance(before.op, Weighted) and isinstance(op, Weighted)
+    if before.op.weight.shape != op.weight.shape:
+        raise ValueError(f"layer '{node.name}' is not '{before.name}' with rounded weights, of shapes {op.weight.shape} and "
+                         f"{before.op.weight.shape}: give the network that was quantized")
+    exact = before.op.weight.astype(np.float64)
+    off = np.abs(exact - op.weight)
+    allowed = HALF_PRECISION * np.abs(exact)
+    if op.grid is not None:  # also what saturates there is right
+        low, high = (op.grid.dequantize(q) for q in (op.grid.qmin, op.grid.qmax))
+        off, allowed = np.abs(np.clip(exact, low, high) - op.weight), allowed + op.grid.scale
+    wrong = off > allowed
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        rule = "equal" if op.grid is None else f"lie within a step of their grid, {op.grid.scale.max():.3g}, of"
+        raise ValueError(f"layer '{node.name}': its weights must {rule} those of the float network, got {op.weight[where]:.3g} at {where} "
+                         f"where that has {exact[where]:.3g}: give the network that was quantized, after its equalization")
 
 
 def _batchnorms(graph: Graph) -> dict[str, str]:
@@ -220,40 +252,41 @@ def _channel_means(value: Array) -> Vector:
     return means
 
 
-def _bias(op: Op) -> Vector:
-    """The bias in float64; 0 where there is none."""
-    assert isinstance(op, Weighted)
-    return np.zeros(op.out_channels) if op.bias is None else op.bias.astype(np.float64)
-
-
 def _with_bias(op: Weighted, shift: Vector) -> Weighted:
-    bias = (_bias(op) + shift).astype(op.weight.dtype if op.bias is None else op.bias.dtype)
+    bias = (bias_of(op) + shift).astype(op.weight.dtype if op.bias is None else op.bias.dtype)
     return replace(op, bias=bias)  # type: ignore[type-var]  # every final op is a dataclass
 
 
-def _shifted(quantized: Graph, node: Node, shift: Vector) -> Weighted:
+def _shifted(quantized: Graph, node: Node, shift: Vector, bounded: dict[str, int]) -> Weighted:
     """The node's op with its bias shifted, and on the accumulator's grid if it was (none counts as 0); the op itself if nothing changes."""
     op = node.op
     assert isinstance(op, Weighted)
-    on_grid = np.array_equal(_bias(rounded_bias(quantized, node, op)), _bias(op))
     shifted = _with_bias(op, shift)
-    shifted = rounded_bias(quantized, node, shifted) if on_grid else shifted
-    return op if np.array_equal(_bias(shifted), _bias(op)) else shifted
+    if np.array_equal(bias_of(rounded_bias(quantized, node, op)[0]), bias_of(op)):
+        shifted, cut = rounded_bias(quantized, node, shifted)
+        if cut:
+            bounded[node.name] = cut
+    return op if np.array_equal(bias_of(shifted), bias_of(op)) else shifted
 
 
 def _shifts(graph: Graph, ops: Mapping[str, Weighted]) -> dict[str, Vector]:
     """By how much the biases of these ops are above those of a graph's."""
-    return {node.name: _bias(ops[node.name]) - _bias(node.op) for node in graph.nodes if node.name in ops}
+    before = {node.name: node.op for node in graph.nodes}
+    return {name: bias_of(op) - bias_of(was) for name, op in ops.items() if isinstance(was := before[name], Weighted)}
 
 
-def _corrected(how: str, quantized: Graph, ops: Mapping[str, Weighted], left: Mapping[str, str]) -> Correction:
+def _corrected(how: str, quantized: Graph, ops: Mapping[str, Weighted], left: Mapping[str, str],
+               bounded: Mapping[str, int]) -> Correction:
     shifts = _shifts(quantized, ops)
     said = f"{how} shifts corrected in {len(shifts)} layers"
     if shifts:
         largest = {name: float(np.abs(shift).max()) for name, shift in shifts.items()}
         worst = max(largest, key=largest.__getitem__)
         said += f", the largest by {largest[worst]:.3g} at '{worst}'"
-    return Correction(quantized.with_ops(ops), shifts, said + _said(left), left)
+    if bounded:
+        said += "; only as far as the 32 bits of the sums have room: " + ", ".join(
+            f"'{name}' ({count} channel{'s' if count > 1 else ''})" for name, count in bounded.items())
+    return Correction(quantized.with_ops(ops), shifts, said + _said(left), left, bounded)
 
 
 def _said(left: Mapping[str, str]) -> str:

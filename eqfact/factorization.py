@@ -110,7 +110,7 @@ class Factorization(Mapping[str, Array]):
             for name, stats in target.items():
                 if stats.min.shape != self[name].shape:
                     raise ValueError(f"value '{name}' has {len(self[name])} channels, the statistics are of {len(stats.min)}")
-            return Statistics({name: stats.rescaled(self[name]) for name, stats in target.items()})
+            return target.rescaled(self)
         if set(target.shapes) != set(self):
             others = sorted(set(target.shapes) ^ set(self))
             raise ValueError(f"this factorization belongs to another network: values {others[:4]} are in one only")

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +42,13 @@ class Node:
         if isinstance(self.inputs, str):
             raise TypeError(f"node '{self.name}': inputs must be a list of value names, got the string {self.inputs!r}")
         object.__setattr__(self, "inputs", tuple(self.inputs))
+
+    def forward(self, *inputs: Array) -> Array:
+        """What the op makes of the inputs; an error of the op gets the node's name."""
+        try:
+            return self.op.forward(*inputs)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"node '{self.name}': {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +157,7 @@ def walk(graph: Graph, x: Data) -> Iterator[tuple[str, Array]]:
     last = {name: node.name for node in graph.nodes for name in node.inputs}
     yield from env.items()
     for node in graph.nodes:
-        env[node.name] = node.op.forward(*(env[i] for i in node.inputs))
+        env[node.name] = node.forward(*(env[i] for i in node.inputs))
         yield node.name, env[node.name]
         for name in dict.fromkeys((*node.inputs, node.name)):
             if last.get(name, node.name) == node.name:
@@ -247,6 +255,15 @@ def _in_order(inputs: Mapping[str, Shape], nodes: tuple[Node, ...]) -> tuple[Nod
         return tuple(by_name[name] for name in sorter.static_order())
     except graphlib.CycleError as error:
         raise ValueError(f"the nodes form a cycle: {' -> '.join(reversed(error.args[1]))}") from None
+
+
+def fresh_name(name: str, taken: Container[str]) -> str:
+    """The name, with a number behind it where it is taken already.
+
+    >>> fresh_name("x", ["x", "x_1"])
+    'x_2'
+    """
+    return next(c for i in itertools.count() if (c := f"{name}_{i}" if i else name) not in taken)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.calibration import Statistics, check_statistics
-from eqfact.graph import Graph, Node
+from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
@@ -23,12 +24,20 @@ from eqfact.ops.weighted import BatchNorm
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
+#: Integer engines add up products of 8 bits in 32, a sign among them.
+ACCUMULATOR = 2**31
+#: The most steps of its layer's sums that a bias gets: float32 tells the steps of numbers as large, with a margin of three bits.
+TOLD = 2**20
+#: That of a bias that no product is added to; float32 holds it exactly.
+TOLD_ALONE = 2**23
+
 
 @dataclass(frozen=True)
 class UniformQuantizer:
     """A family of uniform grids: how many bits, symmetric or affine, and which entries share a grid.
 
-    ``bits`` from 2 to 16. ``symmetric``: the range is ``[-a, a]`` and zero sits in the middle; else *affine*: the range is
+    ``bits`` from 2 to 16; weights of 7 are what engines call *reduce_range*: stored in 8 bits, exact where pairs of products are added in
+    16 (docs/integers.md). ``symmetric``: the range is ``[-a, a]`` and zero sits in the middle; else *affine*: the range is
     ``[min, max]``, widened to hold zero. ``signed`` by default if symmetric, unsigned if affine. ``granularity`` is
     ``"per_tensor"``, ``"per_channel"`` (weights: output channels) or ``"per_group"`` (weights: runs of ``group_size`` input
     channels of every output channel). ``narrow_range`` leaves out the lowest number, so that a signed grid is symmetric.
@@ -100,8 +109,7 @@ class UniformQuantizer:
     def weight_grid(self, op: Weighted) -> Grid:
         """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
         w = op.weight
-        if self.granularity == "per_group":
-            assert self.group_size is not None
+        if self.granularity == "per_group" and self.group_size is not None and self.group_size < w.shape[1]:
             starts = np.arange(0, w.shape[1], self.group_size)
             axes: Any = tuple(range(2, w.ndim))
             group = np.arange(w.shape[1]) // self.group_size
@@ -126,7 +134,7 @@ class FakeQuantize(Blocking):
     """Round a value to a grid, ``scale`` and ``zero_point`` one for the tensor or ``(C,)``; pins what it touches.
 
     ``step``, ``(1,)`` or ``(C,)``: the value is made of whole multiples of it, an integer engine's sums, and is rescaled as there
-    (:meth:`Grid.quantize`).
+    (:meth:`Grid.quantize`); :class:`ValueError` if one does not fit into 32 bits.
 
     >>> FakeQuantize(UniformQuantizer(bits=2, symmetric=False).grid([0.0], [3.0])).forward(np.array([[0.6, 9.0]]))
     array([[1., 3.]])
@@ -155,6 +163,12 @@ class FakeQuantize(Blocking):
         (x,) = inputs
         scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
         step = None if self.step is None else along_channels(self.step, x.ndim - 1)
+        if self.step is not None:
+            sums = np.abs(x).max(axis=(0, *range(2, x.ndim)), initial=0).astype(np.float64) / self.step
+            if sums.max() >= ACCUMULATOR:
+                channel = int(np.argmax(sums))
+                raise ValueError(f"channel {channel}: a sum of {sums[channel]:.10g} steps does not fit into an integer engine's 32 bits, "
+                                 f"which hold less than {ACCUMULATOR}; raise the scale of the weights, as eqfact.quantize does")
         return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
 
 
@@ -165,13 +179,16 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
     whose extrema give the ranges. Every value that an engine stores is rounded: inputs, and the values of layers after
     their activation; ops that only select or move entries stay on the grid of their input; network outputs are rounded with
-    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``. A ReLU or Clip behind a layer works on the
+    ``outputs=True``. The value keeps its name, and the unrounded one is called ``"NAME.float"``; of a network input, the rounded one is
+    called ``"NAME.quantized"`` (a number follows where the network has such a value). A ReLU or Clip behind a layer works on the
     layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
-    ``biases``: to whole multiples of ``s_x * s_w`` within 32 bits, where both scales exist (per-tensor activations); where a bias would
-    not fit, ``s_w`` is raised. The layer's sums are such multiples then, too, and are rounded as an integer engine rounds them: the same
-    whole numbers come out. Scales are numbers of the network's own type.
+    ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
+    then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
+    not hold: where weights and activations have 8 bits, ``s_w`` is raised as far as that needs, and until no bias has more steps than
+    float32 tells (2**20); where they have more, and sums could be too large, bias and sums stay in float. The scale of weights that are
+    all 0 is chosen for their bias. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
@@ -183,7 +200,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     dtype = scale_dtype(graph)
     grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs, dtype)
     stored = set(grids)
-    rename = {value: f"{value}.quantized" for value in graph.inputs if value in stored}
+    names = set(graph.shapes)
+
+    def fresh(name: str) -> str:
+        names.add(found := fresh_name(name, names))
+        return found
+    rename = {value: fresh(f"{value}.quantized") for value in graph.inputs if value in stored}
     nodes = [Node(name, FakeQuantize(grids[value]), (value,)) for value, name in rename.items()]
     steps: dict[str, Array] = {}
     on_grid: dict[tuple[int, bytes], tuple[Weighted, Array | None]] = {}
@@ -205,10 +227,10 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             continue
         bounds = op.bounds if isinstance(op, Commuting) and source not in grids else None
         if bounds is not None:
-            nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype)
+            nodes += _rounded_then_clipped(node, bounds, FakeQuantize(grids[node.name], steps.get(source)), dtype, fresh)
         else:
-            rounding = FakeQuantize(grids[node.name], steps.get(node.name))
-            nodes += [replace(node, name=f"{node.name}.float"), Node(node.name, rounding, (f"{node.name}.float",))]
+            rounding, unrounded = FakeQuantize(grids[node.name], steps.get(node.name)), fresh(f"{node.name}.float")
+            nodes += [replace(node, name=unrounded), Node(node.name, rounding, (unrounded,))]
     return replace(graph, nodes=tuple(nodes))
 
 
@@ -259,6 +281,30 @@ def fused_activation(readers: tuple[Node, ...]) -> Node | None:
     return None
 
 
+def stored_name(quantized: Graph, value: str) -> str:
+    """What a value of the float network, as an engine stores it, is called in the quantized one: as before, but for network inputs.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.ones((1, 1))))
+    >>> q = quantize(net, activations=UniformQuantizer(), stats=eq.calibrate(net, np.ones((1, 1))))
+    >>> stored_name(q, "x")
+    'x.quantized'
+    """
+    readers = quantized.readers[value] if value in quantized.inputs else ()
+    return next((node.name for node in readers if isinstance(node.op, FakeQuantize)), value)
+
+
+def unrounded_names(graph: Graph, quantized: Graph) -> dict[str, str]:
+    """What the nodes of a quantized network that make a value before it is rounded make in the float network, by name.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.ones((1, 1))))
+    >>> q = quantize(net, activations=UniformQuantizer(), stats=eq.calibrate(net, np.ones((1, 1))), outputs=True)
+    >>> unrounded_names(net, q)
+    {'fc.float': 'fc'}
+    """
+    return {node.inputs[0]: node.name for node in quantized.nodes
+            if isinstance(node.op, FakeQuantize) and node.name in graph.shapes and node.inputs[0] not in graph.shapes}
+
+
 def grid_of(quantized: Graph, value: str) -> Grid | None:
     """The grid that a value of a quantized network lies on: the one that it was rounded to, before ops that keep values on it."""
     if value in quantized.inputs:
@@ -286,13 +332,21 @@ def keeps_grid(op: Op, grid: Grid) -> bool:
     return all((np.isinf(b) | (np.abs(nearest.fake_quantize(b) - b) <= exact * np.abs(b))).all() for b in bounds)
 
 
-def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> Weighted:
-    """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist."""
-    step = accumulator_step(op, grid_of(quantized, node.inputs[0]), scale_dtype(quantized))
-    return op if step is None else _on_accumulator(op, step)
+def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> tuple[Weighted, int]:
+    """An op that takes a node's place in a quantized network, its bias rounded to multiples of ``s_x * s_w`` if both scales exist.
+
+    And in how many channels the 32 bits of their sums had no room for all of it.
+    """
+    input_grid = grid_of(quantized, node.inputs[0])
+    step = accumulator_step(op, input_grid, scale_dtype(quantized))
+    if step is None or input_grid is None:
+        return op, 0
+    wanted, room = np.abs(np.rint(bias_of(op) / step)), np.maximum(bias_room(op, input_grid), 0)
+    return _on_accumulator(op, step, input_grid), int((wanted > room).sum())
 
 
-def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any]) -> list[Node]:
+def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], rounding: FakeQuantize, dtype: np.dtype[Any],
+                          fresh: Callable[[str], str]) -> list[Node]:
     """Nodes that round what a saturating activation reads: ``round(clip(x)) == clip'(round(x))``, with ``clip'`` between rounded bounds."""
     grid = rounding.grid
     low, high, bottom, top = (grid.fake_quantize(np.asarray(b, dtype)) for b in (*bounds, -math.inf, math.inf))
@@ -302,7 +356,8 @@ def _rounded_then_clipped(node: Node, bounds: tuple[float | Array, ...], roundin
     rounded = [bound.item() if bound.size == 1 else bound for bound in (low, high)]
     clip = Clip(rounded[0] if below else -math.inf, rounded[1] if above else math.inf)
     (value,) = node.inputs
-    return [Node(f"{value}.quantized", rounding, (value,)), replace(node, op=clip, inputs=(f"{value}.quantized",))]
+    stored = fresh(f"{value}.quantized")
+    return [Node(stored, rounding, (value,)), replace(node, op=clip, inputs=(stored,))]
 
 
 def scale_dtype(graph: Graph) -> np.dtype[Any]:
@@ -313,23 +368,77 @@ def scale_dtype(graph: Graph) -> np.dtype[Any]:
 def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid | None,
               dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
     """The op with its weights on a grid, if a quantizer is given, and its bias on that of its sums; and their step, if there is one."""
+    given = op
     if quantizer is not None:
-        grid = _roomy(quantizer.weight_grid(op), op, input_grid).astype(dtype)
+        grid = quantizer.weight_grid(op).astype(dtype)
+        if input_grid is not None and _one_step(op, grid, input_grid):
+            grid = _roomy(grid, op, input_grid, dtype)
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
+    if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
+        op = replace(op, grid=_with_free_scales(op.grid, op, given, input_grid, dtype))  # type: ignore[type-var]
     step = accumulator_step(op, input_grid, dtype)
-    if step is None or (op.bias is not None and np.abs(op.bias / step).max() >= 2**31):  # weights on a grid from before may be too small
+    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
         return op, None
-    return _on_accumulator(op, step), step
+    return _on_accumulator(op, step, input_grid), step
 
 
-def _roomy(grid: Grid, op: Weighted, input_grid: Grid | None) -> Grid:
-    """The weights' grid, its scale raised where a bias would not fit into 32 bits at ``s_x * s_w`` (channels of next to no weight)."""
-    if op.bias is None or input_grid is None or not _one_step(op, grid, input_grid):
+def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
+    """The weights' grid, its scale raised where a layer of 8 bits would not fit into 32 bits, or where ``TOLD`` would not hold a bias.
+
+    Wider products are added up in more than 32 bits, if at all: their scales stay.
+    """
+    if max(of.qmax - of.qmin for of in (grid, input_grid)) >= 2**8:
         return grid
-    room = 2**31 - 2**9  # the scale may become smaller by 2**-24 of itself when it is rounded to float32
-    needed = np.abs(op.bias.astype(np.float64)) / (input_grid.scale.reshape(()) * room)
-    needed = needed.max() if grid.scale.size == 1 else needed.reshape(grid.scale.shape)
-    return replace(grid, scale=np.maximum(grid.scale, needed))
+    rows, reach, s_x = op.rows().astype(np.float64), _reach(input_grid), input_grid.scale.item()
+    # rounding moves a weight by a step at most; and the scale itself, rounded to float32, all sums by 2**-24
+    room = np.maximum(ACCUMULATOR - reach * np.count_nonzero(rows, axis=1) - 2**9, ACCUMULATOR // 2)
+    bias = np.abs(bias_of(op))
+    with np.errstate(over="ignore"):
+        needed = np.maximum(bias / TOLD, (bias + s_x * reach * np.abs(rows).sum(axis=1)) / room) / s_x
+    needed = _as(grid.scale, needed)
+    return replace(grid, scale=np.where((needed > grid.scale) & (needed < np.finfo(dtype).max), needed, grid.scale)).astype(dtype)
+
+
+def _with_free_scales(grid: Grid, op: Weighted, given: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
+    """The weights' grid, the scale of weights that are all 0, which is free, chosen so that a bias has ``TOLD_ALONE`` steps.
+
+    As far as the weights that were ``given`` are 0 on it, too.
+    """
+    dead = _as(grid.scale, np.logical_not(op.rows().any(axis=1)), np.minimum)
+    smallest, s_x = float(np.finfo(dtype).tiny), input_grid.scale.item()
+    with np.errstate(over="ignore"):
+        needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD_ALONE / s_x
+        free = np.maximum(needed, 2 * smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
+    dead &= (needed > 0) & (free < np.finfo(dtype).max) & (2 * _as(grid.scale, np.abs(given.rows()).max(axis=1)) < free)
+    return replace(grid, scale=np.where(dead, free, grid.scale)).astype(dtype)
+
+
+def _as(scale: Array, by_channel: npt.NDArray[Any], reduce: Any = np.maximum) -> npt.NDArray[Any]:
+    """Numbers of the output channels in the shape of the scales: those of one scale are reduced to one."""
+    together: npt.NDArray[Any] = np.asarray(reduce.reduce(by_channel)) if scale.size == 1 else by_channel
+    return together.reshape(scale.shape)
+
+
+def bias_of(op: Weighted) -> npt.NDArray[np.float64]:
+    """The bias in float64; 0 where there is none."""
+    return np.zeros(op.out_channels) if op.bias is None else op.bias.astype(np.float64)
+
+
+def _reach(grid: Grid) -> int:
+    """How far from its zero point a grid of one scale reaches, in steps."""
+    zero_point = int(grid.zero_point.item())
+    return max(grid.qmax - zero_point, zero_point - grid.qmin)
+
+
+def bias_room(op: Weighted, input_grid: Grid) -> Array:
+    """What the products ``(q_x - z_x)(q_w - z_w)`` leave for a bias ``(out,)`` in an integer engine's 32 bits, whatever the input holds.
+
+    ``op`` and input have the grids of one step; negative where the products alone do not fit.
+    """
+    assert op.grid is not None
+    steps = np.abs(np.rint(op.weight.astype(np.float64) / op.grid.scale))
+    room: Array = ACCUMULATOR - 1 - _reach(input_grid) * steps.reshape(op.out_channels, -1).sum(axis=1)
+    return room
 
 
 def _one_step(op: Weighted, grid: Grid, input_grid: Grid) -> bool:
@@ -352,12 +461,13 @@ def accumulator_step(op: Weighted, input_grid: Grid | None, dtype: npt.DTypeLike
     return step.astype(np.float64) if (step >= np.finfo(dtype).tiny).all() else None
 
 
-def _on_accumulator(op: Weighted, step: Array) -> Weighted:
-    """The op with its bias on the grid of its integer accumulator, int32 with this step."""
+def _on_accumulator(op: Weighted, step: Array, input_grid: Grid) -> Weighted:
+    """The op with its bias on the grid of its integer accumulator, as far as the 32 bits have room for it beside the products."""
     if op.bias is None:
         return op
-    accumulator = Grid(step, np.zeros(1), -(2**31), 2**31 - 1)
-    return replace(op, bias=accumulator.fake_quantize(op.bias))  # type: ignore[type-var]
+    room = np.maximum(bias_room(op, input_grid), 0)
+    whole = np.clip(np.rint(bias_of(op) / step), -room, room)
+    return replace(op, bias=(whole * step).astype(op.bias.dtype))  # type: ignore[type-var]
 
 
 def effective_bits(ranges: Array, bits: int) -> Array:

@@ -18,7 +18,7 @@ from eqfact.channels import channels
 from eqfact.graph import Data, Graph, walk
 from eqfact.metrics import Verification, decibels, sqnr, verify
 from eqfact.ops import BatchNorm, Weighted
-from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_values
+from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_name, stored_values
 
 Ranges = npt.NDArray[np.float64]
 
@@ -99,7 +99,7 @@ def _tensor(name: str, kind: str, ranges: Ranges, bits: int, noise: float, pinne
 def local_sqnr(graph: Graph, quantized: Graph, batches: Iterable[Data]) -> dict[str, float]:
     """SQNR in dB over all batches, in a quantized form of the network, of the values that an integer engine stores and of the outputs."""
     stored = dict.fromkeys((*stored_values(graph, outputs=True), *graph.outputs))  # an output may lie on the grid of another value
-    name_of = {f"{v}.quantized" if v in graph.inputs and f"{v}.quantized" in quantized.shapes else v: v for v in stored}
+    name_of = {stored_name(quantized, value): value for value in stored}
     signal, noise = dict.fromkeys(name_of.values(), 0.0), dict.fromkeys(name_of.values(), 0.0)
     for x in batches:
         truth = {name: value for name, value in walk(graph, x) if name in signal}

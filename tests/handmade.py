@@ -156,6 +156,13 @@ def volume(m: Maker) -> eq.Graph:
     ], ["b"])
 
 
+def uneven(m: Maker) -> eq.Graph:
+    """The same function as :func:`plain`, with channels that are up to 64 times as large as their mates."""
+    graph = plain(m)
+    free = eq.Factorization.identity(graph)
+    return eq.Factorization.of(graph, {name: 2.0 ** (np.arange(len(free[name])) % 4 * 2) for name in ("act1", "act2")}).apply(graph)
+
+
 NETS = (plain, mobile, residual, concat, fan_out, grouped, shared, inner_output, two_inputs, itself, volume)
 #: No channel of these is tied to another one, so that cross_layer has one fixed point.
 WITHOUT_TIES = (plain, concat, fan_out, grouped, inner_output)

@@ -263,6 +263,43 @@ def test_swapped_arguments_are_refused(setting, named):
             eq.correct_bias_analytically(first, second, {"x": (np.zeros(3), np.ones(3))})
 
 
+EQUALIZED = pytest.mark.parametrize("method", ["one_step", "two_step", "cross_layer", "optimal"])
+
+
+@EQUALIZED
+@SETTING
+def test_the_network_before_equalization_is_refused(method, setting):
+    """For both corrections, and in every setting; the network after it is not."""
+    graph, _, x = prepared(handmade.uneven, setting)
+    stats = eq.calibrate(graph, x)
+    result = eq.equalize(graph, method, stats=stats)
+    after = result.factorization.apply(stats)
+    q = eq.quantize(result.graph, **setting, stats=after if "activations" in setting else None)
+    gaussians = {"x": (np.zeros(3), np.ones(3))}
+    with pytest.raises(ValueError, match=r"layer '\w+(\.float)?': its weights must (equal|lie within a step of their grid, \S+, of) those "
+                                         r"of the float network, got \S+ at \(.*\) where that has \S+: give the network that was"):
+        eq.correct_bias(graph, q, x)
+    with pytest.raises(ValueError, match="its weights must"):
+        eq.correct_bias_analytically(graph, q, gaussians)
+    eq.correct_bias(result.graph, q, x)
+    eq.correct_bias_analytically(result.graph, q, gaussians)
+
+
+@pytest.mark.parametrize("rounding", ["half_even", "half_away", "half_up", "floor"])
+def test_weights_rounded_by_any_rule_are_those_of_the_network(rounding):
+    """And those rounded to either neighbour, as an optimized rounding may choose."""
+    graph, _, x = prepared(handmade.plain, {})
+    for bits in (2, 4, 8):
+        q = quantized(graph, x, {"weights": eq.UniformQuantizer(bits, rounding=rounding, symmetric=bits != 4), "activations": AFFINE})
+        eq.correct_bias(graph, q, x)
+        up = {}
+        for node in layers(q):
+            grid, exact = node.op.grid, graph[float_name(node.name, graph)].op.weight
+            other = np.where(node.op.weight > exact, node.op.weight - grid.scale, node.op.weight + grid.scale)
+            up[node.name] = replace(node.op, weight=grid.fake_quantize(other))
+        eq.correct_bias(graph, q.with_ops(up), x)
+
+
 def test_data_that_forward_refuses_is_refused():
     graph, q, x = prepared(handmade.two_inputs, SETTINGS["W8A8"])
     with pytest.raises(ValueError, match=r"needs inputs \['x', 'y'\], got \['x'\]"):
@@ -653,7 +690,7 @@ def mean_law():
 def test_the_wrong_sign_is_caught(caught):
     right = correction._shifted
     for law in (mean_law, exact_on_linear_chains):
-        caught(law, correction, "_shifted", lambda q, node, shift: right(q, node, -shift))
+        caught(law, correction, "_shifted", lambda q, node, shift, bounded: right(q, node, -shift, bounded))
 
 
 def test_the_quantized_mean_as_the_truth_is_caught(caught):
@@ -678,7 +715,7 @@ def test_forgetting_that_earlier_layers_are_corrected_is_caught(caught):
 
 def test_forgetting_the_bias_grid_is_caught(caught):
     law = test_biases_stay_on_the_grid_of_their_accumulator_only_if_they_were
-    caught(law, correction, "rounded_bias", lambda q, node, op: op)
+    caught(law, correction, "rounded_bias", lambda q, node, op: (op, 0))
 
 
 def test_rounded_weights_instead_of_their_change_are_caught(caught):
@@ -686,7 +723,10 @@ def test_rounded_weights_instead_of_their_change_are_caught(caught):
 
     def of_the_weights(graph, q, gaussians):
         blank = graph.with_ops({node.name: replace(node.op, weight=0 * node.op.weight) for node in layers(graph)})
-        return right(blank, q, {**gaussians, **{name: (mean[0], mean[0]) for name, mean in correction._means(graph, gaussians).items()}})
+        with pytest.MonkeyPatch.context() as planting:  # it is refused otherwise
+            planting.setattr(correction, "_check_rounded", lambda before, node: None)
+            means = {name: (mean[0], mean[0]) for name, mean in correction._means(graph, gaussians).items()}
+            return right(blank, q, {**gaussians, **means})
 
     caught(exact_on_linear_chains, eq, "correct_bias_analytically", of_the_weights)
 

@@ -520,6 +520,52 @@ def hard_onnx(folder):
     return "hard.onnx"
 
 
+def test_quantize_runs_what_it_wrote(run, monkeypatch):
+    """In onnxruntime, with and without sums of 16 bits; what it says is what another run of the file shows."""
+    pytest.importorskip("onnxruntime")
+    from eqfact.onnx import running
+    line = "quantize net.npz -o q.onnx --fold --data images.npz"
+    facts = facts_of(run, line)
+    folded = eq.fold_batchnorm(NET)
+    quantized = eq.quantize(folded, stats=eq.calibrate(folded, IMAGES), weights=eq.UniformQuantizer(),
+                            activations=eq.UniformQuantizer(symmetric=False))
+    ours, theirs = eq.forward(quantized, IMAGES[:4]), running.run("q.onnx", {"x": IMAGES[:4]}, optimized=True)["fc"]
+    assert facts["run"]["with"] == running.runtime()
+    assert facts["run"]["difference"]["fc"] == np.abs(theirs - ours).max() / np.abs(ours).max()
+    assert facts["run"]["sqnr"]["fc"] == pytest.approx(eq.sqnr(eq.forward(folded, IMAGES[:4]), theirs))
+    right = running.run
+
+    def saturating(path, feeds, outputs=None, *, optimized=False, entries=None):
+        made = right(path, feeds, outputs, optimized=optimized, entries=entries)
+        return {name: y + (0 if entries == running.EXACT_SUMS else 0.5 * np.abs(y).max()) for name, y in made.items()}
+    monkeypatch.setattr(running, "run", saturating)
+    said = run(line)[1]
+    assert re.search(r"run by onnxruntime \S+: 'fc' differs from eqfact's by 50 % of its largest, [-\d.]+ dB from float", said)
+    assert re.search(r"this one lacks VNNI .* by up to 5\d %; .* session\.x64quantprecision = 1, or quantize with --weight-bits 7", said)
+
+    def refusing(*args, **options):
+        raise running.OnnxError("it does not load")
+    monkeypatch.setattr(running, "run", refusing)
+    assert "NOT run: it does not load" in run(line)[1]
+    monkeypatch.setattr(running, "runtime", lambda: "the reference evaluator of onnx")
+    assert facts_of(run, line)["run"] is None
+    assert facts_of(run, "quantize net.npz -o q.npz --fold --data images.npz")["run"] is None
+
+
+def test_quantize_runs_files_of_a_fixed_batch(run):
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    from eqfact.onnx import running
+    run("fold net.npz -o fixed.onnx")
+    model = onnx.load("fixed.onnx")
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = 3
+    onnx.save(model, "fixed.onnx")
+    assert facts_of(run, "quantize fixed.onnx -o q.onnx --data images.npz")["run"]["difference"]["fc"] < 1e-5
+    assert [len(feed["x"]) for feed in running.fed("q.onnx", {"x": IMAGES[:4]})] == [3, 3]
+
+
 VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quantize": "-o out.onnx", "verify": "hard.onnx", "report": ""}
 
 

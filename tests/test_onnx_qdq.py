@@ -8,7 +8,7 @@ from onnx import TensorProto, numpy_helper
 
 import eqfact as eq
 import eqfact.onnx
-from eqfact.onnx import OnnxError
+from eqfact.onnx import OnnxError, Origin
 from eqfact.quantization import FakeQuantize, grid_of
 
 NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
@@ -313,6 +313,26 @@ def test_names_of_layers_and_weights_survive(tmp_path):
     made = {n.name: list(n.input) for n in after.node}
     for conv in (n for n in before.node if n.op_type == "Conv"):
         assert made[conv.name][1:] == list(conv.input)[1:]  # the dequantized weight and bias have the names of the float ones
+
+
+def test_no_name_that_is_made_takes_one_that_is_there(tmp_path):
+    """Under each name that the writer makes, given to a value or to a parameter of the network, the file computes the same."""
+    def net(value="b", parameter=""):
+        origin = Origin("", {"bias": parameter} if parameter else {})
+        return quantized(eq.Graph({"x": (4,)}, [
+            eq.Node("a", eq.Dense(floats(4, 4), floats(4)), ["x"]), eq.Node("r", eq.Clip(-0.5, 1.5), ["a"]),
+            eq.Node(value, eq.Dense(floats(4, 4, seed=3), floats(4, seed=4)), ["r"], origin), eq.Node("s", eq.Softmax(), [value]),
+            eq.Node("y", eq.Dense(floats(2, 4), floats(2)), ["s"])], ["y"]), activations=eq.UniformQuantizer(7, symmetric=False))
+
+    def run(graph):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+        return onnx.load(tmp_path / "net.onnx").graph, small.run_ort(tmp_path / "net.onnx", {"x": floats(30, 4)})["y"]
+    file, expected = run(net())
+    made = {*(t.name for t in file.initializer), *(name for node in file.node for name in node.output)} - {"x", "a", "r", "b", "s", "y"}
+    assert len(made) > 30
+    for name in sorted(made):
+        for graph in (net(value=name), net(parameter=name)):
+            assert np.array_equal(run(graph)[1], expected), name
 
 
 def test_double_networks_are_written_in_single(tmp_path):

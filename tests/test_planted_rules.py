@@ -300,8 +300,8 @@ def test_per_channel_scales_of_input_channels_are_caught(caught):
 def test_biases_on_the_grid_of_the_weights_are_caught(caught):
     right = quantization._on_accumulator
 
-    def coarse(op, step):
-        return right(op, op.grid.scale.reshape(-1))
+    def coarse(op, step, input_grid):
+        return right(op, op.grid.scale.reshape(-1), input_grid)
 
     caught(test_quantization.test_a_quantized_layer_computes_what_integers_compute, (quantization, "_on_accumulator", coarse))
 
@@ -319,7 +319,7 @@ def test_a_step_of_another_layer_is_caught(caught):
 
 
 def test_bounds_that_are_left_between_two_steps_are_caught(caught):
-    def unrounded(node, bounds, rounding, dtype):
+    def unrounded(node, bounds, rounding, dtype, fresh):
         (value,) = node.inputs
         clip = eq.Clip(*bounds)
         return [eq.Node(f"{value}.quantized", rounding, (value,)), dataclasses.replace(node, op=clip, inputs=(f"{value}.quantized",))]

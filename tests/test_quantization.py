@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import eqfact as eq
 from eqfact.ops.grid import ROUNDINGS, rounded
 from eqfact.quantization import effective_bits, grid_of, stored_values
+from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
 
 NEAREST = ("half_even", "half_away", "half_up")
@@ -762,6 +763,47 @@ def test_a_quantized_network_is_not_quantized_again(again):
         eq.quantize(quantized, stats=eq.calibrate(quantized, m.data(graph)), **again)
 
 
+@pytest.mark.parametrize("method", ["one_step", "two_step", "cross_layer", "optimal"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_a_network_with_channels_of_other_sizes_are_refused(method, dtype):
+    """Those of before an equalization for the network after it, and the other way round, whole or in shards; not those that fit."""
+    m = Maker(30, dtype)
+    graph = handmade.uneven(m)
+    x = m.data(graph, 40)
+    stats = eq.calibrate(graph, x[:20]) + eq.calibrate(graph, x[20:])
+    result = eq.equalize(graph, method, stats=stats)
+    after = result.factorization.apply(stats)
+    refused = r"these are the statistics of another network: the weights of layer '\w+', channel \d+, are \S+ times as large in this " \
+              r"one, as after an equalization; give factorization\.apply\(stats\), or calibrate this network"
+    for network, wrong in ((result.graph, stats), (graph, after), (result.graph, eq.likely_ranges(graph, stats)),
+                           (graph, result.factorization.apply(after))):
+        with pytest.raises(ValueError, match=refused):
+            eq.quantize(network, weights=W8, activations=A8, stats=wrong)
+        with pytest.raises(ValueError, match=refused):
+            eq.equalize(network, "two_step", stats=wrong)
+    with pytest.raises(ValueError, match="statistics of different networks do not add up: the weights of layer"):
+        stats + after
+    with pytest.raises(ValueError, match="statistics of different networks do not add up: the weights of layer"):
+        stats + eq.calibrate(result.graph, x)
+    for network, right in ((graph, stats), (result.graph, after), (result.graph, eq.calibrate(result.graph, x)),
+                           (result.graph, after + eq.calibrate(result.graph, x)), (graph, result.factorization.inverse().apply(after)),
+                           (result.graph, eq.likely_ranges(result.graph, after)),
+                           (eq.quantize(result.graph, weights=eq.UniformQuantizer(2)), after),  # weights first
+                           (eq.quantize(result.graph, weights=eq.UniformQuantizer(4, granularity="per_channel")), after),
+                           (result.graph, eq.Statistics(dict(after))), (result.graph, eq.Statistics(dict(stats)))):  # by hand: no telling
+        eq.quantize(network, activations=A8, stats=right)
+
+
+@each_net
+def test_statistics_of_the_network_before_folding_fit_the_one_after(build):
+    m = Maker(31)
+    graph = build(m)
+    stats, folded = eq.calibrate(graph, m.data(graph)), eq.fold_batchnorm(graph)
+    again = eq.Graph(folded.inputs, [dataclasses.replace(node) for node in folded], folded.outputs)
+    for network in (folded, again):
+        eq.quantize(network, weights=W8, activations=A8, stats=stats)
+
+
 def test_groups_are_for_weights():
     m = Maker(17)
     graph = handmade.plain(m)
@@ -794,11 +836,33 @@ def test_steps_that_do_not_fit_are_refused():
         eq.FakeQuantize(grid, np.ones((1, 1)))
 
 
-def test_a_name_that_is_taken_is_refused():
+def renamed(graph, name, other):
+    """The network with a value under another name."""
+    new = {value: other if value == name else value for value in graph.shapes}
+    nodes = [dataclasses.replace(node, name=new[node.name], inputs=tuple(new[i] for i in node.inputs)) for node in graph]
+    return eq.Graph({new[value]: shape for value, shape in graph.inputs.items()}, nodes, [new[value] for value in graph.outputs])
+
+
+def test_no_name_that_is_made_takes_one_that_is_there():
+    """Whatever the network calls its values: under each name that quantize makes for it, quantized, corrected and measured as before."""
     m = Maker(18)
-    graph = eq.Graph({"x": (2,)}, [eq.Node("x.quantized", m.dense(2, 2), ["x"])], ["x.quantized"])
-    with pytest.raises(ValueError, match=r"node 'x\.quantized': this name is taken already"):
-        eq.quantize(graph, activations=A8, stats=eq.calibrate(graph, m.data(graph)))
+    graph = eq.Graph.chain((2, 5), a=m.conv(3, 2, 2), act=eq.Clip(-0.2, np.array([0.1, 0.3, 1.0])), b=m.conv(3, 3, 1),
+                           leaky=eq.LeakyReLU(), y=m.conv(2, 3, 1))
+    x = m.data(graph)
+    options = {"weights": W8, "activations": A8, "outputs": True}
+
+    def found(graph):
+        quantized = eq.quantize(graph, stats=eq.calibrate(graph, x), **options)
+        noise = local_sqnr(graph, quantized, [x])
+        corrected = eq.correct_bias(graph, quantized, x)
+        return quantized, np.array(list(noise.values())), np.concatenate(list(corrected.shifts.values())), eq.forward(corrected.graph, x)
+    quantized, *expected = found(graph)
+    made = [name for name in quantized.shapes if name not in graph.shapes]
+    assert len(made) >= 4
+    for name, other in itertools.product(graph.shapes, made):
+        _, *other_found = found(renamed(graph, name, other))
+        for ours, theirs in zip(other_found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{name} called {other}")
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])

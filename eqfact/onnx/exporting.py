@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from eqfact.graph import Graph, Node
+from eqfact.graph import Graph, Node, fresh_name
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN
@@ -142,20 +142,21 @@ class Writer:
 
     def fresh(self, name: str) -> str:
         """A name for a value or initializer that is not taken yet."""
-        candidates = (name, *(f"{name}_{i}" for i in range(1, len(self.names) + 2)))
-        found = next(c for c in candidates if c not in self.names)
+        found = fresh_name(name, self.names)
         self.names.add(found)
+        return found
+
+    def fresh_node(self, name: str) -> str:
+        """The same for the name of an ONNX node, of which the empty one may be given to several."""
+        found = fresh_name(name, self.node_names) if name else name
+        self.node_names.add(found)
         return found
 
     def node(self, kind: str, inputs: Sequence[str], output: str, of: Node, suffix: str = "", **attributes: Any) -> str:
         """An ONNX node; it has the name that it had in its file, else the name of its output."""
         origin = of.origin
         name = origin.node + (suffix if origin.node else "") if isinstance(origin, Origin) else of.name + suffix
-        if name in self.node_names:
-            name = next(c for i in range(1, len(self.node_names) + 2) if (c := f"{name}_{i}") not in self.node_names)
-        if name:
-            self.node_names.add(name)
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=self.fresh_node(name), **attributes))
         return output
 
     def inner(self, node: Node, suffix: str) -> str:

@@ -3,6 +3,7 @@
 Every grid of the graph becomes a pair of them: activations are rounded where :class:`~eqfact.quantization.FakeQuantize` stands, weights
 are stored as whole numbers, biases as int32 with the scale ``s_x * s_w`` of their accumulator. Engines fuse what stands between
 two pairs into integer kernels; what ops make that keep a value on its grid gets a pair of its own, which changes nothing, for them.
+Where they would compute something else than :func:`eqfact.forward`, the pair is hidden from them, behind a Sum of one (docs/integers.md).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Add, Weighted
+from eqfact.ops import Add, BatchNorm, Dense, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, accumulator_step, grid_of, scale_dtype
+from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
 
 #: ONNX's integer types with their ranges, the smallest first.
 TYPES: dict[int, tuple[int, int]] = {
@@ -58,6 +59,10 @@ class _QdqWriter(Writer):
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
         self.scale_dtype = scale_dtype(graph)
+        #: The initializer of whole numbers behind every dequantized weight, by its name.
+        self.stored_as: dict[str, str] = {}
+        #: Values of the graph by the names under which no engine sees that they lie on a grid.
+        self.behind: dict[str, str] = {}
         self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles, and in older opsets no halves
         grids = [node.op.grid for node in graph.nodes if isinstance(node.op, Weighted)]
         narrow = any(grid is not None and grid.qmax - grid.qmin < 16 for grid in grids)
@@ -78,7 +83,31 @@ class _QdqWriter(Writer):
             # an Add would be fused into an integer kernel, whose rounding no standard tells; a Sum is rounded as a float sum
             self.node("Sum", node.inputs, node.name, node)
         else:
+            if isinstance(node.op, Dense) and isinstance(node.origin, Origin):
+                # of a product with weights (in, out), onnxruntime makes MatMulNBits, which rounds what it reads to 8 bits of its own
+                node = replace(node, origin=replace(node.origin, transposed=False))
+            in_float = isinstance(node.op, Softmax) or (  # onnxruntime's Softmax of whole numbers is a step off
+                isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm) and not self._in_integers(node, node.op))
+            if in_float:
+                node = replace(node, inputs=(self._hide(node, first),))
             super().write(node)
+
+    def _in_integers(self, node: Node, op: Weighted) -> bool:
+        """Are the layer's sums whole multiples of one step? (Of no others must an engine make whole numbers, least of all the bias.)"""
+        return self._step(node, op, self.scale_dtype) is not None and (op.bias is None or self._whole_bias(node, op, op.bias) is not None)
+
+    def _grid(self, value: str) -> Grid | None:
+        """The grid of a value, under whatever name."""
+        return grid_of(self.graph, self.behind.get(value, value))
+
+    def _hide(self, node: Node, value: str) -> str:
+        """The value once more, as a sum of one: no engine looks for a grid behind that, and none takes it away."""
+        grid = self._grid(value)
+        if grid is None or grid.scale.size > 1:  # the latter is hidden where it is made
+            return value
+        hidden = self.node("Sum", [value], self.inner(node, "in_float"), node, ".in_float")
+        self.behind[hidden] = value
+        return hidden
 
     def _rounded_next(self, value: str) -> bool:
         """Is a value read by nothing but roundings? Its pair would stand right before another, and engines merge such pairs into one."""
@@ -91,13 +120,17 @@ class _QdqWriter(Writer):
         layer = None if value in self.graph.inputs else self.graph[value]
         made = self._step(layer, layer.op, self.scale_dtype) if layer is not None and isinstance(layer.op, Weighted) else None
         if made is None or not np.array_equal(made, step):
-            steps = "no steps" if made is None else f"steps of {made.max():g}"
+            steps = "no steps, or sums that 32 bits may not hold" if made is None else f"steps of {made.max():g}"
             raise OnnxError(f"{self.path}: node '{node.name}': it rounds sums in steps of {step.max():g}, and '{value}' is made in "
                             f"{steps}; quantize the network again, after all changes")
 
     def _step(self, node: Node, op: Weighted, dtype: npt.DTypeLike) -> Array | None:
-        """The step of a layer's sums, the product of ``dtype``'s numbers, if there is one."""
-        return accumulator_step(op, grid_of(self.graph, node.inputs[0]), dtype)
+        """The step of a layer's sums, the product of ``dtype``'s numbers, if there is one and 32 bits hold them."""
+        input_grid = self._grid(node.inputs[0])
+        step = accumulator_step(op, input_grid, dtype)
+        if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
+            return None
+        return step
 
     def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
         """Round a value to its grid and back."""
@@ -118,7 +151,11 @@ class _QdqWriter(Writer):
                 if q != end:
                     bound = self.constant(grid.dequantize(q).astype(self.dtype).reshape(shape), f"{node.name}.{name}")
                     value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
-        pair(value, "int", node.name, suffix)
+        if not axis:
+            pair(value, "int", node.name, suffix)
+        else:  # no kernel takes a scale for each channel, yet onnxruntime makes its integer kernels of such pairs
+            inner = pair(value, "int", self.inner(node, "by_channel"), suffix)
+            self.node("Sum", [inner], node.name, node, f"{suffix}.in_float")
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         grid = op.grid
@@ -131,7 +168,7 @@ class _QdqWriter(Writer):
         kind = self._type(grid, node, least=4)
         whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
         _, known = self.made_of.get(id(op.weight), (None, ""))
-        if known and np.array_equal(self.initializers[f"{known}.int"], whole):
+        if known and np.array_equal(self.initializers[self.stored_as[known]], whole):
             return known
         scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, grid.zero_point))
         scale, zero_point, where = _form(scales, zero_points)
@@ -139,10 +176,9 @@ class _QdqWriter(Writer):
         if "block_size" in attributes:
             self.need_opset(WIDE_OPSET, node)
         name = self.fresh(self.named(node, "weight"))
-        self.initializers[f"{name}.int"] = whole
-        self.names.add(f"{name}.int")
+        self.stored_as[name] = self.constant(whole, f"{name}.int")
         numbers = self._numbers(name, scale, zero_point, kind, scalar=not attributes)
-        self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}.int", *numbers], [name], name=f"{name}.dequantize", **attributes))
+        self._dequantize([self.stored_as[name], *numbers], name, attributes)
         self.made_of[id(op.weight)] = op.weight, name
         return name
 
@@ -152,11 +188,15 @@ class _QdqWriter(Writer):
             return super().parameter(node, name, value, shape, key)
         whole, step = on_grid
         own = self.fresh(self.named(node, "bias"))
-        self.constant(whole, f"{own}.int")
+        stored = self.constant(whole, f"{own}.int")
         scale = self.constant(step.reshape(() if step.size == 1 else -1), f"{own}.scale")
-        axis: dict[str, Any] = {} if step.size == 1 else {"axis": 0}
-        self.nodes.append(helper.make_node("DequantizeLinear", [f"{own}.int", scale], [own], name=f"{own}.dequantize", **axis))
+        self._dequantize([stored, scale], own, {} if step.size == 1 else {"axis": 0})
         return own
+
+    def _dequantize(self, inputs: Sequence[str], output: str, attributes: dict[str, Any]) -> None:
+        """A parameter from its whole numbers."""
+        name = self.fresh_node(f"{output}.dequantize")
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [output], name=name, **attributes))
 
     def _whole_bias(self, node: Node, op: Weighted, bias: AnyArray) -> tuple[AnyArray, AnyArray] | None:
         """A bias as int32 and its step in float32, if it lies on the grid of the layer's sums; else it stays in float."""

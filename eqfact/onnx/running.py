@@ -91,6 +91,16 @@ def run(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt
     return Running(model, outputs or (), optimized=optimized, entries=entries)(feeds, outputs)
 
 
+def fed(model: onnx.ModelProto | str | os.PathLike[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Arrays]:
+    """Inputs in batches as large as the model asks for, the last one filled up with the first entries; one batch if it takes any size."""
+    given = model if isinstance(model, onnx.ModelProto) else onnx.load(model, load_external_data=False)
+    sizes = [info.type.tensor_type.shape.dim[0].dim_value for info in given.graph.input if info.type.tensor_type.shape.dim]
+    count = max(map(len, feeds.values()))
+    size = max(sizes, default=0) or count
+    return [{name: np.take(array, np.arange(start, start + size), axis=0, mode="wrap") for name, array in feeds.items()}
+            for start in range(0, count, size)]
+
+
 def _prepared(model: onnx.ModelProto, path: Path | None, optimized: bool,
               entries: Mapping[str, str]) -> Callable[[Sequence[str], Arrays], Sequence[Any]]:
     """What computes the named values of inputs."""

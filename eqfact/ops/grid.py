@@ -63,7 +63,8 @@ class Grid:
                 unrounded = x / scale
             else:
                 step = np.asarray(step, dtype)
-                unrounded = np.rint(x / step) * (step / scale)
+                n = np.rint(np.divide(x, step, dtype=np.float64))  # exact as long as x itself tells it
+                unrounded = n.astype(dtype) * (step / scale)
             q = rounded(unrounded, self.rounding) + self.zero_point.astype(dtype)
         whole: npt.NDArray[np.int32] = np.clip(q, self.qmin, self.qmax).astype(np.int32)
         return whole

@@ -1,0 +1,154 @@
+"""Does onnxruntime, with all its optimizations, load every quantized network that is written, and compute what eqfact computes?
+
+One table: every op that reads or makes a stored value, with every granularity, number of bits, kind of grid, with biases and without.
+"""
+
+import itertools
+import zlib
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from onnx import helper
+
+import eqfact as eq
+import eqfact.onnx
+from eqfact.onnx.running import EXACT_SUMS, run
+from eqfact.quantization import grid_of
+
+
+def floats(*shape, seed=5):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def with_weights(op, *shape, **options):
+    return lambda biased: op(floats(*shape), floats(shape[0], seed=6) if biased else None, **options)
+
+
+#: What reads an input (4, 6), (4,), (4, 6, 6) or (24,), and whether it has a bias to leave out.
+LAYERS = {
+    "Dense": ((4,), with_weights(eq.Dense, 4, 4)),
+    "Conv": ((4, 6), with_weights(eq.Conv, 4, 4, 2)),
+    "Conv 2d": ((4, 6, 6), with_weights(eq.Conv, 4, 4, 2, 2, padding=1)),
+    "depthwise": ((4, 6), with_weights(eq.Conv, 4, 1, 3, groups=4)),
+    "grouped": ((4, 6), with_weights(eq.Conv, 4, 2, 3, groups=2)),
+    "ConvTranspose": ((4, 6), with_weights(eq.ConvTranspose, 4, 4, 2, stride=2)),
+    "grouped ConvTranspose": ((4, 6), with_weights(eq.ConvTranspose, 4, 2, 2, stride=2, groups=2)),
+}
+BATCH_NORM = eq.BatchNorm(floats(4), floats(4), floats(4), np.abs(floats(4)) + np.float32(0.1))
+OTHERS = [
+    eq.Identity(), eq.ReLU(), eq.LeakyReLU(0.1), eq.PReLU(np.float32([0.1, 0.2, 0.3, 0.4])), eq.Clip(0.0, 1.0),
+    eq.Clip(-0.5, np.float32([0.5, 1, 2, 3])), eq.MaxPool(2), eq.AvgPool(2), eq.GlobalAvgPool(), eq.Pad(1), eq.Upsample(2), eq.Flatten(),
+    eq.Unflatten((2, 2, 6)), eq.Transpose((1, 0)), eq.Slice(1, 3), eq.Permute((3, 1, 0, 2)), eq.Sigmoid(), eq.HardSigmoid(), eq.Tanh(),
+    eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(),
+]
+OPS = [*LAYERS, *OTHERS]
+WEIGHTS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, **granularity) for granularity, symmetric, bits in itertools.product(
+    ({}, {"granularity": "per_channel"}, {"granularity": "per_group", "group_size": 2}), (True, False), (4, 8, 16)))]
+ACTIVATIONS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, granularity=granularity) for granularity, symmetric, bits in
+                       itertools.product(("per_tensor", "per_channel"), (True, False), (4, 8, 16)))]
+
+
+def name_of(op):
+    return op if isinstance(op, str) else f"{type(op).__name__}{'s' * (np.size(getattr(op, 'high', 0)) > 1)}"
+
+
+def network(op, biased):
+    """A network in which the op reads a stored value and makes one, which a layer reads."""
+    if isinstance(op, (eq.Add, eq.Mul, eq.Concat)):
+        first = [eq.Node("p", eq.Conv(floats(4, 4, 1)), ["x"]), eq.Node("r", eq.ReLU(), ["p"]), eq.Node("op", op, ["r", "x"])]
+        shape = (4, 6)
+    else:
+        shape, made = ((24,) if isinstance(op, eq.Unflatten) else (4, 6), op) if not isinstance(op, str) else (
+            LAYERS[op][0], LAYERS[op][1](biased))
+        first = [eq.Node("op", made, ["x"])]
+    channels, *space = eq.Graph({"x": shape}, first, ["op"]).shapes["op"]
+    layer = eq.Conv if space else eq.Dense
+    return eq.Graph({"x": shape}, [*first, eq.Node("y", layer(floats(3, channels, *(1 for _ in space), seed=7),
+                                                              floats(3, seed=8) if biased else None), ["op"])], ["y"])
+
+
+def steps_apart(quantized, path, x):
+    """By how many steps of its grid the output is apart, per entry; outputs in float by 255ths of the largest."""
+    ours, theirs = eq.forward(quantized, x), run(path, {"x": x}, optimized=True, entries=EXACT_SUMS)["y"]
+    grid = grid_of(quantized, "y")
+    step = np.abs(ours).max() / 255 if grid is None else grid.scale.reshape(-1, *(1,) * (ours.ndim - 2))
+    return np.abs(ours - theirs) / step
+
+
+@pytest.mark.parametrize("op", OPS, ids=name_of)
+def test_every_op_runs_on_every_grid_and_with_every_weight(op, tmp_path):
+    """A sixth of all pairs of quantizers for each op, another sixth for every next; all pairs were run once."""
+    start = zlib.crc32(name_of(op).encode())
+    pairs = [pair for i, pair in enumerate(itertools.product(WEIGHTS, ACTIVATIONS)) if (i + start) % 6 == 0]
+    for i, (weights, activations) in enumerate(pairs):
+        graph = network(op, biased=bool(i % 2))
+        x = floats(9, *graph.inputs["x"], seed=9)
+        quantized = eq.quantize(graph, weights=weights, activations=activations, stats=eq.calibrate(graph, x), outputs=bool(i // 2 % 2),
+                                biases=i % 5 != 4)
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+        apart = steps_apart(quantized, tmp_path / "net.onnx", x)
+        # float sums between two steps may part, and 16 bits are finer than the rounding of float sums
+        fine = activations is not None and activations.bits == 16
+        assert np.quantile(apart, 0.95) < (2.01 if fine else 0.01), (weights, activations, i, apart.max())
+
+
+@pytest.mark.parametrize("activations", [eq.UniformQuantizer(8, symmetric=False), eq.UniformQuantizer(16, symmetric=False), None], ids=str)
+@pytest.mark.parametrize("weights", [eq.UniformQuantizer(8), eq.UniformQuantizer(8, symmetric=False), eq.UniformQuantizer(4),
+                                     eq.UniformQuantizer(4, granularity="per_group", group_size=16),
+                                     eq.UniformQuantizer(8, granularity="per_channel")], ids=str)
+@pytest.mark.parametrize("kind", ["MatMul", "MatMul, Add", "Gemm"])
+def test_products_with_weights_in_by_out_are_not_rounded_once_more(kind, weights, activations, tmp_path):
+    """onnxruntime makes MatMulNBits of them, which quantizes what it reads by itself, blockwise, in 8 bits: networks that came with such
+    weights were off by hundreds of steps of 16 bits."""
+    nodes = []
+    for source, w, b, made in (("x", "w", "b", "h"), ("r", "v", "c", "y")):
+        if kind == "Gemm":
+            nodes.append(helper.make_node("Gemm", [source, w, b], [made]))
+        else:
+            last = made if kind == "MatMul" else f"{made}.product"
+            nodes += [helper.make_node("MatMul", [source, w], [last]), *([helper.make_node("Add", [last, b], [made])] * (last != made))]
+        nodes += [helper.make_node("Relu", ["h"], ["r"])] * (made == "h")
+    constants = {"w": floats(64, 64), "b": floats(64), "v": floats(64, 7), "c": floats(7)}
+    model = small.model(nodes, {"x": ["N", 64]}, ["y"], constants, opset=21)
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "float.onnx")
+    graph = eqfact.onnx.load(tmp_path / "float.onnx")
+    x = floats(20, 64, seed=9)
+    quantized = eq.quantize(graph, weights=weights, activations=activations, stats=eq.calibrate(graph, x), outputs=activations is not None)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+    apart = steps_apart(quantized, tmp_path / "net.onnx", x)
+    fine = activations is not None and activations.bits == 16
+    assert np.quantile(apart, 0.95) < (2.01 if fine else 0.01)
+    assert apart.max() < 2.01
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("op", ["Dense", "Conv", "Conv 2d", "depthwise", "grouped"])
+def test_layers_of_8_bits_still_run_in_integers(op, biased, tmp_path):
+    """What is hidden from engines is what they would get wrong, and no more; a group that holds all inputs of a channel is a channel."""
+    for weights in (w for w in WEIGHTS if w is not None and w.bits == 8 and (w.symmetric or w.granularity == "per_tensor")):
+        graph = network(op, biased)
+        x = floats(9, *graph.inputs["x"], seed=9)
+        quantized = eq.quantize(graph, weights=weights, activations=eq.UniformQuantizer(8, symmetric=False), stats=eq.calibrate(graph, x),
+                                outputs=True)
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+        small.run_ort(tmp_path / "net.onnx", {"x": x}, integers=tmp_path / "run.onnx")
+        kinds = [n.op_type for n in onnx.load(tmp_path / "run.onnx").graph.node]
+        grouped = weights.granularity == "per_group"
+        expected = 0 if grouped and op in ("Dense", "Conv", "Conv 2d") else 1 if grouped else 2
+        assert kinds.count("QLinearConv") + kinds.count("QGemm") == expected, (weights, kinds)
+
+
+def test_a_layer_whose_sums_do_not_fit_is_refused(tmp_path):
+    """One made by hand: its weights fit, its bias fits, and an engine would wrap their sum."""
+    grid = eq.Grid(np.full((1, 1), 1e-5), np.zeros((1, 1)), -128, 127)
+    op = eq.Dense(np.float32([[127e-5]]), np.float32([21474.6]), grid=grid)
+    read, out = (eq.FakeQuantize(eq.Grid(np.full(1, scale), np.zeros(1), 0, 255)) for scale in (1.0, 85.0))
+    step = float(np.float32(1e-5))
+    graph = eq.Graph.chain((1,), q=read, fc=op, y=eq.FakeQuantize(out.grid, np.array([step])))
+    with pytest.raises(eqfact.onnx.OnnxError, match=r"node 'y': it rounds sums in steps of 1e-05, and 'fc' is made in no steps, or sums "
+                                                    r"that 32 bits may not hold; quantize the network again, after all changes"):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    assert not (tmp_path / "net.onnx").exists()
