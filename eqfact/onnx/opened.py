@@ -26,9 +26,11 @@ from eqfact.onnx.building import names_read
 from eqfact.onnx.importing import Importer, errors_of
 from eqfact.onnx.origin import Foreign, OnnxError, Source, sizes
 from eqfact.onnx.patching import save as patched
-from eqfact.onnx.qdq import save_qdq
+from eqfact.onnx.qdq import QdqWriter
 from eqfact.onnx.reading import read_model
+from eqfact.onnx.exporting import write_model
 from eqfact.onnx.running import Arrays, Running
+from eqfact.onnx.splicing import spliced
 from eqfact.onnx.views import View
 from eqfact.ops import BatchNorm, Shape, Weighted
 
@@ -129,10 +131,8 @@ class Opened:
         patched(path, graph, self.graph, self.source, whole=self.whole)
 
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
-        """Write a quantized form of the graph as :func:`eqfact.onnx.save_qdq` does; only for files that are understood whole."""
-        if not self.whole:
-            raise OnnxError(f"{self.path}: only parts of the file are understood; a quantized network is written where all of it is")
-        save_qdq(path, graph)
+        """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is."""
+        write_model(path, QdqWriter(path, graph).model() if self.whole else spliced(path, graph, self.graph, self.source, QdqWriter))
 
 
 def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # noqa: A001  # eqfact.onnx.open, as it is read

@@ -50,10 +50,10 @@ def save_qdq(path: Path_, graph: Graph) -> None:
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node, for a rounding other than half to even in
     activations, for layers changed after they were quantized, and for all that :func:`eqfact.onnx.save` refuses; no file is left then.
     """
-    write_model(path, _QdqWriter(path, graph).model())
+    write_model(path, QdqWriter(path, graph).model())
 
 
-class _QdqWriter(Writer):
+class QdqWriter(Writer):
     """A writer that writes what lies on a grid as whole numbers."""
 
     def __init__(self, path: Path_, graph: Graph) -> None:

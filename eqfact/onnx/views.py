@@ -167,7 +167,7 @@ class View:
 
     def tensor_of(self, value: AnyArray) -> AnyArray:
         """The tensor, from its value ``(N, C, *spatial)``."""
-        split, order = self._in_atoms()
+        split, order = self.atoms()
         sizes = [len(value) if a.is_batch else a.size for a in split]
         whole = value.reshape(sizes if BATCH in split else [len(value), *sizes])
         if BATCH not in split:
@@ -176,7 +176,7 @@ class View:
 
     def value_of(self, tensor: AnyArray) -> AnyArray:
         """The value ``(N, C, *spatial)``, from the tensor."""
-        split, order = self._in_atoms()
+        split, order = self.atoms()
         count = next((n for n, axis in zip(tensor.shape, self.axes, strict=True) if axis == (BATCH,)), None)
         if count is None:
             count = tensor.size // math.prod(self.shape)
@@ -184,14 +184,14 @@ class View:
         back: AnyArray = tensor.reshape(sizes).transpose([int(i) for i in np.argsort(order)]).reshape(count, *self.shape)
         return back
 
-    def _in_atoms(self) -> tuple[list[Atom], list[int]]:
+    def atoms(self) -> tuple[list[Atom], list[int]]:
         """The atoms as the value has them, batch first, and the order of these in the tensor."""
         split = [a for axis in range(-1, len(self.shape)) for a in self.atoms_of(axis)]
         return split, [split.index(a) for axis in self.axes for a in axis]
 
     def spread(self, vector: AnyArray) -> AnyArray:
         """One entry a channel of the value, as it broadcasts against the tensor."""
-        split, order = self._in_atoms()
+        split, order = self.atoms()
         beside = {a for axis in self.axes if any(a.axis == 0 for a in axis) for a in axis}  # channels, and what shares an axis with them
         if BATCH in beside:
             raise ValueError("its channels share an axis with the batch")

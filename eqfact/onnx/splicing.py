@@ -1,0 +1,145 @@
+"""How does a graph of another structure (quantized, say) go into the file that it is part of? As a network of its own among the kept nodes.
+
+The whole graph is written anew, every value batch and channels first. What else the file has is copied, and reads the tensors that it
+read before: these are made of the graph's values, in their own order of axes, where somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx
+from onnx import helper, numpy_helper
+
+from eqfact.graph import Graph
+from eqfact.onnx.building import names_read
+from eqfact.onnx.exporting import Writer
+from eqfact.onnx.origin import OnnxError, Origin, Source, sizes
+from eqfact.onnx.reading import OLDEST_WRITTEN, opset
+from eqfact.onnx.views import BATCH, View
+from eqfact.ops import AvgPool, MaxPool, Rearrange, Take, Unflatten
+
+#: Ops that are written with sizes of their inputs in them.
+SIZED = (AvgPool, MaxPool, Rearrange, Take, Unflatten)
+
+
+def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, kind: type[Writer]) -> onnx.ModelProto:
+    """The file of ``source``, of which ``read`` was understood, with ``graph`` as ``kind`` writes it in the place of that."""
+    if opset(source.model) < OLDEST_WRITTEN:
+        raise OnnxError(f"{path}: the file has opset {opset(source.model)}, and what is written into it needs {OLDEST_WRITTEN} at least; "
+                        "convert it with onnx.version_converter")
+    protos = source.model.graph.node
+    views = {name: tensor for name, tensor in source.tensors.items() if isinstance(tensor, View)}
+    made = {node.origin.makes: node.name for node in read.nodes if isinstance(node.origin, Origin) and node.origin.makes in views
+            and views[node.origin.makes].value == node.name}
+    taken = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(source.initializers) | set(graph.shapes)
+    away = {value for tensor, value in made.items() if tensor != value or not views[tensor].plain}
+    away |= {value for value in (*graph.shapes, *read.shapes) if value in taken - graph.shapes.keys()}
+    names = {value: _fresh(f"{value}.samples", taken) for value in sorted(away)}
+    writer = kind(path, _renamed(graph, names))
+    writer.names |= taken
+    writer.node_names = {str(proto.name) for proto in protos}
+    inner = writer.model()
+    ops = set(made) | {str(proto.output[0]) for proto in protos for name in proto.output
+                       if name in views and views[name].value in read.shapes and views[name].value not in read.inputs and name in made}
+    nodes = [*inner.graph.node, *(proto for proto in protos if proto.output and proto.output[0] not in ops)]
+    extra: dict[str, onnx.TensorProto] = {}
+    for tensor, value in made.items():
+        if names.get(value, value) != tensor:
+            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], extra, taken)
+    for value in graph.inputs:
+        tensor = next(name for name, view in views.items() if view.value == value)
+        if names.get(value, value) != tensor:
+            nodes += _value_from(tensor, names.get(value, value), views[tensor], extra, taken)
+    nodes = _ordered(nodes, {str(info.name) for info in source.model.graph.output})
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    model.ir_version = max(model.ir_version, inner.ir_version)
+    for standard in model.opset_import:
+        if standard.domain in ("", "ai.onnx"):
+            standard.version = max(standard.version, opset(inner))
+    if opset(inner) != opset(source.model) and any(proto.output[0] not in ops for proto in protos if proto.output):
+        raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have {opset(source.model)}; "
+                        "convert the file with onnx.version_converter")
+    if any(isinstance(node.op, SIZED) for node in graph.nodes):
+        _fix_sizes(model, views, source)
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    wanted = {name for node in nodes for name in names_read(node)} | {info.name for info in model.graph.output}
+    own = {tensor.name: tensor for tensor in inner.graph.initializer}
+    model.graph.initializer.extend(tensor for name, tensor in {**own, **extra}.items() if name in wanted)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in source.initializers.items()
+                                   if name in wanted and name not in own)
+    return model
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    candidates = (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2)))
+    found = next(c for c in candidates if c not in taken)
+    taken.add(found)
+    return found
+
+
+def _renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
+    """The graph with other names for some values."""
+    nodes = tuple(replace(node, name=names.get(node.name, node.name), inputs=tuple(names.get(i, i) for i in node.inputs))
+                  for node in graph.nodes)
+    return Graph({names.get(n, n): shape for n, shape in graph.inputs.items()}, nodes, tuple(names.get(o, o) for o in graph.outputs))
+
+
+def _shape(name: str, dims: list[int], extra: dict[str, onnx.TensorProto], taken: set[str]) -> str:
+    name = _fresh(name, taken)
+    extra[name] = helper.make_tensor(name, onnx.TensorProto.INT64, [len(dims)], dims)
+    return name
+
+
+def _tensor_from(tensor: str, value: str, view: View, extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
+    """Nodes that make a tensor of its value: split into atoms, ordered, joined."""
+    split, order = view.atoms()
+    batch = [a.is_batch for a in split]
+    whole = [-1 if a.is_batch else a.size for a in split]
+    parts, moved = (_fresh(f"{tensor}.{what}", taken) for what in ("parts", "moved"))
+    target = [-1 if BATCH in axis else math.prod(a.size for a in axis) for axis in view.axes]
+    return [helper.make_node("Reshape", [value, _shape(f"{tensor}.split", whole if any(batch) else [*whole], extra, taken)], [parts]),
+            helper.make_node("Transpose", [parts], [moved], perm=order),
+            helper.make_node("Reshape", [moved, _shape(f"{tensor}.shape", target, extra, taken)], [tensor])]
+
+
+def _value_from(tensor: str, value: str, view: View, extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
+    """Nodes that make a value of a tensor: the way back."""
+    split, order = view.atoms()
+    parts, moved = (_fresh(f"{value}.{what}", taken) for what in ("parts", "moved"))
+    back = [order.index(i) for i in range(len(order))]
+    return [helper.make_node("Reshape", [tensor, _shape(f"{value}.split", [-1 if split[i].is_batch else split[i].size for i in order],
+                                                        extra, taken)], [parts]),
+            helper.make_node("Transpose", [parts], [moved], perm=back),
+            helper.make_node("Reshape", [moved, _shape(f"{value}.shape", [-1, *view.shape], extra, taken)], [value])]
+
+
+def _ordered(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that outputs need, in dependency order."""
+    maker = {str(name): i for i, node in enumerate(nodes) for name in node.output if name}
+    wanted, todo = set[int](), [maker[name] for name in outputs if name in maker]
+    needs: dict[int, set[int]] = {}
+    while todo:
+        i = todo.pop()
+        if i in wanted:
+            continue
+        wanted.add(i)
+        needs[i] = {maker[name] for name in names_read(nodes[i]) if name in maker}
+        todo += needs[i]
+    return [nodes[i] for i in graphlib.TopologicalSorter({i: sorted(needs[i]) for i in sorted(wanted)}).static_order()]
+
+
+def _fix_sizes(model: onnx.ModelProto, views: Mapping[str, View], source: Source) -> None:
+    """State the sizes that the graph was read for, where the file leaves them open."""
+    for info in model.graph.input:
+        view = views.get(info.name)
+        if view is not None and any(n is None for n in sizes(info)[1:]):
+            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                if BATCH not in view.axes[axis] and not dim.dim_value > 0:
+                    dim.dim_value = view.size(axis)
