@@ -8,7 +8,7 @@ rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,6 +170,15 @@ class FakeQuantize(Blocking):
                 raise ValueError(f"channel {channel}: a sum of {sums[channel]:.10g} steps does not fit into an integer engine's 32 bits, "
                                  f"which hold less than {ACCUMULATOR}; raise the scale of the weights, as eqfact.quantize does")
         return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """Rounding is monotone: how far the ends of the interval come apart."""
+        (e,), (x,) = errors, inputs
+        with np.errstate(over="ignore"):
+            low, middle, high = (self.forward(v) for v in (x - u * e, x, x + u * e))
+        return np.maximum(high - middle, middle - low) / x.dtype.type(u)
+
+    rounds = Op.rounds
 
 
 def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nets import NETS as TABLE
 
 import eqfact as eq
+from eqfact.ops import convolution, weighted
 from eqfact.testing.strategies import batches, factorizations, networks
 
 # ------------------------------------------------------------------------------------------------ sqnr
@@ -95,7 +96,10 @@ def test_every_rescaled_network_is_equal_and_itself_without_error(build, dtype):
     itself = eq.verify(graph, graph, x)
     assert itself.equal is True
     assert itself.max_error == 0
-    assert itself.message.startswith("equal: largest error 0 within ")
+    assert itself.message == "equal: the same operations on the same parameters"
+    copied = eq.verify(graph, graph.with_ops({n.name: dataclasses.replace(n.op) for n in graph}), x)
+    assert copied.max_error == 0
+    assert copied.message.startswith("equal: largest error 0 within ")
     rng = np.random.default_rng(2)
     resolved = eq.channels(graph)
     for spread in (0.1, 1.0, 5.0):  # factors up to a hundred thousand
@@ -313,6 +317,84 @@ def test_an_attenuated_clip_that_stays_at_6_is_found_only_on_data_that_saturates
     assert not eq.verify(graph, wrong, np.array([[1.0], [7.0]]))
 
 
+#: What ends a network of one convolution, and the numbers that its middle channel makes: all behind them are as small, or smaller.
+ENDS = {
+    "nothing": ([], 1.0), "relu": ([eq.ReLU()], 1.0), "relu6": ([eq.ReLU6()], 1.0), "clip": ([eq.Clip(-1.0, 2.0)], 1.0),
+    "clip a channel": ([eq.Clip(np.array([-1.0, -3.0, 0.0]), np.array([2.0, 1.0, 3.0]))], 1.0), "leaky": ([eq.LeakyReLU(0.1)], 1.0),
+    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0), "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
+    "maximum": ([eq.MaxPool(2)], 1.0), "mean": ([eq.GlobalAvgPool(), eq.ReLU6()], 1.0), "gelu": ([eq.GELU()], 1e-2),
+    "slice of a pad": ([eq.Pad(1, 1.5), eq.Slice(1, 2)], 1.0), "silu": ([eq.SiLU()], 1e-2), "hardswish": ([eq.HardSwish()], 1e-2),
+    "sigmoid": ([eq.Sigmoid()], None), "softmax": ([eq.Softmax()], None), "softmax over space": ([eq.Softmax(2)], None),
+    "sigmoid and clip": ([eq.Sigmoid(), eq.ReLU6()], None), "gelu far out": ([eq.GELU(True)], -3.0), "silu far out": ([eq.SiLU()], -30.0),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("smaller", [1.0, 1e-4, 1e-8, 1e-20])
+def test_a_change_of_a_small_channel_is_found_whatever_comes_behind(dtype, end, smaller):
+    """Neither the bound of a Clip nor the 1 of a Softmax nor a padded constant excuses an error of a number that is smaller than these."""
+    ops, size = ENDS[end]
+    rng = np.random.default_rng(30)
+    weight = rng.uniform(0.5, 1, (3, 2, 1))
+    if size is None:  # logits far below the others, in some pixels
+        weight[1] *= -40 * (1 - smaller / 2)
+    else:
+        weight[1] *= size * (smaller if size > 0 else 1)
+    x = rng.uniform(0.5, 1, (2, 2, 6)).astype(dtype)
+    graph = eq.Graph.chain((2, 6), a=eq.Conv(weight.astype(dtype)), **{f"end{i}": op for i, op in enumerate(ops)})
+    copied = {n.name: dataclasses.replace(n.op) for n in graph}
+    for change in (1e-3, 1e-2, 1.0):
+        wrong = graph.with_ops({**copied, "a": eq.Conv((weight * (1 + change * np.array([0, 1, 0]))[:, None, None]).astype(dtype))})
+        for a, b in ((graph, wrong), (wrong, graph)):
+            assert not eq.verify(a, b, x)
+    assert eq.verify(graph, graph.with_ops(copied), x)
+
+
+def in_float64(graph):
+    """The same network, its parameters converted."""
+    def converted(op):
+        fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+        return dataclasses.replace(op, **{k: v.astype(np.float64) for k, v in fields.items() if isinstance(v, np.ndarray)})
+
+    ops = {id(node.op): converted(node.op) for node in graph}
+    return graph.with_ops({node.name: ops[id(node.op)] for node in graph})
+
+
+def with_row_times(graph, name, row, by):
+    """One output channel of a layer multiplied, weights and bias, at all its uses."""
+    op = graph[name].op
+    rows = np.where(np.arange(op.out_channels) == row, by, 1.0)
+    wrong = dataclasses.replace(op, weight=(op.weight * rows.reshape(-1, *[1] * (op.weight.ndim - 1))).astype(op.weight.dtype),
+                                bias=None if op.bias is None else (op.bias * rows).astype(op.bias.dtype))
+    return graph.with_ops({node.name: wrong for node in graph if node.op is op})
+
+
+@settings(max_examples=200)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g), factorizations(g, powers_of_two=False))),
+       st.sampled_from([1.0, 1e-2, 1e-4, 1e-6, 1e-8]), st.sampled_from([1.001, 1.01, 1.1, 2.0, -1.0]), st.integers(0, 2**32 - 1))
+def test_a_change_that_moves_an_output_far_beyond_its_roundings_is_found(drawn, smaller, by, seed):
+    """Random networks with a row at any scale, and another row wrong, in float32: how large roundings are tells the network in float64."""
+    graph, x, factors = drawn
+    layers = [node.name for node in graph if isinstance(node.op, (eq.Dense, eq.Conv, eq.ConvTranspose))]
+    if graph.dtype != np.float32 or not layers:
+        return
+    rng = np.random.default_rng(seed)
+    small, wrong = (layers[i] for i in rng.integers(len(layers), size=2))
+    graph = with_row_times(graph, small, rng.integers(graph[small].op.out_channels), smaller)
+    truth, exact = eq.values(graph, x), eq.values(in_float64(graph), {n: eq.values(graph, x)[n].astype(np.float64) for n in graph.inputs})
+    for start in (graph, eq.Factorization(eq.channels(graph), factors.by_label).apply(graph)):
+        assert eq.verify(graph, start, x).message.startswith("equal: ")
+        changed = with_row_times(start, wrong, rng.integers(start[wrong].op.out_channels), by)
+        off = eq.values(changed, x)
+        for name in graph.outputs:
+            axes = (0, *range(2, truth[name].ndim))
+            moved, rounded, size = (np.abs(v).max(axis=axes) for v in (off[name] - truth[name], exact[name] - truth[name], truth[name]))
+            if np.any((moved > 5e-4 * size) & (moved > 1e4 * np.maximum(rounded, 2.0**-24 * size)) & (size > 0)):
+                assert not eq.verify(graph, changed, x)
+                assert not eq.verify(changed, graph, x)
+
+
 # ------------------------------------------------------------------------------------------------ depth
 
 
@@ -378,6 +460,58 @@ def test_fifty_layers_are_still_equal_after_folding_and_equalization_and_one_per
         weight = op.weight.copy()
         weight[np.unravel_index(np.argmax(np.abs(weight) * read[:, None]), weight.shape)] *= 1.01
         parts_at(graph, result.graph.with_ops({"bn25": dataclasses.replace(op, weight=weight)}), x, "bn25")
+
+
+# ------------------------------------------------------------------------------------------------ what it costs
+
+
+def convolutions(monkeypatch, verdict):
+    """How many convolutions a verdict takes."""
+    calls = []
+    right = convolution.convolve
+    with monkeypatch.context() as counting:
+        counting.setattr(weighted, "convolve", lambda *args: calls.append(1) or right(*args))
+        assert verdict()
+    return len(calls)
+
+
+def stack(layers, dtype="float32"):
+    """Depthwise and pointwise convolutions in turn, behind one another."""
+    m = Maker(31, dtype)
+    ops = {}
+    for i in range(layers // 2):
+        ops |= {f"a{i}": m.conv(6, 6, 1, 1), f"act{i}": eq.ReLU6(), f"b{i}": m.conv(6, 1, 3, 3, groups=6, padding=1), f"out{i}": eq.ReLU6()}
+    return eq.Graph.chain((6, 8, 8), **ops, head=m.conv(2, 6, 1, 1))
+
+
+def test_a_verdict_takes_no_more_than_five_convolutions_a_layer(monkeypatch):
+    """Both networks from end to end, the second once more from where it starts afresh, and |W| for the errors; outputs twice that."""
+    graph = stack(20)
+    x = Maker(32, "float32").data(graph)
+    other, _ = rescaled(graph)
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, other, x)) <= 5 * 21 + 3
+
+
+def test_what_two_networks_share_is_computed_once(monkeypatch):
+    """The same ops on the same values give the same values: nothing is compared before the networks differ."""
+    graph = stack(20)
+    x = Maker(32, "float32").data(graph)
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, graph, x)) == 21
+    same = eq.Graph(dict(graph.inputs), graph.nodes, graph.outputs)
+    assert eq.verify(graph, same, x).message == "equal: the same operations on the same parameters"
+    end = graph.with_ops({"head": dataclasses.replace(graph["head"].op)})
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, end, x)) <= 21 + 8
+    wrong = graph.with_ops({"head": dataclasses.replace(graph["head"].op, bias=graph["head"].op.bias + np.float32(0.1))})
+    parts_at(graph, wrong, x, "head")
+    elsewhere = graph.with_ops({"b3": dataclasses.replace(graph["b3"].op, weight=graph["b3"].op.weight * np.float32(1.01))})
+    parts_at(graph, elsewhere, x, "b3")
+
+
+def test_the_same_op_on_other_values_is_not_the_same_value():
+    op = eq.Dense(np.array([[2.0]]))
+    a = eq.Graph({"x": (1,), "y": (1,)}, [eq.Node("out", op, ["x"])], ["out"])
+    b = eq.Graph({"x": (1,), "y": (1,)}, [eq.Node("out", op, ["y"])], ["out"])
+    assert not eq.verify(a, b, {"x": np.array([[1.0]]), "y": np.array([[3.0]])})
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
