@@ -126,7 +126,7 @@ def run_quantize(args: Args) -> Facts:
     written = _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise)}),
         args.output: partial(network.save, graph=quantized, quantized=True)})
-    return written | {"run": _run(args.output, start, quantized, images.first(VERIFIED))}
+    return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
 
 
 def run_verify(args: Args) -> Facts:
@@ -264,10 +264,11 @@ def _verification(graph: Graph, other: Graph, images: files.Images, count: int =
     return {"ok": verdict.equal, "verification": {**asdict(verdict), "data": images.source}}
 
 
-def _run(path: str, graph: Graph, quantized: Graph, images: files.Images) -> Facts | None:
+def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, images: files.Images) -> Facts | None:
     """How far onnxruntime's outputs of a written file are from eqfact's, as a share of the largest; None for other files, or without it.
 
-    And how far its sums of 16 bits, of which processors without VNNI have one of two products, are from whole ones.
+    And how far its sums of 16 bits, of which processors without VNNI have one of two products, are from whole ones. Outputs that kept nodes
+    make are compared with those of the file that was read alone.
     """
     if files.network_kind(path) != ".onnx":
         return None
@@ -275,22 +276,33 @@ def _run(path: str, graph: Graph, quantized: Graph, images: files.Images) -> Fac
     if not running.runtime().startswith("onnxruntime"):
         return None
     facts: Facts = {"with": running.runtime(), "data": images.source}
-    feeds = running.fed(path, {name: array.astype(np.float32) for name, array in images.arrays.items()})
-    ours = {name: np.concatenate([_outputs(quantized, feed)[name] for feed in feeds]) for name in quantized.outputs}
-    truth = {name: np.concatenate([_outputs(graph, feed)[name] for feed in feeds]) for name in graph.outputs}
+    if network.partly:
+        feeds = network.file.parts(images.feeds, VERIFIED)
+        ours = {}
+        truth = _joined([running.run(network.path, feed) for feed in feeds])
+    else:
+        feeds = running.fed(path, {name: array.astype(np.float32) for name, array in images.arrays.items()})
+        ours = _joined([_outputs(quantized, feed) for feed in feeds])
+        truth = _joined([_outputs(graph, feed) for feed in feeds])
+    truth = {name: array for name, array in truth.items() if array.dtype.kind == "f"}
 
     def theirs(entries: Mapping[str, str]) -> dict[str, Any]:
-        answers = [running.run(path, feed, optimized=True, entries=entries) for feed in feeds]
-        return {name: np.concatenate([answer[name] for answer in answers]) for name in ours}
+        answers = _joined([running.run(path, feed, optimized=True, entries=entries) for feed in feeds])
+        return {name: answers[name] for name in truth}
 
     def apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
         return {name: float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() or 1)) for name in b}
     try:
         default = theirs({})
-        facts |= {"difference": apart(default, ours), "sqnr": {name: sqnr(truth[name], default[name]) for name in ours}}
-        return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values())}
+        facts |= {"difference": apart(default, ours), "sqnr": {name: sqnr(truth[name], default[name]) for name in truth}}
+        return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values(), default=0.0)}
     except OnnxError as error:
         return facts | {"error": str(error)}
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arrays by name, joined along their first axis."""
+    return {name: np.concatenate([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
 
 
 def _outputs(graph: Graph, feed: Mapping[str, Any]) -> Mapping[str, Any]:

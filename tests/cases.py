@@ -337,6 +337,25 @@ def table(dtype: Any) -> list[Case]:
     row("permute, channel shuffle", eq.Permute((0, 3, 1, 4, 2, 5)), (6, 2), expected=lambda x: (
         np.float64(x).reshape(-1, 2, 3, 2).transpose(0, 2, 1, 3).reshape(-1, 6, 2)))
 
+    row("rearrange, depth to space", eq.Rearrange(((2, 2, 2), (2,), (3,)), ((2,), (3, 0), (4, 1))), (8, 2, 3),
+        expected=onnx("DepthToSpace", blocksize=2))
+    row("rearrange, space to depth", eq.Rearrange(((2,), (2, 2), (3, 2)), ((2, 4, 0), (1,), (3,))), (2, 4, 6),
+        expected=onnx("SpaceToDepth", blocksize=2))
+    row("rearrange, some channels into space", eq.Rearrange(((2, 3), (4,)), ((2, 0), (1,))), (6, 4), expected=lambda x: np.stack(
+        [np.float64(x)[:, 3 * i:3 * i + 3, j] for j in range(4) for i in range(2)], axis=1))
+    row("rearrange, space by space", eq.Rearrange(((2,), (3,), (4,)), ((0,), (2, 1))), (2, 3, 4), expected=lambda x: np.stack(
+        [np.float64(x)[:, :, i, j] for j in range(4) for i in range(3)], axis=2))
+    row("take channels, one twice", eq.Take((2, 0, 2)), (3, 2), expected=onnx("Gather", np.array([2, 0, 2]), axis=1))
+    row("take backwards over space", eq.Take((3, 1), axis=2), (3, 2, 4), expected=lambda x: np.float64(x)[:, :, :, 3:0:-2])
+    row("take, reflected over space", eq.Take((2, 1, 0, 1, 2, 3, 2), axis=1), (2, 4), expected=lambda x: np.pad(
+        np.float64(x), ((0, 0), (0, 0), (2, 1)), mode="reflect"))
+    row("concat over space", eq.Concat(axis=1), (3, 2, 4), (3, 1, 4), expected=onnx("Concat", axis=2))
+    row("concat three over the last axis", eq.Concat(axis=2), (2, 2, 1), (2, 2, 2), (2, 2, 3), expected=onnx("Concat", axis=3))
+    c, d = a(3, 2, 1), a(1, 2, 4)
+    row("affine over space", eq.Affine(c, d), (3, 2, 4), expected=lambda x, c=c, d=d: np.float64(x) * c + d)
+    c = a(1, 4)
+    row("affine, a mask", eq.Affine((c > 0).astype(dtype), np.zeros((3, 1), dtype)), (3, 4), expected=lambda x, c=c: np.where(c > 0, x, 0.0))
+
     # blocking
     row("sigmoid", eq.Sigmoid(), (3, 4), expected=entrywise(lambda x: (1 + math.tanh(x / 2)) / 2))
     row("tanh", eq.Tanh(), (3, 4), expected=entrywise(lambda x: math.sinh(x) / math.cosh(x)))

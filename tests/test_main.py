@@ -290,7 +290,7 @@ def test_batches_change_nothing(run, monkeypatch):
     for a, b in zip(whole["tensors"], pieces["tensors"], strict=True):
         for key, value in a.items():
             assert b[key] == (pytest.approx(value) if isinstance(value, float) else value)
-    images = files.load_images("images.npz", NET)
+    images = files.load_images("images.npz", files.Network("net.npz", NET))
     assert [len(batch["x"]) for batch in images.batches()] == [5, 5, 2] and len(images.first(3)) == 3
 
 
@@ -402,7 +402,7 @@ USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --me
          "equalize net.npz -o out.npz --method one_step --apply f.npz", "equalize net.npz -o out.npz --apply f.npz --tol 0.1",
          "inspect net.onnx --input-shape x", "inspect net.onnx --input-shape x=", "inspect net.onnx --input-shape =3,4,4",
          "inspect net.onnx --input-shape x=3,H,W", "inspect net.onnx --input-shape x=3,0,4",
-         "inspect net.onnx --input-shape x=3,4,4 --input-shape x=3,4,4", "demo --opaque",
+         "inspect net.onnx --input-shape x=3,4,4 --input-shape x=3,4,4", "demo --strict",
          "quantize net.npz -o out.npz", "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
 
 
@@ -571,20 +571,48 @@ VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quant
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_reads_onnx_files_with_open_sizes_and_foreign_ops(run, hard_onnx, verb):
-    line = f"{verb} hard.onnx {VERBS[verb]}" + (" --data images.npz" if verb in ("equalize", "quantize", "report") else "")
-    status, error = run(line)
-    assert status == 3 and "(?, 2, ?, ?)" in error and "on the command line --input-shape x=C,H,W" in error
-    status, error = run(f"{line} --input-shape x=2,6,6")
-    assert status == 3 and "'y' (Cos)" in error and "on the command line --opaque" in error
-    assert not Path("out.onnx").exists()
-    assert facts_of(run, f"{line} --input-shape x=2,6,6 --opaque")["ok"]
-    assert run(f"{line} --input-shape x=2,6,6 --input-shape z=3 --opaque") == (
-        3, "eqfact: error: hard.onnx: input_shapes (--input-shape) names ['z'], the network's inputs are ['x']\n")
+    line = f"{verb} hard.onnx {VERBS[verb]}"
+    if verb in ("inspect", "fold", "verify"):  # the others take sizes from the data
+        status, error = run(line)
+        assert status == 3 and "(?, 2, ?, ?)" in error and "--input-shape x=C,H,W" in error and "--data" in error
+        assert not Path("out.onnx").exists()
+    shaped = f"{line} --input-shape x=2,6,6" if verb in ("inspect", "fold", "verify") else f"{line} --data images.npz"
+    assert run(f"{shaped} --strict")[0] == 3 and not Path("out.onnx").exists()
+    facts = facts_of(run, shaped)
+    assert facts["ok"] and [kept["op_type"] for kept in facts["kept"]] == ["Cos"] and "no such layer" in facts["kept"][0]["reason"]
+    assert run(shaped)[1].startswith("hard.onnx: 3 of 4 nodes are understood; 1 kept (Cos: eqfact has no such layer)\n")
+    assert run(f"{line} --input-shape x=2,6,6 --input-shape z=3")[0] == 3
     if verb == "inspect":
-        assert facts_of(run, f"{line} --input-shape x=2,6,6 --opaque")["outputs"] == {"y": [3, 4, 4]}
+        assert facts["outputs"] == {"conv2": [3, 4, 4]}
+    if "-o" in line:
+        import onnx
+        kept = [n for n in onnx.load("out.onnx").graph.node if n.op_type == "Cos"]
+        assert kept == [n for n in onnx.load("hard.onnx").graph.node if n.op_type == "Cos"]
 
 
-@pytest.mark.parametrize("flag", ["--opaque", "--input-shape x=2,6,6"])
+def test_a_file_of_which_parts_are_understood_keeps_its_function(run, hard_onnx):
+    pytest.importorskip("onnxruntime")
+    import onnx
+    import onnx_models as small
+    feeds = {"x": IMAGES[:3]}
+    truth = small.run_ort("hard.onnx", feeds)
+    assert facts_of(run, "equalize hard.onnx -o out.onnx --data images.npz")["ok"]
+    small.close(small.run_ort("out.onnx", feeds), truth)
+    wide = {"x": RNG.normal(size=(2, 2, 9, 7)).astype(np.float32)}  # sizes that were open stay open
+    small.close(small.run_ort("out.onnx", wide), small.run_ort("hard.onnx", wide))
+    weights = [{t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer} for path in ("hard.onnx", "out.onnx")]
+    assert weights[0].keys() == weights[1].keys() and not np.array_equal(weights[0]["w1"], weights[1]["w1"])
+    facts = facts_of(run, "quantize out.onnx -o q.onnx --data images.npz")
+    assert facts["run"]["sqnr"]["y"] > 15 and facts["run"]["difference"] == {}
+
+
+def test_parts_of_a_file_are_written_into_files_only(run, hard_onnx):
+    for verb in ("fold", "equalize"):
+        status, error = run(f"{verb} hard.onnx -o out.npz --input-shape x=2,6,6")
+        assert status == 3 and "only parts of 'hard.onnx' are understood" in error and not Path("out.npz").exists()
+
+
+@pytest.mark.parametrize("flag", ["--strict", "--input-shape x=2,6,6"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_for_onnx_files_are_refused_for_native_ones(folder, capsys, verb, flag):
     with pytest.raises(SystemExit) as raised:
@@ -594,20 +622,11 @@ def test_options_for_onnx_files_are_refused_for_native_ones(folder, capsys, verb
     assert f"error: {flag.split()[0]} is for ONNX files: leave it out for {named}\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["fold", "equalize"])
-def test_foreign_nodes_are_for_onnx_files_only(hard_onnx, capsys, verb):
-    with pytest.raises(SystemExit) as raised:
-        main(f"{verb} hard.onnx -o out.npz --input-shape x=2,6,6 --opaque".split())
-    assert raised.value.code == 2
-    assert "error: --opaque keeps nodes that only ONNX files hold: give the output a name that ends in .onnx\n" in capsys.readouterr().err
-    assert not Path("out.npz").exists()
-
-
 def test_options_for_onnx_files_help_where_one_of_two_is_native(run):
     pytest.importorskip("onnx")
     assert facts_of(run, "fold net.npz -o folded.onnx")["ok"]
-    assert facts_of(run, "verify net.npz folded.onnx --opaque --input-shape x=2,6,6")["ok"]
-    assert facts_of(run, "verify folded.onnx net.npz --opaque --input-shape x=2,6,6")["ok"]
+    assert facts_of(run, "verify net.npz folded.onnx --strict --input-shape x=2,6,6")["ok"]
+    assert facts_of(run, "verify folded.onnx net.npz --strict --input-shape x=2,6,6")["ok"]
 
 
 def test_progress_is_optional(monkeypatch):

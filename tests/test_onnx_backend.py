@@ -170,7 +170,7 @@ def test_every_excluded_case_exists():
 ROOT = os.path.join(os.path.dirname(onnx.__file__), "backend", "test", "data")
 FILES = sorted(os.path.basename(f) for f in glob.glob(os.path.join(ROOT, "pytorch-converted", "*")))
 #: Op types without a counterpart, in the files of that folder.
-NO_COUNTERPART = ("ELU", "Embedding", "Embedding_sparse", "LogSoftmax", "PoissonNLLLLoss_no_reduce", 
+NO_COUNTERPART = ("ELU", "Embedding", "Embedding_sparse", "LogSoftmax", "PoissonNLLLLoss_no_reduce",
                   "SELU",
                   "Softplus", "Softsign", "log_softmax_dim3", "log_softmax_lastdim",
                   "MaxPool1d_stride_padding_dilation", "MaxPool2d_stride_padding_dilation")

@@ -48,6 +48,7 @@ def every_op(dtype=np.float64):
         eq.AvgPool(2), eq.AvgPool(3, padding=1, count_include_pad=False), eq.GlobalAvgPool(),
         eq.Pad(1), eq.Pad(((1, 0), (0, 2)), -np.inf), eq.Pad((1, 2), third), eq.Upsample((1, 3)), eq.Upsample(2),
         eq.Flatten(), ops.Transpose((2, 0, 1)), eq.Slice(-3, 4), eq.Permute((2, 0, 3, 1)),
+        eq.Rearrange(((2, 2), (6,), (3, 2)), ((), (2, 0), (4, 1, 3))), eq.Take((3, 0, 0), axis=1), eq.Affine(w(4, 1, 1), w(1, 6, 6)),
         eq.Sigmoid(), ops.HardSigmoid(third), eq.Tanh(), eq.SiLU(), eq.HardSwish(), ops.Erf(), eq.GELU(), eq.GELU(approximate=True),
         eq.Softmax(), eq.Softmax(axis=-1), eq.FakeQuantize(eq.UniformQuantizer(bits=4, rounding="floor").grid(-w(4), w(4))),
         eq.FakeQuantize(eq.UniformQuantizer(symmetric=False).grid([0.0], [third]), step=w(4).astype(np.float64)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-
 import numpy as np
 import numpy.typing as npt
 

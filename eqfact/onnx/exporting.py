@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from eqfact.graph import Graph, Node, fresh_name
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN
+from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN, check_model
 from eqfact.onnx.writers import WRITERS
 from eqfact.ops import Weighted
 from eqfact.quantization import FakeQuantize
@@ -49,7 +49,7 @@ def write_model(path: Path_, model: onnx.ModelProto) -> None:
     path = Path(path)
     if model.ByteSize() > LARGEST:
         raise OnnxError(f"{path}: the network has {model.ByteSize() / 2**30:.1f} GiB; an ONNX file without external data holds 2 GiB")
-    onnx.checker.check_model(model, full_check=True)
+    check_model(model, full=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -174,6 +174,10 @@ class Writer:
     def vector(self, node: Node, name: str, value: AnyArray) -> str:
         """A parameter with one entry a channel, or one for all, as it broadcasts against the node's tensor."""
         return self.parameter(node, name, value, (value.size, *(1 for _ in range(self.spatial(node)))))
+
+    def over_space(self, node: Node, name: str, value: AnyArray) -> str:
+        """A parameter ``(C or 1, *spatial or 1)``, as it broadcasts against the node's tensor."""
+        return self.parameter(node, name, value)
 
     def channels_second(self, node: Node) -> bool:
         """Whether the channels of the node's tensor stand where ONNX's layers want them, behind the batch."""

@@ -45,7 +45,7 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass
-class errors_of:  # noqa: N801  # reads as what it does
+class errors_of:  # reads as what it does
     """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path."""
 
     path: Path

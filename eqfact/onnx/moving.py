@@ -15,7 +15,7 @@ import numpy as np
 from eqfact.onnx.call import Call
 from eqfact.onnx.layers import sides_of
 from eqfact.onnx.origin import Constant
-from eqfact.onnx.views import BATCH, View
+from eqfact.onnx.views import View
 from eqfact.ops import Concat, Identity, Pad, Shape, Upsample
 
 #: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
@@ -176,14 +176,14 @@ def _reshaped(call: Call, target: Callable[[Shape, int], Sequence[int]]) -> View
     targets = [target(view.full_shape(b), k) for k, b in enumerate(batches)]
     try:
         return view.reshape(*targets, batches=batches)
-    except ValueError:
-        if view.batch not in (None, 0) or (view.batch == 0 and len(view.axes[0]) > 1):
-            raise
+    except ValueError as error:
         # no axis is a factor of another, as from 3x4 to 4x3: through one axis of all entries
         entries = tuple(a for axis in view.axes for a in axis if not a.is_batch)
-        batch = () if view.batch is None else (BATCH,)
-        flat = call.value(view.with_axes(batch, entries))
-        return View.whole(flat, call.building.shapes[flat], call.building.samples).reshape(*targets, batches=batches)
+        try:
+            flat = call.value(view.with_axes(() if view.batch is None else view.axes[0], entries))
+            return View.whole(flat, call.building.shapes[flat], call.building.samples).reshape(*targets, batches=batches)
+        except ValueError:
+            raise error from None
 
 
 def reshape(call: Call) -> View:

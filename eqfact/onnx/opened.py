@@ -23,12 +23,12 @@ from scipy.sparse import csgraph
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
+from eqfact.onnx.exporting import write_model
 from eqfact.onnx.importing import Importer, errors_of
 from eqfact.onnx.origin import Foreign, OnnxError, Source, sizes
 from eqfact.onnx.patching import save as patched
 from eqfact.onnx.qdq import QdqWriter
 from eqfact.onnx.reading import read_model
-from eqfact.onnx.exporting import write_model
 from eqfact.onnx.running import Arrays, Running
 from eqfact.onnx.splicing import spliced
 from eqfact.onnx.views import View
@@ -135,7 +135,7 @@ class Opened:
         write_model(path, QdqWriter(path, graph).model() if self.whole else spliced(path, graph, self.graph, self.source, QdqWriter))
 
 
-def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # noqa: A001  # eqfact.onnx.open, as it is read
+def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.onnx.open, as it is read
          input_shapes: Mapping[str, Sequence[int]] | None = None) -> Opened:
     """Read an ONNX file of which only parts may be understood.
 
@@ -222,8 +222,8 @@ def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None) -
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise OnnxError(f"{path}: input '{info.name}' holds NaN or infinity; data must be finite")
         fits = len(dims) == array.ndim and all(d in (None, n) for d, n in zip(dims[1:], array.shape[1:], strict=True))
-        if array.size == 0 or info.type.tensor_type.HasField("shape") and not (
-                fits and (not dims or dims[0] in (None, array.shape[0]) or array.shape[0] % dims[0] == 0)):
+        if array.size == 0 or (info.type.tensor_type.HasField("shape") and not (
+                fits and (not dims or dims[0] in (None, array.shape[0]) or array.shape[0] % dims[0] == 0))):
             said = ", ".join("?" if d is None else str(d) for d in dims)
             raise OnnxError(f"{path}: input '{info.name}' has the shape ({said}), got {array.shape}")
         arrays[info.name] = array.astype(dtype, copy=False)
@@ -296,7 +296,7 @@ class _Outside:
         for info in inputs:
             dims = sizes(info)
             given = self.input_shapes.get(info.name)
-            shape = dims if given is None else [*dims[:1], *given]
+            shape = [*dims] if given is None else [*dims[:1], *given]
             if (axis := at.get(info.name)) is not None and shape[axis] is None:
                 shape[axis] = STAND_INS
             if any(n is None for n in shape) or not info.type.HasField("tensor_type"):

@@ -20,10 +20,10 @@ from eqfact.onnx.building import names_read
 from eqfact.onnx.exporting import AnyArray, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin, Source
 from eqfact.onnx.views import View
-from eqfact.ops import Conv
+from eqfact.ops import Conv, Dense
 
-#: From this opset on the bounds of Clip are inputs.
-CLIP_INPUTS = 11
+#: Attributes that multiply parameters of a node.
+SCALING = ("alpha", "beta")
 
 
 def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, *, whole: bool) -> None:
@@ -45,6 +45,7 @@ class Patcher(Writer):
         self.standard.version = next(o.version for o in source.model.opset_import if o.domain in ("", "ai.onnx"))
         self.source = source
         self.before = {node.name: node for node in read.nodes}
+        self._kinds = {str(name): str(proto.op_type) for proto in source.model.graph.node for name in proto.output}
         self.node_names = {str(node.name) for node in source.model.graph.node}
         self._view: View | None = None
 
@@ -69,7 +70,7 @@ class Patcher(Writer):
                 self.nodes = []
                 self._view = self._tensor(placed[i].name)
                 self.write(placed[i])
-                nodes += self.nodes
+                nodes += self._as_it_was(proto)
             elif i in alive:
                 nodes.append(proto)
         model = onnx.ModelProto()
@@ -80,6 +81,17 @@ class Patcher(Writer):
         arrays = {**self.source.initializers, **self.initializers}
         model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items() if name in read)
         return model
+
+    def _as_it_was(self, proto: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """What was written in the place of a node: that node itself with other parameters, if it is of its kind."""
+        if [node.op_type for node in self.nodes] != [proto.op_type]:
+            return self.nodes
+        same = onnx.NodeProto()
+        same.CopyFrom(proto)
+        same.input[:] = self.nodes[0].input
+        for attribute in [a for a in same.attribute if a.name in SCALING]:
+            same.attribute.remove(attribute)  # they went into the parameters
+        return [same]
 
     # ------------------------------------------------------------------------------------------- where nodes stand
 
@@ -133,20 +145,18 @@ class Patcher(Writer):
         assert self._view is not None
         return self._view.ndim - 2
 
-    def parameter(self, node: Node, name: str, value: AnyArray | float, shape: Sequence[int] | None = None, key: object = None) -> str:
-        if name in ("slope", "shift") and np.ndim(value) and self._view is not None and np.ndim(value) == len(self._view.shape):
-            value = self._over_space(np.asarray(value))
-        return super().parameter(node, name, value, shape, key)
-
-    def _over_space(self, value: AnyArray) -> AnyArray:
-        """A parameter ``(C or 1, *spatial or 1)`` as it broadcasts against the tensor."""
+    def over_space(self, node: Node, name: str, value: AnyArray) -> str:
         assert self._view is not None
-        return self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None])
+        return self.parameter(node, name, self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None]))
 
     def write(self, node: Node) -> None:
         origin = node.origin
         if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
             self._matmul(node, node.op)
+        elif isinstance(node.op, Dense) and isinstance(origin, Origin) and self._kinds[origin.makes] == "Gemm":
+            weight = self.weight(node, node.op, np.transpose if origin.transposed else np.asarray)
+            bias = [] if node.op.bias is None else [self.parameter(node, "bias", node.op.bias)]
+            self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
         else:
             super().write(node)
 

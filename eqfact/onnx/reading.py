@@ -51,19 +51,31 @@ def read_model(path: Path) -> onnx.ModelProto:
     for tensor in external_data_helper._get_all_tensors(model):
         if external_data_helper.uses_external_data(tensor):
             _check_external(path, tensor)
-    for info in (*model.graph.input, *model.graph.output):
-        if info.type.HasField("tensor_type"):
-            info.type.tensor_type.shape.SetInParent()  # may be left out, but the checker wants it
     try:
         onnx.load_external_data_for_model(model, os.fspath(path.parent))
         if model.ByteSize() < LARGEST:
-            onnx.checker.check_model(model)
+            check_model(model)
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError, OSError) as error:
         raise OnnxError(f"{path}: not a valid ONNX network: {' '.join(str(error).split())[:500]}") from error
     read: onnx.ModelProto = model
     return read
+
+
+def check_model(model: onnx.ModelProto, *, full: bool = False) -> None:
+    """onnx's own check, with its shapes if ``full``; inputs and outputs may leave theirs out, though the checker wants one."""
+    infos = [info for info in (*model.graph.input, *model.graph.output)
+             if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape")]
+    for info in infos:
+        info.type.tensor_type.shape.SetInParent()
+    try:
+        onnx.checker.check_model(model)
+    finally:
+        for info in infos:
+            info.type.tensor_type.ClearField("shape")
+    if full:
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
 def input_names(path: Path | str) -> list[str]:

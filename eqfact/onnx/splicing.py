@@ -38,7 +38,9 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
             and views[node.origin.makes].value == node.name}
     taken = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(source.initializers) | set(graph.shapes)
     away = {value for tensor, value in made.items() if tensor != value or not views[tensor].plain}
-    away |= {value for value in (*graph.shapes, *read.shapes) if value in taken - graph.shapes.keys()}
+    types = [helper.np_dtype_to_tensor_dtype(dtype) for dtype in (source.dtype(), kind(path, graph).dtype)]
+    if types[0] != types[1]:  # what is written computes in another type than the file
+        away |= {*made.values(), *graph.inputs}
     names = {value: _fresh(f"{value}.samples", taken) for value in sorted(away)}
     writer = kind(path, _renamed(graph, names))
     writer.names |= taken
@@ -50,11 +52,11 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     extra: dict[str, onnx.TensorProto] = {}
     for tensor, value in made.items():
         if names.get(value, value) != tensor:
-            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], extra, taken)
+            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], types[0] if types[0] != types[1] else None, extra, taken)
     for value in graph.inputs:
         tensor = next(name for name, view in views.items() if view.value == value)
         if names.get(value, value) != tensor:
-            nodes += _value_from(tensor, names.get(value, value), views[tensor], extra, taken)
+            nodes += _value_from(tensor, names.get(value, value), views[tensor], types[1] if types[0] != types[1] else None, extra, taken)
     nodes = _ordered(nodes, {str(info.name) for info in source.model.graph.output})
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
@@ -97,27 +99,29 @@ def _shape(name: str, dims: list[int], extra: dict[str, onnx.TensorProto], taken
     return name
 
 
-def _tensor_from(tensor: str, value: str, view: View, extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
+def _tensor_from(tensor: str, value: str, view: View, cast: int | None, extra: dict[str, onnx.TensorProto],
+                 taken: set[str]) -> list[onnx.NodeProto]:
     """Nodes that make a tensor of its value: split into atoms, ordered, joined."""
     split, order = view.atoms()
-    batch = [a.is_batch for a in split]
-    whole = [-1 if a.is_batch else a.size for a in split]
-    parts, moved = (_fresh(f"{tensor}.{what}", taken) for what in ("parts", "moved"))
     target = [-1 if BATCH in axis else math.prod(a.size for a in axis) for axis in view.axes]
-    return [helper.make_node("Reshape", [value, _shape(f"{tensor}.split", whole if any(batch) else [*whole], extra, taken)], [parts]),
-            helper.make_node("Transpose", [parts], [moved], perm=order),
-            helper.make_node("Reshape", [moved, _shape(f"{tensor}.shape", target, extra, taken)], [tensor])]
+    return _moved(value, tensor, [-1 if a.is_batch else a.size for a in split], order, target, cast, extra, taken)
 
 
-def _value_from(tensor: str, value: str, view: View, extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
+def _value_from(tensor: str, value: str, view: View, cast: int | None, extra: dict[str, onnx.TensorProto],
+                taken: set[str]) -> list[onnx.NodeProto]:
     """Nodes that make a value of a tensor: the way back."""
     split, order = view.atoms()
-    parts, moved = (_fresh(f"{value}.{what}", taken) for what in ("parts", "moved"))
-    back = [order.index(i) for i in range(len(order))]
-    return [helper.make_node("Reshape", [tensor, _shape(f"{value}.split", [-1 if split[i].is_batch else split[i].size for i in order],
-                                                        extra, taken)], [parts]),
-            helper.make_node("Transpose", [parts], [moved], perm=back),
-            helper.make_node("Reshape", [moved, _shape(f"{value}.shape", [-1, *view.shape], extra, taken)], [value])]
+    parts = [-1 if split[i].is_batch else split[i].size for i in order]
+    return _moved(tensor, value, parts, [order.index(i) for i in range(len(order))], [-1, *view.shape], cast, extra, taken)
+
+
+def _moved(source: str, target: str, split: list[int], order: list[int], shape: list[int], cast: int | None,
+           extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
+    parts, moved, joined = (_fresh(f"{target}.{what}", taken) for what in ("parts", "moved", "joined"))
+    nodes = [helper.make_node("Reshape", [source, _shape(f"{target}.split", split, extra, taken)], [parts]),
+             helper.make_node("Transpose", [parts], [moved], perm=order),
+             helper.make_node("Reshape", [moved, _shape(f"{target}.shape", shape, extra, taken)], [target if cast is None else joined])]
+    return nodes if cast is None else [*nodes, helper.make_node("Cast", [joined], [target], to=cast)]
 
 
 def _ordered(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 from eqfact.graph import Node
 from eqfact.onnx.call import AnyArray
@@ -209,10 +208,10 @@ def affine(w: Writer, node: Node, op: Affine) -> None:
     value = node.inputs[0]
     if (op.slope != 1).any():
         last = not op.shift.any()
-        value = w.node("Mul", [value, w.parameter(node, "slope", op.slope)], node.name if last else w.inner(node, "scaled"), node,
+        value = w.node("Mul", [value, w.over_space(node, "slope", op.slope)], node.name if last else w.inner(node, "scaled"), node,
                        suffix="" if last else ".mul")
     if op.shift.any() or (op.slope == 1).all():
-        w.node("Add", [value, w.parameter(node, "shift", op.shift)], node.name, node)
+        w.node("Add", [value, w.over_space(node, "shift", op.shift)], node.name, node)
 
 
 def rearrange(w: Writer, node: Node, op: Rearrange) -> None:
@@ -220,7 +219,8 @@ def rearrange(w: Writer, node: Node, op: Rearrange) -> None:
     order = [i for group in op.groups for i in group]
     split = w.node("Reshape", [*node.inputs, w.integers(node, "split", [0, *sizes])], w.inner(node, "split"), node, ".split")
     moved = w.node("Transpose", [split], w.inner(node, "moved"), node, ".move", perm=[0, *(i + 1 for i in order)])
-    w.node("Reshape", [moved, w.integers(node, "shape", [0, *w.graph.shapes[node.name]])], node.name, node)
+    sizes = op.output_shape(w.graph.shapes[node.inputs[0]])
+    w.node("Reshape", [moved, w.integers(node, "shape", [0, *sizes])], node.name, node)
 
 
 def take(w: Writer, node: Node, op: Take) -> None:

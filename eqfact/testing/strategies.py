@@ -123,12 +123,12 @@ class _Builder:
         if channels <= 6:
             menu += [self.concat]
         if channels > 1:
-            menu += [self.channel_slice, self.permute]
+            menu += [self.channel_slice, self.permute, self.take]
         if not sizes:
             menu += [self.unflatten]
         else:
             menu += [self.global_pool] + [self.pad, self.upsample] * small + [self.flatten] * (channels * pixels <= 48)
-            menu += [self.transpose] * (max(channels, *sizes) <= 6)
+            menu += [self.transpose, self.rearrange] * (max(channels, *sizes) <= 6) + [self.affine, self.concat_space] * small
         if self.largest(value) <= LARGEST_SATURATING:
             menu += [self.curve, self.curve]
             if self.products < 2:
@@ -300,6 +300,31 @@ class _Builder:
     def transpose(self, value: str) -> str:
         """Exchange axes, sometimes the channels with space."""
         return self.add(ops.Transpose(tuple(self.draw(st.permutations(range(len(self.shapes[value])))))), value)
+
+    def rearrange(self, value: str) -> str:
+        """Axes split into two factors each where they can be, and put together in another order."""
+        split = [(n // k, k) for n in self.shapes[value] for k in [self.draw(st.sampled_from([k for k in (1, 2, 3) if n % k == 0]))]]
+        order = self.draw(st.permutations(range(2 * len(split))))
+        groups = [tuple(order[i:i + 2]) for i in range(0, len(order), 2)]
+        return self.add(ops.Rearrange(tuple(split), tuple(groups)), value)
+
+    def take(self, value: str) -> str:
+        """Entries along any axis, in any order, some of them twice."""
+        shape = self.shapes[value]
+        axis = self.draw(st.integers(0, len(shape) - 1))
+        return self.add(ops.Take(tuple(self.draw(st.lists(st.integers(0, shape[axis] - 1), min_size=1, max_size=6))), axis), value)
+
+    def affine(self, value: str) -> str:
+        """A slope and a shift that differ over space."""
+        shape = self.shapes[value]
+        slope, shift = (self.rng.normal(size=tuple(n if self.draw(st.booleans()) else 1 for n in shape)) / 2 for _ in range(2))
+        return self.add(ops.Affine(slope.astype(self.dtype), shift.astype(self.dtype)), value)
+
+    def concat_space(self, value: str) -> str:
+        """A value and a branch of it, one behind the other in space."""
+        branch = self.add(self.same_sizes(value, self.shapes[value][0]), value)
+        axis = self.draw(st.integers(1, len(self.shapes[value]) - 1))
+        return self.add(ops.Concat(axis), *self.draw(st.permutations([value, branch])))
 
     def channel_slice(self, value: str) -> str:
         """Channels ``start`` to ``stop``, counted from either end."""

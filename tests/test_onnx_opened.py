@@ -1,0 +1,310 @@
+"""Files of which parts are understood: what is kept, what is equalized, and that the file written is the function of the file read.
+
+onnxruntime says what a file computes; a node is kept if it stands byte for byte in the file that is written.
+"""
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import eqfact as eq
+import eqfact.onnx
+from eqfact.onnx import OnnxError
+
+node = helper.make_node
+INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def floats(*shape, seed=3):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+def model(nodes, inputs, outputs, constants=(), opset=17):
+    """A model whose inputs and outputs are given as name: (type, shape)."""
+    infos = [[helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in some.items()] for some in (inputs, outputs)]
+    graph = helper.make_graph(nodes, "some", *infos, [numpy_helper.from_array(np.asarray(a), n) for n, a in dict(constants).items()])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def layer(x, y, w):
+    return node("MatMul", [x, w], [f"{y}.product"], name=f"{y}.mm"), node("Relu", [f"{y}.product"], [y], name=y)
+
+
+def conv_net():
+    """A kept node in the middle of a convolutional network with open sizes."""
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Relu", ["a"], ["b"]), node("Conv", ["b", "w2"], ["c"]),
+             node("LRN", ["c"], ["d"], size=3, alpha=0.01), node("Conv", ["d", "w3"], ["e"]), node("Relu", ["e"], ["f"]),
+             node("Conv", ["f", "w4"], ["y"])]
+    weights = {"w1": floats(6, 3, 3, 3), "w2": floats(5, 6, 1, 1), "w3": floats(4, 5, 3, 3), "w4": floats(2, 4, 1, 1)}
+    return (model(nodes, {"x": (FLOAT, ["N", 3, "H", "W"])}, {"y": (FLOAT, ["N", 2, "h", "w"])}, weights),
+            {"x": floats(2, 3, 8, 9, seed=1)}, ["LRN"])
+
+
+def token_net():
+    """Token ids, an embedding, a feed-forward block on tokens, LayerNormalization, integer side computations."""
+    nodes = [node("Gather", ["table", "ids"], ["emb"]), *layer("emb", "h", "w1"), node("MatMul", ["h", "w2"], ["o"]),
+             node("Add", ["emb", "o"], ["r"]), node("LayerNormalization", ["r", "gamma"], ["n"]), *layer("n", "g", "w3"),
+             node("MatMul", ["g", "w4"], ["logits"]), node("ArgMax", ["logits"], ["best"], axis=-1, keepdims=0)]
+    constants = {"table": floats(20, 8), "w1": floats(8, 12), "w2": floats(12, 8), "gamma": floats(8), "w3": floats(8, 10), "w4": floats(10, 5)}
+    outputs = {"logits": (FLOAT, ["N", "T", 5]), "best": (INT64, ["N", "T"])}
+    ids = np.random.default_rng(2).integers(0, 20, (3, 7))
+    return model(nodes, {"ids": (INT64, ["N", "T"])}, outputs, constants), {"ids": ids}, ["Gather", "LayerNormalization", "ArgMax"]
+
+
+def recurrent_net():
+    """An LSTM between two layers, time before batch."""
+    nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0, 2]),
+             node("LSTM", ["t", "W", "R"], ["s", "", ""], hidden_size=4), node("Squeeze", ["s", "one"], ["q"]),
+             node("Transpose", ["q"], ["u"], perm=[1, 0, 2]), *layer("u", "v", "w3"), node("MatMul", ["v", "w4"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 5), "W": floats(1, 16, 5), "R": floats(1, 16, 4), "one": ints(1),
+                 "w3": floats(4, 7), "w4": floats(7, 3)}
+    return (model(nodes, {"x": (FLOAT, ["N", "T", 6])}, {"y": (FLOAT, ["N", "T", 3])}, constants), {"x": floats(2, 5, 6, seed=1)},
+            ["LSTM"])
+
+
+def branching_net():
+    """An If that reads a value of the network from within, and a flag among the inputs."""
+    yes = helper.make_graph([node("Sin", ["b"], ["one"])], "yes", [], [helper.make_tensor_value_info("one", FLOAT, None)])
+    no = helper.make_graph([node("Neg", ["b"], ["two"])], "no", [], [helper.make_tensor_value_info("two", FLOAT, None)])
+    nodes = [node("Gemm", ["x", "w1"], ["a"]), node("Relu", ["a"], ["b0"]), node("Gemm", ["b0", "w2"], ["b"]),
+             node("If", ["flag"], ["c"], then_branch=yes, else_branch=no), node("Gemm", ["c", "w3"], ["d"]), node("Relu", ["d"], ["e"]),
+             node("Gemm", ["e", "w4"], ["y"])]
+    constants = {"w1": floats(4, 6), "w2": floats(6, 5), "w3": floats(5, 7), "w4": floats(7, 2)}
+    return (model(nodes, {"x": (FLOAT, ["N", 4]), "flag": (TensorProto.BOOL, [])}, {"y": (FLOAT, ["N", 2])}, constants),
+            {"x": floats(3, 4, seed=1), "flag": np.array(True)}, ["If"])
+
+
+def half_net():
+    """A float16 network whose inputs and outputs are float32."""
+    nodes = [node("Cast", ["x"], ["h"], to=FLOAT16), node("Gemm", ["h", "w1"], ["a"]), node("Relu", ["a"], ["b"]),
+             node("Gemm", ["b", "w2"], ["c"]), node("Cast", ["c"], ["y"], to=FLOAT)]
+    constants = {"w1": floats(4, 6).astype(np.float16), "w2": floats(6, 3).astype(np.float16)}
+    return (model(nodes, {"x": (FLOAT, ["N", 4])}, {"y": (FLOAT, ["N", 3])}, constants), {"x": floats(3, 4, seed=1)}, ["Cast", "Cast"])
+
+
+def fixed_net():
+    """A batch of one sample that the file leaves out on the way, and a state with the batch at its second axis."""
+    nodes = [node("Squeeze", ["x", "zero"], ["s"]), node("MatMul", ["s", "w1"], ["a"]), node("Relu", ["a"], ["b"]),
+             node("MatMul", ["b", "w2"], ["c"]), node("Squeeze", ["state", "one"], ["t"]), node("Sqrt", ["t"], ["u"]),
+             node("Concat", ["c", "u"], ["v"], axis=1), node("MatMul", ["v", "w3"], ["d"]), node("Relu", ["d"], ["e"]),
+             node("MatMul", ["e", "w4"], ["y"])]
+    constants = {"zero": ints(0), "one": ints(1), "w1": floats(4, 6), "w2": floats(6, 3), "w3": floats(5, 7), "w4": floats(7, 2)}
+    return (model(nodes, {"x": (FLOAT, [1, 5, 4]), "state": (FLOAT, [5, 1, 2])}, {"y": (FLOAT, [5, 2])}, constants),
+            {"x": floats(1, 5, 4, seed=1), "state": np.abs(floats(5, 1, 2, seed=2))}, ["Sqrt"])
+
+
+NETS = {"convolutions, open sizes": conv_net, "tokens": token_net, "LSTM": recurrent_net, "If": branching_net, "float16 inside": half_net,
+        "one sample": fixed_net}
+
+
+@pytest.fixture(params=NETS.values(), ids=NETS)
+def net(request, tmp_path):
+    proto, feeds, kept = request.param()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    return path, feeds, kept
+
+
+def close(actual, expected, path, tolerance=2e-5):
+    """Within so much of the largest, or a hundred times that in float16."""
+    half = any(t.data_type == FLOAT16 for t in onnx.load(path).graph.initializer)
+    for name, value in expected.items():
+        if value.dtype.kind != "f":
+            assert np.array_equal(actual[name], value)
+        else:
+            np.testing.assert_allclose(actual[name], value, rtol=0, atol=(100 if half else 1) * tolerance * max(1, np.abs(value).max()))
+
+
+def rescaled(graph, seed=0):
+    resolved = eq.channels(graph)
+    exponents = np.random.default_rng(seed).integers(-2, 3, resolved.degrees_of_freedom + 1)
+    exponents[0] = 0
+    return eq.Factorization(resolved, np.exp2(exponents.astype(float))).apply(graph)
+
+
+def test_what_is_not_understood_is_kept_with_its_reason(net):
+    path, feeds, kept = net
+    opened = eqfact.onnx.open(path, feeds)
+    assert [k.op_type for k in opened.kept if "among kept nodes" not in k.reason] == kept
+    assert all(k.reason for k in opened.kept) and str(path) in str(opened)
+    assert eq.degrees_of_freedom(opened.graph) > 0
+
+
+def test_the_file_runs_as_it_is_and_hands_over_the_inputs_of_the_graph(net):
+    path, feeds, _ = net
+    opened = eqfact.onnx.open(path, feeds)
+    close(opened.run(feeds), small.run_ort(path, feeds), path)
+    boundary = opened.boundary(feeds)
+    assert {name: a.shape[1:] for name, a in boundary.items()} == dict(opened.graph.inputs)
+    every = eq.values(opened.graph, boundary)
+    inner = {}
+    for name, view in opened.source.tensors.items():
+        if isinstance(view, eqfact.onnx.views.View) and view.value in every and name not in feeds:
+            inner[name] = view.tensor_of(every[view.value])
+    close(inner, eqfact.onnx.running.run(path, feeds, list(inner)), path)
+    assert inner
+
+
+def test_powers_of_two_change_no_bit_of_a_file(net, tmp_path):
+    path, feeds, kept = net
+    opened = eqfact.onnx.open(path, feeds)
+    changed = rescaled(opened.graph)
+    opened.save(tmp_path / "out.onnx", changed)
+    before, after = (small.run_ort(p, feeds) for p in (path, tmp_path / "out.onnx"))
+    for name, value in before.items():
+        assert np.array_equal(after[name], value), name
+    nodes = [{n.SerializeToString() for n in onnx.load(p).graph.node} for p in (path, tmp_path / "out.onnx")]
+    assert nodes[0] == nodes[1]  # parameters alone have changed
+    weights = [{t.name: numpy_helper.to_array(t) for t in onnx.load(p).graph.initializer} for p in (path, tmp_path / "out.onnx")]
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not np.array_equal(weights[1][n], w) for n, w in weights[0].items())
+
+
+def test_an_unchanged_graph_is_written_as_the_file_was(net, tmp_path):
+    path, feeds, _ = net
+    opened = eqfact.onnx.open(path, feeds)
+    opened.save(tmp_path / "out.onnx", opened.graph)
+    before, after = (onnx.load(p) for p in (path, tmp_path / "out.onnx"))
+    order = sorted(range(len(after.graph.initializer)), key=lambda i: after.graph.initializer[i].name)
+    names = sorted(t.name for t in before.graph.initializer)
+    assert [after.graph.initializer[i].name for i in order] == names
+    for m in (before, after):
+        del m.graph.initializer[:]
+    assert before == after
+
+
+def test_equalized_files_are_proven_by_the_runtime(net, tmp_path):
+    path, feeds, _ = net
+    opened = eqfact.onnx.open(path, feeds)
+    assert eqfact.onnx.check(path, opened.graph, feeds)
+    result = eq.equalize(opened.graph, "cross_layer")
+    opened.save(tmp_path / "out.onnx", result.graph)
+    verdict = eqfact.onnx.check(tmp_path / "out.onnx", result.graph, feeds)
+    assert verdict and verdict.apart < 1e-2
+    close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path, 1e-4)
+    assert not eqfact.onnx.check(path, result.graph, feeds)  # of the file that was read it is another network
+
+
+def test_quantized_graphs_go_into_the_file(net, tmp_path):
+    path, feeds, kept = net
+    opened = eqfact.onnx.open(path, feeds)
+    boundary = opened.boundary(feeds)
+    eight = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
+    quantized = eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, boundary), **eight)
+    opened.save_qdq(tmp_path / "q.onnx", quantized)
+    types = [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node]
+    assert "QuantizeLinear" in types and all(types.count(kind) >= kept.count(kind) for kind in kept)
+    before, after = small.run_ort(path, feeds), eqfact.onnx.running.run(tmp_path / "q.onnx", feeds, optimized=True)
+    for name, value in before.items():
+        if value.dtype.kind == "f":
+            assert eq.sqnr(value, after[name]) > 12, name
+
+
+def test_open_sizes_stay_open(tmp_path):
+    proto, feeds, _ = conv_net()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    opened = eqfact.onnx.open(path, feeds)
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    other = {"x": floats(5, 3, 11, 6)}
+    assert np.array_equal(small.run_ort(tmp_path / "out.onnx", other)["y"], small.run_ort(path, other)["y"])
+    with pytest.raises(OnnxError, match=r"'x' has the shape \(5, 3, 11, 6\).*open the file with data of this size"):
+        opened.boundary(other)
+
+
+def test_several_batches_of_a_fixed_size_are_run_one_by_one(tmp_path):
+    proto, feeds, _ = fixed_net()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    several = {"x": floats(3, 5, 4, seed=5), "state": np.abs(floats(15, 1, 2, seed=6))}
+    opened = eqfact.onnx.open(path, several)
+    boundary, made = opened.boundary(several), opened.run(several)
+    assert {len(a) for a in boundary.values()} == {3} and made["y"].shape == (15, 2)
+    for i in range(3):
+        one = {"x": several["x"][i:i + 1], "state": several["state"][5 * i:5 * i + 5]}
+        assert np.array_equal(small.run_ort(path, one)["y"], made["y"][5 * i:5 * i + 5])
+        for name, a in opened.boundary(one).items():
+            assert np.array_equal(a[0], boundary[name][i])
+
+
+def test_folded_batchnorms_go_into_the_file(tmp_path):
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
+             node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),
+             node("Cos", ["q"], ["y"])]
+    constants = {"w1": floats(5, 2, 3, 3), "g": floats(5), "b": floats(5), "m": floats(5), "v": np.abs(floats(5)), "w2": floats(5, 4),
+                 "c": floats(4)}
+    path = tmp_path / "net.onnx"
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 2, 6, 6])}, {"y": (FLOAT, ["N", 4, 4, 4])}, constants), path)
+    feeds = {"x": floats(2, 2, 6, 6, seed=1)}
+    opened = eqfact.onnx.open(path, feeds)
+    folded = eq.fold_batchnorm(opened.graph)
+    assert len(opened.graph) - len(folded) == 2
+    opened.save(tmp_path / "out.onnx", folded)
+    assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == ["Conv", "Relu", "Transpose", "MatMul", "Add", "Cos"]
+    close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path)
+
+
+def test_a_misreading_is_noticed_at_its_node(tmp_path, monkeypatch):
+    proto, feeds, _ = token_net()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    opened = eqfact.onnx.open(path, feeds)
+    wrong = opened.graph.with_ops({"g.product": eq.Conv(opened.graph["g.product"].op.weight * np.float32(1.001))})
+    verdict = eqfact.onnx.check(path, wrong, feeds)
+    assert not verdict and verdict.worst == "g.product" and "'g.product' (Conv)" in verdict.message and "onnxruntime" in verdict.message
+
+
+def test_without_onnxruntime_the_reference_evaluator_runs_the_rest(net, monkeypatch):
+    path, feeds, _ = net
+    truth = small.run_ort(path, feeds)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert "reference evaluator" in eqfact.onnx.running.runtime()
+    opened = eqfact.onnx.open(path, feeds)
+    close(opened.run(feeds), truth, path, 1e-4)
+    assert eqfact.onnx.check(path, opened.graph, feeds)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(call, *words):
+    with pytest.raises(OnnxError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_data_that_a_file_does_not_take(tmp_path):
+    proto, feeds, _ = token_net()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    refused(lambda: eqfact.onnx.open(path, {"x": feeds["ids"]}), str(path), "inputs ['ids']", "got ['x']")
+    refused(lambda: eqfact.onnx.open(path, {"ids": floats(2, 7)}), "'ids' holds int64, got float32", ".astype")
+    refused(lambda: eqfact.onnx.open(path, {"ids": feeds["ids"][0]}), "'ids' has the shape (?, ?), got (7,)")
+    refused(lambda: eqfact.onnx.open(path, {"ids": feeds["ids"][:0]}), "'ids' has the shape (?, ?), got (0, 7)")
+    refused(lambda: eqfact.onnx.open(path), "'ids' has the shape (?, ?)", "--data", "--input-shape ids=C,H,W")
+    refused(lambda: eqfact.onnx.open(path, {"ids": feeds["ids"] + 99}), "onnxruntime", "does not run this model")
+    refused(lambda: eqfact.onnx.open(path, input_shapes={"z": (3,)}), "names ['z']", "['ids']")
+    assert eqfact.onnx.open(path, input_shapes={"ids": (7,)}).graph.inputs
+
+
+def test_nothing_to_understand(tmp_path):
+    path = tmp_path / "net.onnx"
+    onnx.save(model([node("Cos", ["x"], ["y"])], {"x": (FLOAT, ["N", 3])}, {"y": (FLOAT, ["N", 3])}), path)
+    refused(lambda: eqfact.onnx.open(path), str(path), "no layer with weights", "1 kept (Cos: eqfact has no such layer)")
+
+
+def test_graphs_of_another_structure_find_no_place(tmp_path):
+    proto, feeds, _ = conv_net()
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    opened = eqfact.onnx.open(path, feeds)
+    other = eq.Graph.chain((3, 8, 9), conv=eq.Conv(floats(2, 3, 1, 1)))
+    refused(lambda: opened.save(tmp_path / "out.onnx", other), "node 'conv'", "another structure")
+    assert not (tmp_path / "out.onnx").exists()
