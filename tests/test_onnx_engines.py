@@ -124,6 +124,36 @@ def test_products_with_weights_in_by_out_are_not_rounded_once_more(kind, weights
     assert apart.max() < 2.01
 
 
+@pytest.mark.parametrize("pool", [eq.GlobalAvgPool(), eq.AvgPool(16)], ids=name_of)
+def test_averages_run_however_small_they_are_beside_what_they_are_of(pool, tmp_path):
+    x = np.tile(np.float32([1, -1]), 8)[None, None] * np.float32([[[1.0]], [[0.5]]])
+    for size in 2.0 ** np.arange(-30, 0, 3):
+        graph = eq.Graph.chain((1, 16), pool=pool, y=eq.Conv(floats(3, 1, 1)))
+        x[:, :, 0] += np.float32(size)
+        quantized = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=eq.UniformQuantizer(8), stats=eq.calibrate(graph, x),
+                                outputs=True)
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+        assert steps_apart(quantized, tmp_path / "net.onnx", x).max() < 1.01
+
+
+@pytest.mark.parametrize("activations", [a for a in ACTIVATIONS if a is not None and a.granularity == "per_channel"], ids=str)
+@pytest.mark.parametrize("op", ["Conv", *(op for op in OTHERS if not isinstance(op, (eq.Flatten, eq.Unflatten, eq.Transpose, eq.Slice)))],
+                         ids=name_of)
+def test_a_value_of_one_channel_between_values_of_many(op, activations, tmp_path):
+    """Its grid has one scale, whatever the granularity, and what is made of it has many, and the other way round."""
+    graph = network(op, biased=False)
+    one = eq.Graph({"x": (1, 6)}, [eq.Node("wide", eq.Conv(floats(4, 1, 1)), ["x"]), *(
+        eq.Node(node.name, node.op, ["wide" if i == "x" else i for i in node.inputs]) for node in graph),
+        eq.Node("s", eq.Sigmoid(), ["y"]), eq.Node("last", eq.Conv(floats(1, 3, 1)), ["s"]), eq.Node("c", eq.Sigmoid(), ["last"]),
+        eq.Node("z", eq.Conv(floats(2, 1, 1)), ["c"])], ["z"])
+    x = floats(9, 1, 6, seed=9)
+    quantized = eq.quantize(one, weights=eq.UniformQuantizer(8), activations=activations, stats=eq.calibrate(one, x), outputs=True)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+    theirs = run(tmp_path / "net.onnx", {"x": x}, optimized=True, entries=EXACT_SUMS)["z"]
+    ours, scale = eq.forward(quantized, x), quantized["z"].op.grid.scale.reshape(-1, 1)
+    assert np.quantile(np.abs(ours - theirs) / scale, 0.9) < 2.01
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("op", ["Dense", "Conv", "Conv 2d", "depthwise", "grouped"])
 def test_layers_of_8_bits_still_run_in_integers(op, biased, tmp_path):

@@ -21,7 +21,7 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Add, BatchNorm, Dense, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Dense, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
@@ -31,6 +31,8 @@ TYPES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.UINT4: (0, 15), onnx.TensorProto.INT4: (-8, 7), onnx.TensorProto.UINT8: (0, 255), onnx.TensorProto.INT8: (-128, 127),
     onnx.TensorProto.UINT16: (0, 2**16 - 1), onnx.TensorProto.INT16: (-(2**15), 2**15 - 1),
 }
+#: onnxruntime refuses to average whole numbers into steps that are larger or smaller than theirs by so many bits.
+AVERAGED_BITS = 8
 #: From this opset on there are 4 and 16 bits, and scales for blocks of a tensor.
 WIDE_OPSET = 21
 
@@ -86,11 +88,19 @@ class _QdqWriter(Writer):
             if isinstance(node.op, Dense) and isinstance(node.origin, Origin):
                 # of a product with weights (in, out), onnxruntime makes MatMulNBits, which rounds what it reads to 8 bits of its own
                 node = replace(node, origin=replace(node.origin, transposed=False))
-            in_float = isinstance(node.op, Softmax) or (  # onnxruntime's Softmax of whole numbers is a step off
-                isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm) and not self._in_integers(node, node.op))
-            if in_float:
+            if self._in_float(node):
                 node = replace(node, inputs=(self._hide(node, first),))
             super().write(node)
+
+    def _in_float(self, node: Node) -> bool:
+        """Would onnxruntime's integer kernel compute something else, or refuse?"""
+        op = node.op
+        if isinstance(op, Weighted):
+            return not isinstance(op, BatchNorm) and not self._in_integers(node, op)
+        if isinstance(op, (AvgPool, GlobalAvgPool)) and (grid := self._grid(node.inputs[0])) is not None:
+            made = [reader.op.grid.scale for reader in self.graph.readers[node.name] if isinstance(reader.op, FakeQuantize)]
+            return any((np.abs(np.log2(grid.scale / scale)) >= AVERAGED_BITS).any() for scale in made)
+        return isinstance(op, Softmax)  # its kernel is a step off
 
     def _in_integers(self, node: Node, op: Weighted) -> bool:
         """Are the layer's sums whole multiples of one step? (Of no others must an engine make whole numbers, least of all the bias.)"""
@@ -99,6 +109,9 @@ class _QdqWriter(Writer):
     def _grid(self, value: str) -> Grid | None:
         """The grid of a value, under whatever name."""
         return grid_of(self.graph, self.behind.get(value, value))
+
+    def spatial(self, node: Node) -> int:
+        return super().spatial(replace(node, inputs=tuple(self.behind.get(value, value) for value in node.inputs)))
 
     def _hide(self, node: Node, value: str) -> str:
         """The value once more, as a sum of one: no engine looks for a grid behind that, and none takes it away."""
@@ -139,6 +152,8 @@ class _QdqWriter(Writer):
                             f"the grid's rounding is '{grid.rounding}'; quantize with rounding='half_even'")
         kind = self._type(grid, node, least=8)  # no kernel takes activations of less
         axis = {"axis": 1} if grid.scale.size > 1 else {}
+        if axis:  # no kernel takes or makes a scale for each channel, yet onnxruntime makes its integer kernels of such pairs
+            value = self.node("Sum", [value], self.inner(node, "in_float"), node, f"{suffix}.in_float")
         numbers = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
 
         def pair(value: str, name: str, output: str, suffix: str) -> str:
@@ -153,9 +168,9 @@ class _QdqWriter(Writer):
                     value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
         if not axis:
             pair(value, "int", node.name, suffix)
-        else:  # no kernel takes a scale for each channel, yet onnxruntime makes its integer kernels of such pairs
+        else:
             inner = pair(value, "int", self.inner(node, "by_channel"), suffix)
-            self.node("Sum", [inner], node.name, node, f"{suffix}.in_float")
+            self.node("Sum", [inner], node.name, node, f"{suffix}.out_float")
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         grid = op.grid
