@@ -212,7 +212,7 @@ def quantize_text(facts: Facts) -> Iterator[str]:
 def _run_text(run: Facts) -> Iterator[str]:
     for name, difference in run.get("difference", {}).items():
         yield (f"run by {run['with']}: '{name}' differs from eqfact's by {100 * difference:.2g} % of its largest, "
-               f"{run['sqnr'][name]:.1f} dB from float, on {run['data']}")
+               f"{run['sqnr'][name]:.1f} dB (eqfact's: {run['expected_sqnr'][name]:.1f}), on {run['data']}")
     if run.get("saturated"):
         yield (f"NOT the same on every processor: this one lacks VNNI and adds pairs of products in 16 bits, which saturate and move "
                f"outputs by up to {100 * run['saturated']:.2g} %; give the session the entry session.x64quantprecision = 1, or quantize "

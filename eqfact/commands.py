@@ -256,7 +256,8 @@ def _run(path: str, graph: Graph, quantized: Graph, images: files.Images) -> Fac
         return {name: float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() or 1)) for name in b}
     try:
         default = theirs({})
-        facts |= {"difference": apart(default, ours), "sqnr": {name: sqnr(truth[name], default[name]) for name in ours}}
+        facts |= {"difference": apart(default, ours), "expected_sqnr": {name: sqnr(truth[name], ours[name]) for name in ours},
+                  "sqnr": {name: sqnr(truth[name], default[name]) for name in ours}}
         return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values())}
     except OnnxError as error:
         return facts | {"error": str(error)}

@@ -8,6 +8,7 @@ Where they would compute something else than :func:`eqfact.forward`, the pair is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,8 @@ TYPES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.UINT4: (0, 15), onnx.TensorProto.INT4: (-8, 7), onnx.TensorProto.UINT8: (0, 255), onnx.TensorProto.INT8: (-128, 127),
     onnx.TensorProto.UINT16: (0, 2**16 - 1), onnx.TensorProto.INT16: (-(2**15), 2**15 - 1),
 }
+#: From bytes with a sign to bytes without.
+UNSIGNED = 128
 #: onnxruntime refuses to average whole numbers into steps that are larger or smaller than theirs by so many bits.
 AVERAGED_BITS = 8
 #: From this opset on there are 4 and 16 bits, and scales for blocks of a tensor.
@@ -61,8 +64,10 @@ class _QdqWriter(Writer):
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
         self.scale_dtype = scale_dtype(graph)
-        #: The initializer of whole numbers behind every dequantized weight, by its name.
-        self.stored_as: dict[str, str] = {}
+        #: The whole numbers and scales behind every dequantized weight, by its name.
+        self.stored: dict[str, tuple[AnyArray, AnyArray]] = {}
+        #: How many nodes use a weight, by the id of its array.
+        self.uses = Counter(id(node.op.weight) for node in graph.nodes if isinstance(node.op, Weighted))
         #: Values of the graph by the names under which no engine sees that they lie on a grid.
         self.behind: dict[str, str] = {}
         self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles, and in older opsets no halves
@@ -181,9 +186,13 @@ class _QdqWriter(Writer):
             raise OnnxError(f"{self.path}: node '{node.name}': its weights do not lie on their grid; "
                             "quantize the network again, after all changes")
         kind = self._type(grid, node, least=4)
+        if kind == onnx.TensorProto.INT8 and self.uses[id(op.weight)] > 1:
+            # to add exactly on every processor, onnxruntime makes unsigned ones of signed weights, which fails where two layers share them
+            kind, q = int(onnx.TensorProto.UINT8), q + UNSIGNED
+            grid = replace(grid, zero_point=grid.zero_point + UNSIGNED, qmin=grid.qmin + UNSIGNED, qmax=grid.qmax + UNSIGNED)
         whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
         _, known = self.made_of.get(id(op.weight), (None, ""))
-        if known and np.array_equal(self.initializers[self.stored_as[known]], whole):
+        if known and _same(self.stored[known], (whole, grid.scale)):
             return known
         scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, grid.zero_point))
         scale, zero_point, where = _form(scales, zero_points)
@@ -191,9 +200,9 @@ class _QdqWriter(Writer):
         if "block_size" in attributes:
             self.need_opset(WIDE_OPSET, node)
         name = self.fresh(self.named(node, "weight"))
-        self.stored_as[name] = self.constant(whole, f"{name}.int")
+        self.stored[name] = whole, grid.scale
         numbers = self._numbers(name, scale, zero_point, kind, scalar=not attributes)
-        self._dequantize([self.stored_as[name], *numbers], name, attributes)
+        self._dequantize([self.constant(whole, f"{name}.int"), *numbers], name, attributes)
         self.made_of[id(op.weight)] = op.weight, name
         return name
 
@@ -244,6 +253,10 @@ class _QdqWriter(Writer):
         shape = () if scalar else scale.shape
         return (self.constant(written.reshape(shape), f"{name}.scale"),
                 self.constant(zero_point.astype(helper.tensor_dtype_to_np_dtype(kind)).reshape(shape), f"{name}.zero_point"))
+
+
+def _same(a: tuple[AnyArray, ...], b: tuple[AnyArray, ...]) -> bool:
+    return all(map(np.array_equal, a, b))
 
 
 def _form(scale: AnyArray, zero_point: AnyArray) -> tuple[AnyArray, AnyArray, dict[str, int]]:
