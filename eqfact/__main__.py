@@ -214,9 +214,10 @@ def quantize_text(facts: Facts) -> Iterator[str]:
 
 def _run_text(run: Facts) -> Iterator[str]:
     for name, decibels in run.get("sqnr", {}).items():
-        difference = run["difference"].get(name)
-        ours = "" if difference is None else f" differs from eqfact's by {100 * difference:.2g} % of its largest,"
-        yield f"run by {run['with']}: '{name}'{ours} {decibels:.1f} dB from float, on {run['data']}"
+        ours = "" if name not in run["difference"] else (
+            f" differs from eqfact's by {100 * run['difference'][name]:.2g} % of its largest, {decibels:.1f} dB (eqfact's: "
+            f"{run['expected_sqnr'][name]:.1f})")
+        yield f"run by {run['with']}: '{name}'{ours or f' at {decibels:.1f} dB'}, on {run['data']}"
     if run.get("saturated"):
         yield (f"NOT the same on every processor: this one lacks VNNI and adds pairs of products in 16 bits, which saturate and move "
                f"outputs by up to {100 * run['saturated']:.2g} %; give the session the entry session.x64quantprecision = 1, or quantize "

@@ -294,7 +294,8 @@ def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, imag
         return {name: float(np.abs(a[name] - b[name]).max() / (np.abs(b[name]).max() or 1)) for name in b}
     try:
         default = theirs({})
-        facts |= {"difference": apart(default, ours), "sqnr": {name: sqnr(truth[name], default[name]) for name in truth}}
+        facts |= {"difference": apart(default, ours), "expected_sqnr": {name: sqnr(truth[name], ours[name]) for name in ours},
+                  "sqnr": {name: sqnr(truth[name], default[name]) for name in truth}}
         return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values(), default=0.0)}
     except OnnxError as error:
         return facts | {"error": str(error)}

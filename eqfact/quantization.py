@@ -195,9 +195,9 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
 
     ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
     then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
-    not hold: where weights and activations have 8 bits, ``s_w`` is raised as far as that needs, and until no bias has more steps than
-    float32 tells (2**20); where they have more, and sums could be too large, bias and sums stay in float. The scale of weights that are
-    all 0 is chosen for their bias. Scales are numbers of the network's own type.
+    not hold: where weights and activations have 8 bits, ``s_w`` is raised as far as that needs, and, per channel, until no bias has more
+    steps than float32 tells (2**20); where they have more bits, and sums could be too large, bias and sums stay in float. The scale of
+    weights that are all 0 is chosen for their bias. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
@@ -392,9 +392,10 @@ def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid
 
 
 def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
-    """The weights' grid, its scale raised where a layer of 8 bits would not fit into 32 bits, or where ``TOLD`` would not hold a bias.
+    """The weights' grid, its scale raised where a layer of 8 bits would not fit into 32 bits, or ``TOLD`` not hold the bias of a channel.
 
-    Wider products are added up in more than 32 bits, if at all: their scales stay.
+    The latter only where a channel has its own scale: others would pay for a large bias, be its channel dead. Products of more bits are
+    added up in more than 32, if at all: their scales stay.
     """
     if max(of.qmax - of.qmin for of in (grid, input_grid)) >= 2**8:
         return grid
@@ -403,7 +404,9 @@ def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> 
     room = np.maximum(ACCUMULATOR - reach * np.count_nonzero(rows, axis=1) - 2**9, ACCUMULATOR // 2)
     bias = np.abs(bias_of(op))
     with np.errstate(over="ignore"):
-        needed = np.maximum(bias / TOLD, (bias + s_x * reach * np.abs(rows).sum(axis=1)) / room) / s_x
+        needed = (bias + s_x * reach * np.abs(rows).sum(axis=1)) / room / s_x
+        if grid.scale.size > 1:
+            needed = np.maximum(needed, bias / TOLD / s_x)
     needed = _as(grid.scale, needed)
     return replace(grid, scale=np.where((needed > grid.scale) & (needed < np.finfo(dtype).max), needed, grid.scale)).astype(dtype)
 

@@ -230,6 +230,21 @@ def test_a_sum_that_does_not_fit_is_refused_by_name():
         eq.forward(graph, np.ones((1, 1)))
 
 
+@each_quantizer
+@pytest.mark.parametrize("bias", [-1e2, -1e4, -1e6])
+def test_a_large_bias_of_a_dead_channel_costs_the_others_nothing(bias, weights):
+    rng = np.random.default_rng(0)
+    w, b, x = rng.normal(size=(32, 64)), rng.normal(size=32), rng.normal(size=(200, 64))
+    noise = []
+    for size in (-30.0, bias):  # dead, both
+        b[3] = size
+        graph = eq.Graph.chain((64,), a=eq.Dense(w, b), r=eq.ReLU(), y=eq.Dense(np.ones((5, 32)) * (1 + np.arange(5))[:, None]))
+        quantized = eq.quantize(graph, weights=weights, activations=A8, stats=eq.calibrate(graph, x))
+        assert not eq.values(quantized, x)["r"][:, 3].any()
+        noise.append(eq.sqnr(eq.forward(graph, x), eq.forward(quantized, x)))
+    assert noise[1] > noise[0] - 0.5
+
+
 # ------------------------------------------------------------------------------------------------ channels without weights
 
 

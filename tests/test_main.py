@@ -533,6 +533,7 @@ def test_quantize_runs_what_it_wrote(run, monkeypatch):
     assert facts["run"]["with"] == running.runtime()
     assert facts["run"]["difference"]["fc"] == np.abs(theirs - ours).max() / np.abs(ours).max()
     assert facts["run"]["sqnr"]["fc"] == pytest.approx(eq.sqnr(eq.forward(folded, IMAGES[:4]), theirs))
+    assert facts["run"]["expected_sqnr"]["fc"] == eq.sqnr(eq.forward(folded, IMAGES[:4]), ours)
     right = running.run
 
     def saturating(path, feeds, outputs=None, *, optimized=False, entries=None):
@@ -540,7 +541,7 @@ def test_quantize_runs_what_it_wrote(run, monkeypatch):
         return {name: y + (0 if entries == running.EXACT_SUMS else 0.5 * np.abs(y).max()) for name, y in made.items()}
     monkeypatch.setattr(running, "run", saturating)
     said = run(line)[1]
-    assert re.search(r"run by onnxruntime \S+: 'fc' differs from eqfact's by 50 % of its largest, [-\d.]+ dB from float", said)
+    assert re.search(r"run by onnxruntime \S+: 'fc' differs from eqfact's by 50 % of its largest, [-\d.]+ dB \(eqfact's: ", said)
     assert re.search(r"this one lacks VNNI .* by up to 5\d %; .* session\.x64quantprecision = 1, or quantize with --weight-bits 7", said)
 
     def refusing(*args, **options):

@@ -4,6 +4,9 @@ One table: every op that reads or makes a stored value, with every granularity, 
 """
 
 import itertools
+import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -124,6 +127,36 @@ def test_products_with_weights_in_by_out_are_not_rounded_once_more(kind, weights
     assert apart.max() < 2.01
 
 
+@pytest.mark.parametrize("pool", [eq.GlobalAvgPool(), eq.AvgPool(16)], ids=name_of)
+def test_averages_run_however_small_they_are_beside_what_they_are_of(pool, tmp_path):
+    x = np.tile(np.float32([1, -1]), 8)[None, None] * np.float32([[[1.0]], [[0.5]]])
+    for size in 2.0 ** np.arange(-30, 0, 3):
+        graph = eq.Graph.chain((1, 16), pool=pool, y=eq.Conv(floats(3, 1, 1)))
+        x[:, :, 0] += np.float32(size)
+        quantized = eq.quantize(graph, weights=eq.UniformQuantizer(8), activations=eq.UniformQuantizer(8), stats=eq.calibrate(graph, x),
+                                outputs=True)
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+        assert steps_apart(quantized, tmp_path / "net.onnx", x).max() < 1.01
+
+
+@pytest.mark.parametrize("activations", [a for a in ACTIVATIONS if a is not None and a.granularity == "per_channel"], ids=str)
+@pytest.mark.parametrize("op", ["Conv", *(op for op in OTHERS if not isinstance(op, (eq.Flatten, eq.Unflatten, eq.Transpose, eq.Slice)))],
+                         ids=name_of)
+def test_a_value_of_one_channel_between_values_of_many(op, activations, tmp_path):
+    """Its grid has one scale, whatever the granularity, and what is made of it has many, and the other way round."""
+    graph = network(op, biased=False)
+    one = eq.Graph({"x": (1, 6)}, [eq.Node("wide", eq.Conv(floats(4, 1, 1)), ["x"]), *(
+        eq.Node(node.name, node.op, ["wide" if i == "x" else i for i in node.inputs]) for node in graph),
+        eq.Node("s", eq.Sigmoid(), ["y"]), eq.Node("last", eq.Conv(floats(1, 3, 1)), ["s"]), eq.Node("c", eq.Sigmoid(), ["last"]),
+        eq.Node("z", eq.Conv(floats(2, 1, 1)), ["c"])], ["z"])
+    x = floats(9, 1, 6, seed=9)
+    quantized = eq.quantize(one, weights=eq.UniformQuantizer(8), activations=activations, stats=eq.calibrate(one, x), outputs=True)
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized)
+    theirs = run(tmp_path / "net.onnx", {"x": x}, optimized=True, entries=EXACT_SUMS)["z"]
+    ours, scale = eq.forward(quantized, x), quantized["z"].op.grid.scale.reshape(-1, 1)
+    assert np.quantile(np.abs(ours - theirs) / scale, 0.9) < 2.01
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("op", ["Dense", "Conv", "Conv 2d", "depthwise", "grouped"])
 def test_layers_of_8_bits_still_run_in_integers(op, biased, tmp_path):
@@ -152,3 +185,54 @@ def test_a_layer_whose_sums_do_not_fit_is_refused(tmp_path):
                                                     r"that 32 bits may not hold; quantize the network again, after all changes"):
         eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
     assert not (tmp_path / "net.onnx").exists()
+
+
+# ------------------------------------------------------------------------------------------------ processors without VNNI
+
+#: Runs files in onnxruntime, in default sessions and with exact sums, and keeps the outputs.
+SCRIPT = """
+import sys
+import numpy as np
+import onnxruntime
+x, made = np.load("x.npy"), {}
+for name in sys.argv[1:]:
+    for exact in "01":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.x64quantprecision", exact)
+        session = onnxruntime.InferenceSession(f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+        made[f"{name} {exact}"] = session.run(["y"], {"x": x})[0]
+np.savez("made.npz", **made)
+"""
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind, whose processor has no VNNI")
+def test_remedies_are_exact_on_a_processor_that_adds_pairs_in_16_bits(tmp_path):
+    """With weights and activations near their largest, 8 bits saturate there; 7 bits do not, nor does the session with exact sums.
+
+    Layers that share signed weights load there, too.
+    """
+    rng = np.random.default_rng(0)
+
+    def large(*shape):
+        signs = np.where(np.arange(shape[0]) % 2, 1, -1).reshape(-1, *(1,) * (len(shape) - 1))
+        return (rng.uniform(0.8, 1, shape) * signs).astype(np.float32)
+    x = rng.uniform(0.5, 1, (20, 8, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    shared = eq.Conv(large(8, 8, 3), large(8), padding=1)
+    graph = eq.Graph({"x": (8, 6)}, [
+        eq.Node("a", shared, ["x"]), eq.Node("b", shared, ["x"]), eq.Node("s", eq.Add(), ["a", "b"]), eq.Node("f", eq.Flatten(), ["s"]),
+        eq.Node("y", eq.Dense(large(5, 48), large(5)), ["f"])], ["y"])
+    ours = {}
+    for bits, granularity in itertools.product((7, 8), ("per_tensor", "per_channel")):
+        name = f"{bits}_{granularity}"
+        quantized = eq.quantize(graph, weights=eq.UniformQuantizer(bits, granularity=granularity), stats=eq.calibrate(graph, x),
+                                activations=eq.UniformQuantizer(8, symmetric=False), outputs=True)
+        eqfact.onnx.save_qdq(tmp_path / f"{name}.onnx", quantized)
+        ours[name] = eq.forward(quantized, x)
+    subprocess.run(["valgrind", "--tool=none", "-q", sys.executable, "-c", SCRIPT, *ours], cwd=tmp_path, check=True, capture_output=True)
+    with np.load(tmp_path / "made.npz") as made:
+        equal = {name: np.array_equal(made[name], ours[name[:-2]]) for name in made}
+    if equal["8_per_tensor 0"]:
+        pytest.skip("this valgrind's processor adds exactly")
+    assert equal == {f"{name} {exact}": exact == "1" or name.startswith("7") for name in ours for exact in "01"}

@@ -8,6 +8,7 @@ Where they would compute something else than :func:`eqfact.forward`, the pair is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin
-from eqfact.ops import Add, BatchNorm, Dense, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Dense, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
@@ -31,6 +32,10 @@ TYPES: dict[int, tuple[int, int]] = {
     onnx.TensorProto.UINT4: (0, 15), onnx.TensorProto.INT4: (-8, 7), onnx.TensorProto.UINT8: (0, 255), onnx.TensorProto.INT8: (-128, 127),
     onnx.TensorProto.UINT16: (0, 2**16 - 1), onnx.TensorProto.INT16: (-(2**15), 2**15 - 1),
 }
+#: From bytes with a sign to bytes without.
+UNSIGNED = 128
+#: onnxruntime refuses to average whole numbers into steps that are larger or smaller than theirs by so many bits.
+AVERAGED_BITS = 8
 #: From this opset on there are 4 and 16 bits, and scales for blocks of a tensor.
 WIDE_OPSET = 21
 
@@ -59,8 +64,10 @@ class QdqWriter(Writer):
     def __init__(self, path: Path_, graph: Graph) -> None:
         super().__init__(path, graph)
         self.scale_dtype = scale_dtype(graph)
-        #: The initializer of whole numbers behind every dequantized weight, by its name.
-        self.stored_as: dict[str, str] = {}
+        #: The whole numbers and scales behind every dequantized weight, by its name.
+        self.stored: dict[str, tuple[AnyArray, AnyArray]] = {}
+        #: How many nodes use a weight, by the id of its array.
+        self.uses = Counter(id(node.op.weight) for node in graph.nodes if isinstance(node.op, Weighted))
         #: Values of the graph by the names under which no engine sees that they lie on a grid.
         self.behind: dict[str, str] = {}
         self.dtype = np.dtype(np.float32)  # QuantizeLinear takes no doubles, and in older opsets no halves
@@ -86,11 +93,19 @@ class QdqWriter(Writer):
             if isinstance(node.op, Dense) and isinstance(node.origin, Origin):
                 # of a product with weights (in, out), onnxruntime makes MatMulNBits, which rounds what it reads to 8 bits of its own
                 node = replace(node, origin=replace(node.origin, transposed=False))
-            in_float = isinstance(node.op, Softmax) or (  # onnxruntime's Softmax of whole numbers is a step off
-                isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm) and not self._in_integers(node, node.op))
-            if in_float:
+            if self._in_float(node):
                 node = replace(node, inputs=(self._hide(node, first),))
             super().write(node)
+
+    def _in_float(self, node: Node) -> bool:
+        """Would onnxruntime's integer kernel compute something else, or refuse?"""
+        op = node.op
+        if isinstance(op, Weighted):
+            return not isinstance(op, BatchNorm) and not self._in_integers(node, op)
+        if isinstance(op, (AvgPool, GlobalAvgPool)) and (grid := self._grid(node.inputs[0])) is not None:
+            made = [reader.op.grid.scale for reader in self.graph.readers[node.name] if isinstance(reader.op, FakeQuantize)]
+            return any((np.abs(np.log2(grid.scale / scale)) >= AVERAGED_BITS).any() for scale in made)
+        return isinstance(op, Softmax)  # its kernel is a step off
 
     def _in_integers(self, node: Node, op: Weighted) -> bool:
         """Are the layer's sums whole multiples of one step? (Of no others must an engine make whole numbers, least of all the bias.)"""
@@ -99,6 +114,9 @@ class QdqWriter(Writer):
     def _grid(self, value: str) -> Grid | None:
         """The grid of a value, under whatever name."""
         return grid_of(self.graph, self.behind.get(value, value))
+
+    def spatial(self, node: Node) -> int:
+        return super().spatial(replace(node, inputs=tuple(self.behind.get(value, value) for value in node.inputs)))
 
     def _hide(self, node: Node, value: str) -> str:
         """The value once more, as a sum of one: no engine looks for a grid behind that, and none takes it away."""
@@ -139,6 +157,8 @@ class QdqWriter(Writer):
                             f"the grid's rounding is '{grid.rounding}'; quantize with rounding='half_even'")
         kind = self._type(grid, node, least=8)  # no kernel takes activations of less
         axis = {"axis": 1} if grid.scale.size > 1 else {}
+        if axis:  # no kernel takes or makes a scale for each channel, yet onnxruntime makes its integer kernels of such pairs
+            value = self.node("Sum", [value], self.inner(node, "in_float"), node, f"{suffix}.in_float")
         numbers = self._numbers(node.name, grid.scale, grid.zero_point, kind, scalar=not axis)
 
         def pair(value: str, name: str, output: str, suffix: str) -> str:
@@ -153,9 +173,9 @@ class QdqWriter(Writer):
                     value = self.node("Max" if name == "low" else "Min", [value, bound], self.inner(node, f"at_{name}"), node, f".{name}")
         if not axis:
             pair(value, "int", node.name, suffix)
-        else:  # no kernel takes a scale for each channel, yet onnxruntime makes its integer kernels of such pairs
+        else:
             inner = pair(value, "int", self.inner(node, "by_channel"), suffix)
-            self.node("Sum", [inner], node.name, node, f"{suffix}.in_float")
+            self.node("Sum", [inner], node.name, node, f"{suffix}.out_float")
 
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         grid = op.grid
@@ -166,9 +186,13 @@ class QdqWriter(Writer):
             raise OnnxError(f"{self.path}: node '{node.name}': its weights do not lie on their grid; "
                             "quantize the network again, after all changes")
         kind = self._type(grid, node, least=4)
+        if kind == onnx.TensorProto.INT8 and self.uses[id(op.weight)] > 1:
+            # to add exactly on every processor, onnxruntime makes unsigned ones of signed weights, which fails where two layers share them
+            kind, q = int(onnx.TensorProto.UINT8), q + UNSIGNED
+            grid = replace(grid, zero_point=grid.zero_point + UNSIGNED, qmin=grid.qmin + UNSIGNED, qmax=grid.qmax + UNSIGNED)
         whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
         _, known = self.made_of.get(id(op.weight), (None, ""))
-        if known and np.array_equal(self.initializers[self.stored_as[known]], whole):
+        if known and _same(self.stored[known], (whole, grid.scale)):
             return known
         scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, grid.zero_point))
         scale, zero_point, where = _form(scales, zero_points)
@@ -176,9 +200,9 @@ class QdqWriter(Writer):
         if "block_size" in attributes:
             self.need_opset(WIDE_OPSET, node)
         name = self.fresh(self.named(node, "weight"))
-        self.stored_as[name] = self.constant(whole, f"{name}.int")
+        self.stored[name] = whole, grid.scale
         numbers = self._numbers(name, scale, zero_point, kind, scalar=not attributes)
-        self._dequantize([self.stored_as[name], *numbers], name, attributes)
+        self._dequantize([self.constant(whole, f"{name}.int"), *numbers], name, attributes)
         self.made_of[id(op.weight)] = op.weight, name
         return name
 
@@ -229,6 +253,10 @@ class QdqWriter(Writer):
         shape = () if scalar else scale.shape
         return (self.constant(written.reshape(shape), f"{name}.scale"),
                 self.constant(zero_point.astype(helper.tensor_dtype_to_np_dtype(kind)).reshape(shape), f"{name}.zero_point"))
+
+
+def _same(a: tuple[AnyArray, ...], b: tuple[AnyArray, ...]) -> bool:
+    return all(map(np.array_equal, a, b))
 
 
 def _form(scale: AnyArray, zero_point: AnyArray) -> tuple[AnyArray, AnyArray, dict[str, int]]:
