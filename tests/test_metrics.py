@@ -321,7 +321,8 @@ def test_an_attenuated_clip_that_stays_at_6_is_found_only_on_data_that_saturates
 ENDS = {
     "nothing": ([], 1.0), "relu": ([eq.ReLU()], 1.0), "relu6": ([eq.ReLU6()], 1.0), "clip": ([eq.Clip(-1.0, 2.0)], 1.0),
     "clip a channel": ([eq.Clip(np.array([-1.0, -3.0, 0.0]), np.array([2.0, 1.0, 3.0]))], 1.0), "leaky": ([eq.LeakyReLU(0.1)], 1.0),
-    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0), "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
+    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0),
+    "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
     "maximum": ([eq.MaxPool(2)], 1.0), "mean": ([eq.GlobalAvgPool(), eq.ReLU6()], 1.0), "gelu": ([eq.GELU()], 1e-2),
     "slice of a pad": ([eq.Pad(1, 1.5), eq.Slice(1, 2)], 1.0), "silu": ([eq.SiLU()], 1e-2), "hardswish": ([eq.HardSwish()], 1e-2),
     "sigmoid": ([eq.Sigmoid()], None), "softmax": ([eq.Softmax()], None), "softmax over space": ([eq.Softmax(2)], None),
@@ -683,6 +684,68 @@ def test_outputs_that_happen_to_be_small_on_one_image_are_equal(dtype, ends):
         bias[np.abs(eq.values(graph, x)["b"][0]).argmin()] += 0.1
         wrong = moved.with_ops({"b": dataclasses.replace(moved["b"].op, bias=bias)})
         assert not eq.verify(graph, wrong, x)
+
+
+@pytest.mark.parametrize(("dtype", "small"), [("float32", 1e-12), ("float32", 10**-12.5), ("float64", 1e-102), ("float64", 10**-102.5)])
+def test_networks_whose_values_run_into_subnormal_numbers_are_equal(dtype, small):
+    """There a rounding is no longer as small as the number."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        ops = {}
+        for i in range(4):
+            ops |= {f"a{i}": eq.Dense((rng.normal(size=(4, 4)) * (small if i < 3 else 1)).astype(dtype)), f"act{i}": eq.LeakyReLU(0.1)}
+        graph = eq.Graph.chain((4,), **ops, out=eq.Dense(rng.normal(size=(2, 4)).astype(dtype)))
+        factors = np.concatenate([[1.0], np.exp(2 * rng.normal(size=eq.degrees_of_freedom(graph)))])
+        other = eq.Factorization(eq.channels(graph), factors).apply(graph)
+        x = rng.normal(size=(3, 4)).astype(dtype)
+        for a, b in ((graph, other), (other, graph)):
+            verdict = eq.verify(a, b, x)
+            assert verdict.message.startswith("equal: "), verdict.message
+
+
+#: How far apart the sizes of channels are, as powers of ten, and what bounds them.
+SPREADS = [(dtype, spread, end) for dtype, spreads in (("float32", (5, 15, 25, 30)), ("float64", (30, 100, 140, 200)))
+           for spread in spreads for end in (eq.ReLU(), eq.ReLU6(), eq.Clip(-1e30, 1e35), eq.LeakyReLU(0.1))]
+
+
+def spread_out(dtype, spread, end, seed):
+    """A convolution whose channels differ by up to ``10**(2 spread)``, read so that all matter alike; and a rescaled one."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** rng.uniform(-spread, spread, 6)
+    graph = eq.Graph.chain(
+        (2, 6), a=eq.Conv((rng.normal(size=(6, 2, 3)) * sizes[:, None, None]).astype(dtype), (rng.normal(size=6) * sizes).astype(dtype)),
+        act=end, b=eq.Conv((rng.normal(size=(5, 6, 1)) / sizes[:, None]).astype(dtype)), act2=eq.ReLU(), pool=eq.GlobalAvgPool(),
+        flat=eq.Flatten(), out=eq.Dense(rng.normal(size=(3, 5)).astype(dtype)))
+    factors = np.concatenate([[1.0], 10.0 ** rng.uniform(-spread / 2, spread / 2, eq.degrees_of_freedom(graph))])
+    return graph, eq.Factorization(eq.channels(graph), factors), rng.normal(size=(3, 2, 6)).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "spread", "end"), SPREADS, ids=str)
+def test_channels_spread_over_all_magnitudes_are_compared_without_a_warning(dtype, spread, end):
+    """Whatever the verdict on what subnormal weights have lost; and yes where no weight is subnormal."""
+    for seed in range(6):
+        graph, factors, x = spread_out(dtype, spread, end, seed)
+        with np.errstate(over="ignore"):
+            finite = all(np.isfinite(v).all() for v in eq.values(graph, x).values())
+        try:
+            other = factors.apply(graph)
+        except ValueError:
+            continue  # a weight or bias overflows
+        smallest = min(np.abs(n.op.weight[n.op.weight != 0]).min() for g in (graph, other) for n in g if isinstance(n.op, eq.Weighted))
+        if finite:
+            for a, b in ((graph, other), (other, graph), (graph, eq.equalize(graph).graph)):
+                verdict = eq.verify(a, b, x)
+                assert verdict or smallest < np.finfo(dtype).tiny, verdict.message
+            for name, order in (("a", [5, 4, 3, 2, 1, 0]), ("b", [4, 3, 2, 1, 0])):  # rows in another order, and sizes with them
+                op = graph[name].op
+                mixed = dataclasses.replace(op, weight=op.weight[order], bias=None if op.bias is None else op.bias[order])
+                for start in (graph, other):
+                    wrong = start.with_ops({name: mixed})
+                    with np.errstate(over="ignore"):
+                        finite = all(np.isfinite(v).all() for v in eq.values(wrong, x).values())
+                    if finite:
+                        assert not eq.verify(graph, wrong, x)
+                        assert not eq.verify(wrong, graph, x)
 
 
 def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
