@@ -66,7 +66,7 @@ EXCLUDED = {
         training_dropout training_dropout_mask training_dropout_zero_ratio training_dropout_zero_ratio_mask
         """,
     "entries are repeated, which no op of eqfact but Upsample does": """
-        expand_dim_changed expand_dim_unchanged 
+        expand_dim_changed expand_dim_unchanged
         """,
     "Resize by interpolation": """
         resize_upsample_scales_linear resize_upsample_scales_linear_align_corners resize_downsample_scales_linear
@@ -80,8 +80,7 @@ EXCLUDED = {
         resize_downsample_scales_linear_half_pixel_symmetric resize_upsample_scales_linear_half_pixel_symmetric
         """,
     "Resize that does not repeat every entry equally often": """
-         
-         resize_upsample_sizes_nearest_not_larger
+        resize_upsample_sizes_nearest_not_larger
         resize_upsample_sizes_nearest_not_smaller resize_downsample_sizes_nearest_not_larger
         resize_downsample_sizes_nearest_not_smaller
         """,

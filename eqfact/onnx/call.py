@@ -201,16 +201,17 @@ class Call:
                                              for n, axis in zip(shape, view.axes, strict=True) if BATCH not in axis):
                 self.refuse(f"its constant of shape {value.shape} does not broadcast against samples of shape {view.described()}")
             atoms = [a for axis in view.axes for a in axis if not a.is_batch]
-            spread = value.reshape([1 if n == 1 else a.size for n, axis in zip(shape, view.axes, strict=True) for a in axis if not a.is_batch])
-            order = [atoms.index(a) for axis in range(len(view.shape)) for a in view.atoms_of(axis)]
+            spread = value.reshape([1 if n == 1 else a.size for n, axis in zip(shape, view.axes, strict=True)
+                                    for a in axis if not a.is_batch])
+            order = [atoms.index(a) for i in range(len(view.shape)) for a in view.atoms_of(i)]
             spread = spread.transpose(order)
             sizes, at = [], 0
-            for axis, size in enumerate(view.shape):
-                count = len(view.atoms_of(axis))
+            for i, size in enumerate(view.shape):
+                count = len(view.atoms_of(i))
                 if set(spread.shape[at:at + count]) <= {1}:
                     sizes.append(1)
                 else:
-                    own = [a.size for a in view.atoms_of(axis)]
+                    own = [a.size for a in view.atoms_of(i)]
                     spread = np.broadcast_to(spread, (*spread.shape[:at], *own, *spread.shape[at + count:]))
                     sizes.append(size)
                 at += count

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,7 +68,7 @@ class Importer:
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]],
-                 outside: Callable[[Foreign], tuple[Shape, np.dtype, int | None]] | None = None) -> None:  # type: ignore[type-arg]
+                 outside: Callable[[Foreign], tuple[Shape, np.dtype[Any], int | None]] | None = None) -> None:
         self.path, self.model, self.outside = path, model, outside
         self.opset = opset(model)
         self.opsets = {o.domain: o.version for o in model.opset_import}

@@ -1,6 +1,7 @@
 """How are the ONNX ops read that move entries: over space, between channels, or only on paper (views)?
 
-Choosing entries along an axis, in any order and number, is one op (:class:`~eqfact.ops.Take`); splitting, joining and ordering axes is none.
+Choosing entries along an axis, in any order and number, is one op (:class:`~eqfact.ops.Take`); splitting, joining and ordering axes
+is none.
 """
 
 from __future__ import annotations

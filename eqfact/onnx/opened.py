@@ -234,8 +234,8 @@ def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None) -
     if at:
         count = next(arrays[name].shape[axis] for name, axis in at.items())
         count = count if first is None else min(first, count)
-        return [{name: array if name not in at else array.take(range(i, min(i + A_PART, count)), at[name]) for name, array in arrays.items()}
-                for i in range(0, count, A_PART)]
+        return [{name: array if name not in at else array.take(range(i, min(i + A_PART, count)), at[name])
+                 for name, array in arrays.items()} for i in range(0, count, A_PART)]
     count = max(runs.values(), default=1)
     return [{name: array if runs[name] == 1 else np.split(array, count)[i] for name, array in arrays.items()}
             for i in range(count if first is None else min(first, count))]
@@ -291,7 +291,8 @@ class _Outside:
             return {name: np.asarray(array) for name, array in self.data.items()}
         unknown = sorted(set(self.input_shapes) - {i.name for i in inputs})
         if unknown:
-            raise OnnxError(f"{self.path}: input_shapes (--input-shape) names {unknown}, the network's inputs are {[i.name for i in inputs]}")
+            raise OnnxError(f"{self.path}: input_shapes (--input-shape) names {unknown}, "
+                            f"the network's inputs are {[i.name for i in inputs]}")
         rng, feeds = np.random.default_rng(0), {}
         for info in inputs:
             dims = sizes(info)

@@ -85,8 +85,9 @@ class Source:
 
 
 #: The floating types that networks are computed in.
-FLOATS = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.DOUBLE: np.dtype(np.float64),
-          onnx.TensorProto.FLOAT16: np.dtype(np.float16)}
+FLOATS: dict[int, np.dtype[Any]] = {
+    int(onnx.TensorProto.FLOAT): np.dtype(np.float32), int(onnx.TensorProto.DOUBLE): np.dtype(np.float64),
+    int(onnx.TensorProto.FLOAT16): np.dtype(np.float16)}
 
 
 def sizes(info: onnx.ValueInfoProto) -> list[int | None]:
@@ -103,6 +104,6 @@ class Origin:
     #: The weight of a Gemm or MatMul stood as ``(in, out)``.
     transposed: bool = False
     source: Source | None = field(default=None, repr=False)
-    #: The ONNX tensors that the ONNX node reads, constants apart, and the one that it makes; for a node that stands in no file there are none.
+    #: The ONNX tensors that the ONNX node reads, constants apart, and the one that it makes; none for a node that stands in no file.
     reads: tuple[str, ...] = ()
     makes: str = ""

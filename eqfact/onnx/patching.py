@@ -17,7 +17,8 @@ from onnx import numpy_helper
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
-from eqfact.onnx.exporting import AnyArray, Writer, write_model
+from eqfact.onnx.call import AnyArray
+from eqfact.onnx.exporting import Writer, write_model
 from eqfact.onnx.origin import OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.ops import Conv, Dense
@@ -124,8 +125,8 @@ class Patcher(Writer):
         return tensor
 
     def _refused(self, node: Node) -> OnnxError:
-        return OnnxError(f"{self.path}: node '{node.name}' has no place of its own in the file that the network was read from; a network of "
-                         "another structure (folded across moves, quantized) is written by eqfact.onnx.save or save_qdq, if it was "
+        return OnnxError(f"{self.path}: node '{node.name}' has no place of its own in the file that the network was read from; a network "
+                         "of another structure (folded across moves, quantized) is written by eqfact.onnx.save or save_qdq, if it was "
                          "understood whole")
 
     # ------------------------------------------------------------------------------------------- what writers ask

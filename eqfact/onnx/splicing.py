@@ -65,8 +65,8 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
         if standard.domain in ("", "ai.onnx"):
             standard.version = max(standard.version, opset(inner))
     if opset(inner) != opset(source.model) and any(proto.output[0] not in ops for proto in protos if proto.output):
-        raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have {opset(source.model)}; "
-                        "convert the file with onnx.version_converter")
+        raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have "
+                        f"{opset(source.model)}; convert the file with onnx.version_converter")
     if any(isinstance(node.op, SIZED) for node in graph.nodes):
         _fix_sizes(model, views, source)
     del model.graph.node[:], model.graph.value_info[:]

@@ -219,8 +219,8 @@ def rearrange(w: Writer, node: Node, op: Rearrange) -> None:
     order = [i for group in op.groups for i in group]
     split = w.node("Reshape", [*node.inputs, w.integers(node, "split", [0, *sizes])], w.inner(node, "split"), node, ".split")
     moved = w.node("Transpose", [split], w.inner(node, "moved"), node, ".move", perm=[0, *(i + 1 for i in order)])
-    sizes = op.output_shape(w.graph.shapes[node.inputs[0]])
-    w.node("Reshape", [moved, w.integers(node, "shape", [0, *sizes])], node.name, node)
+    shape = op.output_shape(w.graph.shapes[node.inputs[0]])
+    w.node("Reshape", [moved, w.integers(node, "shape", [0, *shape])], node.name, node)
 
 
 def take(w: Writer, node: Node, op: Take) -> None:

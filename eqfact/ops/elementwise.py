@@ -206,7 +206,8 @@ class Affine(Commuting):
         for name in ("slope", "shift"):
             object.__setattr__(self, name, parameter(f"Affine {name}", getattr(self, name)))
         if self.slope.ndim != self.shift.ndim or not self.slope.ndim:
-            raise ValueError(f"Affine needs a slope and a shift (C or 1, *spatial or 1), got shapes {self.slope.shape} and {self.shift.shape}")
+            raise ValueError("Affine needs a slope and a shift (C or 1, *spatial or 1), "
+                             f"got shapes {self.slope.shape} and {self.shift.shape}")
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = one_input(self, shapes)
