@@ -341,8 +341,8 @@ def table(dtype: Any) -> list[Case]:
         expected=onnx("DepthToSpace", blocksize=2))
     row("rearrange, space to depth", eq.Rearrange(((2,), (2, 2), (3, 2)), ((2, 4, 0), (1,), (3,))), (2, 4, 6),
         expected=onnx("SpaceToDepth", blocksize=2))
-    row("rearrange, some channels into space", eq.Rearrange(((2, 3), (4,)), ((2, 0), (1,))), (6, 4), expected=lambda x: np.stack(
-        [np.float64(x)[:, 3 * i:3 * i + 3, j] for j in range(4) for i in range(2)], axis=1))
+    row("rearrange, some channels into space", eq.Rearrange(((2, 3), (4,)), ((2, 0), (1,))), (6, 4),
+        expected=lambda x: np.stack([np.float64(x)[:, 3 * i:3 * i + 3, j] for j in range(4) for i in range(2)], axis=1))
     row("rearrange, space by space", eq.Rearrange(((2,), (3,), (4,)), ((0,), (2, 1))), (2, 3, 4), expected=lambda x: np.stack(
         [np.float64(x)[:, :, i, j] for j in range(4) for i in range(3)], axis=2))
     row("take channels, one twice", eq.Take((2, 0, 2)), (3, 2), expected=onnx("Gather", np.array([2, 0, 2]), axis=1))
@@ -354,7 +354,8 @@ def table(dtype: Any) -> list[Case]:
     c, d = a(3, 2, 1), a(1, 2, 4)
     row("affine over space", eq.Affine(c, d), (3, 2, 4), expected=lambda x, c=c, d=d: np.float64(x) * c + d)
     c = a(1, 4)
-    row("affine, a mask", eq.Affine((c > 0).astype(dtype), np.zeros((3, 1), dtype)), (3, 4), expected=lambda x, c=c: np.where(c > 0, x, 0.0))
+    row("affine, a mask", eq.Affine((c > 0).astype(dtype), np.zeros((3, 1), dtype)), (3, 4),
+        expected=lambda x, c=c: np.where(c > 0, x, 0.0))
 
     # blocking
     row("sigmoid", eq.Sigmoid(), (3, 4), expected=entrywise(lambda x: (1 + math.tanh(x / 2)) / 2))

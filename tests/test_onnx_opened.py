@@ -51,7 +51,8 @@ def token_net():
     nodes = [node("Gather", ["table", "ids"], ["emb"]), *layer("emb", "h", "w1"), node("MatMul", ["h", "w2"], ["o"]),
              node("Add", ["emb", "o"], ["r"]), node("LayerNormalization", ["r", "gamma"], ["n"]), *layer("n", "g", "w3"),
              node("MatMul", ["g", "w4"], ["logits"]), node("ArgMax", ["logits"], ["best"], axis=-1, keepdims=0)]
-    constants = {"table": floats(20, 8), "w1": floats(8, 12), "w2": floats(12, 8), "gamma": floats(8), "w3": floats(8, 10), "w4": floats(10, 5)}
+    constants = {"table": floats(20, 8), "w1": floats(8, 12), "w2": floats(12, 8), "gamma": floats(8), "w3": floats(8, 10),
+                 "w4": floats(10, 5)}
     outputs = {"logits": (FLOAT, ["N", "T", 5]), "best": (INT64, ["N", "T"])}
     ids = np.random.default_rng(2).integers(0, 20, (3, 7))
     return model(nodes, {"ids": (INT64, ["N", "T"])}, outputs, constants), {"ids": ids}, ["Gather", "LayerNormalization", "ArgMax"]
@@ -152,7 +153,7 @@ def test_the_file_runs_as_it_is_and_hands_over_the_inputs_of_the_graph(net):
 
 
 def test_powers_of_two_change_no_bit_of_a_file(net, tmp_path):
-    path, feeds, kept = net
+    path, feeds, _ = net
     opened = eqfact.onnx.open(path, feeds)
     changed = rescaled(opened.graph)
     opened.save(tmp_path / "out.onnx", changed)
@@ -219,7 +220,7 @@ def test_open_sizes_stay_open(tmp_path):
 
 
 def test_several_batches_of_a_fixed_size_are_run_one_by_one(tmp_path):
-    proto, feeds, _ = fixed_net()
+    proto, *_ = fixed_net()
     path = tmp_path / "net.onnx"
     onnx.save(proto, path)
     several = {"x": floats(3, 5, 4, seed=5), "state": np.abs(floats(15, 1, 2, seed=6))}
@@ -301,7 +302,7 @@ def test_nothing_to_understand(tmp_path):
 
 
 def test_graphs_of_another_structure_find_no_place(tmp_path):
-    proto, feeds, _ = conv_net()
+    proto, feeds, *_ = conv_net()
     path = tmp_path / "net.onnx"
     onnx.save(proto, path)
     opened = eqfact.onnx.open(path, feeds)

@@ -126,5 +126,5 @@ class Take(Commuting):
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         whole = np.zeros_like(inputs[0])
-        np.add.at(whole, (*(slice(None),) * (self.axis + 1), list(self.indices)), cotangent)
+        np.add.at(np.moveaxis(whole, self.axis + 1, 0), list(self.indices), np.moveaxis(cotangent, self.axis + 1, 0))
         return (whole,)
