@@ -6,6 +6,7 @@ How much may come of it is asked before anything is made: a few bytes of a file 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
     if made is not None and made > max(MOST_ENTRIES, 2 * read):
         raise ValueError(f"it makes {made} entries of {read} constant ones, more than are computed while a file is read")
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a kernel of onnx finds odd is not the user's doing
             outputs: Any = ReferenceEvaluator(model).run(None, {i.name: feeds[i.name] for i in model.graph.input})
     except Exception as error:  # whatever a kernel of onnx raises
         raise ValueError(f"onnx cannot compute it from its constants: {type(error).__name__}: {str(error)[:300]}") from error

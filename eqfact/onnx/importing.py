@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from eqfact.onnx import folding
 from eqfact.onnx.building import Building
 from eqfact.onnx.call import Call
 from eqfact.onnx.nodes import READERS
-from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, sizes
+from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, errors_of, sizes
 from eqfact.onnx.reading import opset, read_model
 from eqfact.onnx.views import View
 from eqfact.ops import Shape
@@ -43,21 +43,6 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
     model = read_model(path)
     with errors_of(path):
         return Importer(path, model, input_shapes or {}).graph()
-
-
-@dataclass
-class errors_of:  # reads as what it does
-    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path."""
-
-    path: Path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)) \
-                and not isinstance(error, OnnxError):
-            raise OnnxError(f"{self.path}: {type(error).__name__ if isinstance(error, LookupError) else ''}{error}") from error
 
 
 class Importer:

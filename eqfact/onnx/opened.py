@@ -24,8 +24,8 @@ from scipy.sparse import csgraph
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.exporting import write_model
-from eqfact.onnx.importing import Importer, errors_of
-from eqfact.onnx.origin import Foreign, OnnxError, Source, sizes
+from eqfact.onnx.importing import Importer
+from eqfact.onnx.origin import Foreign, OnnxError, Source, errors_of, sizes
 from eqfact.onnx.patching import save as patched
 from eqfact.onnx.qdq import QdqWriter
 from eqfact.onnx.reading import read_model

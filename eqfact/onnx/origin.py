@@ -6,8 +6,10 @@ files is kept in ``Node.origin``: the names of nodes and initializers, the layou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,18 @@ class OnnxError(ValueError):
 
 class UnsupportedNode(OnnxError):
     """A node that has no counterpart in eqfact; :func:`eqfact.onnx.open` keeps it as it is."""
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path; so is what the disk has wrong behind it."""
+    try:
+        yield
+    except OnnxError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: " if isinstance(error, LookupError | AttributeError) else ""
+        raise OnnxError(f"{path}: {what}{' '.join(str(error).split())[:1000]}") from error
 
 
 @dataclass(frozen=True, eq=False)

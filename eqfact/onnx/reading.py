@@ -15,7 +15,7 @@ import onnx.inliner
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import external_data_helper
 
-from eqfact.onnx.origin import OnnxError
+from eqfact.onnx.origin import OnnxError, errors_of
 
 #: Opset 6 is what the oldest files in use have; files are written for 13 at least, where what was an attribute is an input.
 OLDEST_OPSET, OLDEST_WRITTEN = 6, 13
@@ -28,6 +28,11 @@ QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLi
 def read_model(path: Path) -> onnx.ModelProto:
     """The model of a file, complete and checked; :class:`OnnxError` if it is not one, :class:`OSError` if it cannot be opened."""
     data = path.read_bytes()
+    with errors_of(path):
+        return _model(path, data)
+
+
+def _model(path: Path, data: bytes) -> onnx.ModelProto:
     size = len(data)
     try:
         model = onnx.ModelProto.FromString(data)
