@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.channels import channels
-from eqfact.graph import Data, Graph, Node, checked_inputs, values, walk
-from eqfact.ops.base import Array, Shape, Weighted, along_channels
-from eqfact.ops.elementwise import Clip
+from eqfact.graph import Data, Graph, Node, checked_inputs, values
+from eqfact.ops.base import Array, Shape, T, Weighted, along_channels, channel_vector, finite_magnitude
 from eqfact.ops.weighted import BatchNorm
 
 Vector = npt.NDArray[np.float64]
@@ -104,16 +103,20 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
         if of_a != of_b:
             raise ValueError(f"networks to compare need the same {what}, got {of_a} and {of_b}")
     truth = values(a, x)
-    ends = {name: value for name, value in walk(b, x) if name in b.outputs}
+    shared = _in_common(a, b)
+    ends = _ends(b, x, {name: truth[name] for name in shared})
     for name in b.outputs:
-        for which, value in (("first", truth[name]), ("second", ends.get(name, truth[name]))):
+        for which, value in (("first", truth[name]), ("second", ends[name])):
             if not np.isfinite(value).all():
                 raise ValueError(f"output '{name}' of the {which} network overflows on this data, so there is nothing to compare: "
                                  "give data as the network expects it")
-    found = _compare(a, b, truth, x)
-    made = [name for name in b.outputs if name in found]
+    made = [name for name in b.outputs if name not in b.inputs]
     if not made:
         return Verification(True, 0.0, 0.0, b.outputs[0], "equal: the inputs are put out as they come")
+    made = [name for name in made if name not in shared]
+    if not made:
+        return Verification(True, 0.0, 0.0, b.outputs[0], "equal: the same operations on the same parameters")
+    found = _compare(a, b, truth, shared, x)
     apart = max(float(np.abs(ends[name] - truth[name]).max() / (np.abs(truth[name]).max() or 1.0)) for name in made)
     parted = [name for name, value in found.items() if value.excess > 1]
     equal = all(found[name].excess <= 1 and (found[name].sharp if parted else found[name].near) for name in made)
@@ -135,6 +138,27 @@ def verify(a: Graph, b: Graph, x: Data) -> Verification:
     return Verification(equal, found[worst].error, found[worst].bound, worst, message, apart)
 
 
+def _in_common(a: Graph, b: Graph) -> set[str]:
+    """The values that both networks make by the same op objects out of the same inputs: equal, bit for bit."""
+    if a.dtype != b.dtype:
+        return set()
+    nodes, shared = {node.name: node for node in a.nodes}, set(b.inputs)
+    for node in b.nodes:
+        other = nodes.get(node.name)
+        if other is not None and other.op is node.op and other.inputs == node.inputs and shared.issuperset(node.inputs):
+            shared.add(node.name)
+    return shared
+
+
+def _ends(graph: Graph, x: Data, known: Mapping[str, Array]) -> dict[str, Array]:
+    """The network's outputs, where some of its values are known already."""
+    env = {**checked_inputs(graph, x), **known}
+    for node in graph.nodes:
+        if node.name not in env:
+            env[node.name] = node.op.forward(*(env[i] for i in node.inputs))
+    return {name: env[name] for name in graph.outputs}
+
+
 @dataclass(frozen=True)
 class _Agreement:
     """The entry of a value where the error is largest against its bound; ``excess`` is their ratio."""
@@ -142,18 +166,18 @@ class _Agreement:
     error: float
     bound: float
     excess: float
-    #: Whether all errors, and whether even all bounds are near.
-    near: bool
-    sharp: bool
+    #: Whether all errors, and whether even all bounds are near; asked of outputs only.
+    near: bool = True
+    sharp: bool = True
 
 
 class _Side:
     """One of two networks on its way through the data, with what is known of its values.
 
-    ``errors`` bounds the rounding errors of the values that it holds, in units of ``u`` (never below their magnitudes). ``slopes`` is
-    ``|W_L| ... |W_1| s`` without biases, of one image in float64: nothing cancels there, so factors read off it stay sharp in any depth.
-    Beside ``s`` stands ``s`` times the doubt about the factors in it, in units of ``u``. ``scales`` says what a value is made of, the last
-    layer's ``|W| |x|``: an entry whose terms happen to cancel out is not more exact than the others for that.
+    ``errors`` bounds the rounding errors of the values that it holds, in units of ``u`` (never below their magnitudes). ``slopes`` is one
+    positive number a channel that any factorization multiplies by the channel's factor: ``|W_L| ... |W_1| s``, without biases and summed
+    over taps. Nothing cancels there, so factors read off it stay sharp in any depth. Beside it stands the same times the doubt about the
+    factors in it, in units of ``u``.
     """
 
     #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
@@ -162,28 +186,26 @@ class _Side:
     def __init__(self, graph: Graph, held: dict[str, Array], u: float) -> None:
         self.graph, self.held, self.u = graph, held, u
         self.errors: dict[str, Array] = {}
-        self.slopes: dict[str, Array] = {}
-        self.scales: dict[str, Array] = {}
-        for name in graph.inputs:
-            self.start(name, held[name])
-            self.scales[name] = np.abs(held[name])
+        self.slopes: dict[str, Vector] = {}
 
-    def start(self, name: str, value: Array, doubt: Array | float = 0.0, unsure: Array | float = 0.0) -> None:
-        """Take a value as it is, up to its own rounding and a doubt, and its slope with that of its factors, all in units of ``u``."""
-        self.held[name] = value
-        self.errors[name] = (np.abs(value) + doubt).astype(value.dtype)
-        slope = np.abs(value).mean(axis=0, dtype=np.float64)
+    def start(self, name: str, doubt: Array | float = 0.0, unsure: Vector | float = 0.0) -> None:
+        """Take the value held as it is, up to its own rounding and a doubt, and its slope with that of its factors, in units of ``u``."""
+        value = self.held[name]
+        size = finite_magnitude(value)
+        self.errors[name] = size + doubt
+        slope = _per_channel(size).astype(np.float64)
         self.slopes[name] = np.stack([slope, slope * (unsure + 1)])
 
     def restart(self, name: str, where: npt.NDArray[np.bool_], value: Array, doubt: Array | float = 0.0,
-                unsure: Array | float = 0.0) -> None:
-        """The same in the channels ``where``; the others stay as they are."""
-        so_far = self.held[name], self.errors[name], self.slopes[name]
-        self.start(name, value, doubt, unsure)
-        if where.all():
-            return
-        self.held[name], self.errors[name], self.slopes[name] = (
-            np.where(where, new, old) for new, old in zip((self.held[name], self.errors[name], self.slopes[name]), so_far, strict=True))
+                unsure: Vector | float = 0.0) -> None:
+        """The same with another value in the channels ``where``; the others stay as they are."""
+        held, errors, slopes = self.held[name], self.errors[name], self.slopes[name]
+        self.held[name] = value
+        self.start(name, doubt, unsure)
+        if not where.all():
+            channels = along_channels(where, value.ndim - 1)
+            self.held[name], self.errors[name] = np.where(channels, value, held), np.where(channels, self.errors[name], errors)
+            self.slopes[name] = np.where(where, self.slopes[name], slopes)
 
     def reach(self, name: str) -> None:
         """Step through all nodes that this value depends on and that were not reached yet."""
@@ -197,91 +219,149 @@ class _Side:
 
     def step(self, node: Node) -> None:
         """The errors and slopes of a node's output, from those of its inputs."""
-        op, name = node.op, node.name
+        name, inputs = node.name, [self.held[i] for i in node.inputs]
         with np.errstate(over="ignore", invalid="ignore"):
-            m = op.magnitude(*(np.abs(self.held[i]) for i in node.inputs))
-            self.errors[name] = op.magnitude(*(self.errors[i] for i in node.inputs)) + op.roundings * m
-            if np.isnan(self.errors[name].max()):  # beyond overflow nothing is bounded, not even 0 * inf
-                self.errors[name] = np.where(np.isnan(self.errors[name]), np.inf, self.errors[name])
-            self.slopes[name] = self._slope(node)
-            summed = isinstance(op, Weighted) and not isinstance(op, BatchNorm)
-            self.scales[name] = m if summed else op.magnitude(*(self.scales[i] for i in node.inputs))
+            errors = node.op.errors([self.errors[i] for i in node.inputs], inputs, self.held[name], self.u)
+            if np.isnan(errors.max()):  # beyond overflow nothing is bounded, not even 0 * inf
+                errors = np.where(np.isnan(errors), np.inf, errors)
+            self.errors[name], self.slopes[name] = errors, self._slope(node)
 
-    def _slope(self, node: Node) -> Array:
-        """The slopes of a node's output, ``(2, C, *spatial)``."""
-        op, inputs = node.op, [self.slopes[i] for i in node.inputs]
+    def _slope(self, node: Node) -> Vector:
+        """The slopes of a node's output, ``(2, C)``."""
+        op, read = node.op, np.concatenate([self.slopes[i] for i in node.inputs], axis=1)
         if isinstance(op, Weighted):
-            s = _without_bias(op).forward(*inputs)
-        elif isinstance(op, Clip):
-            s = inputs[0]
-        else:
-            s = op.magnitude(*inputs) - op.magnitude(*(np.zeros_like(v) for v in inputs))
+            weights = np.abs(op.taps()).sum(axis=3, dtype=np.float64)
+            groups, out, inner = weights.shape
+            s = np.einsum("goi,kgi->kgo", weights, read.reshape(2, groups, inner)).reshape(2, groups * out)
+        else:  # what carries a channel of the input on has its label; all else is pinned
+            labels = np.concatenate([channel_vector(self.graph.labels[i]) for i in node.inputs])
+            made, order = channel_vector(self.graph.labels[node.name]), np.argsort(labels)
+            index = order[np.searchsorted(labels[order], made).clip(max=len(labels) - 1)]
+            s = np.where(labels[index] == made, read[:, index], [[1.0], [0.0]])
         s = np.where(np.isfinite(s) & (s > 0), s, 0.0)
-        s[1] += ((self.OF_WEIGHTS if isinstance(op, Weighted) else 0.0) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
+        s[1] += (self.OF_WEIGHTS * isinstance(op, Weighted) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
         return s
 
+    def nearness(self, name: str) -> Array:
+        """Which errors of a value count as near: ``sqrt(u) / 16`` of the most that a channel's last layer adds up, ``|W| |x|``, as what lies
+        between passes it on, and the roundings since.
 
-def _without_bias(op: Weighted) -> Weighted:
-    """``|W|`` alone."""
-    if isinstance(op, BatchNorm):
-        none = np.zeros_like(op.beta)
-        return replace(op, gamma=np.abs(op.gamma), beta=none, mean=none)
-    return replace(op, weight=np.abs(op.weight), bias=None)  # type: ignore[type-var]  # every final op is a dataclass
+        An entry whose terms happen to cancel out is not more exact than the others for that.
+        """
+        terms: dict[str, Array] = {}
+        since: dict[str, Array] = {}
+        needed, todo = {name}, list[Node]()
+        for node in reversed(self.graph.nodes):
+            if node.name in needed:
+                todo.append(node)
+                if not _adds_up(node):
+                    needed.update(node.inputs)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for node in reversed(todo):
+                op, inputs, y = node.op, [self.held[i] for i in node.inputs], self.held[node.name]
+                if _adds_up(node):
+                    sizes = [np.abs(v) for v in inputs]
+                    terms[node.name] = op.passes(sizes, inputs, self.u) + op.rounds(inputs, y) / op.roundings
+                    since[node.name] = np.zeros_like(y)
+                    continue
+                for i in node.inputs:
+                    if i in self.graph.inputs:
+                        terms[i], since[i] = np.abs(self.held[i]), np.zeros_like(self.held[i])
+                terms[node.name] = op.passes([terms[i] for i in node.inputs], inputs, self.u)
+                since[node.name] = op.errors([since[i] for i in node.inputs], inputs, y, self.u)
+        near = _near(terms[name], self.u)
+        return along_channels(near, since[name].ndim - 1) + self.u * since[name]
 
 
-def _compare(a: Graph, b: Graph, truth: dict[str, Array], x: Data) -> dict[str, _Agreement]:
-    """Walk both networks, compare at every value that they share, and start afresh where no more than a rounding is forgotten by it."""
-    env = dict(checked_inputs(b, x))
+def _adds_up(node: Node) -> bool:
+    """Whether a node is a layer whose terms its outputs are measured by; a BatchNorm belongs to the layer before it."""
+    return isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm)
+
+
+def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: Data) -> dict[str, _Agreement]:
+    """Walk both networks from where their ops differ, compare at every value that they share by name, and start afresh where no more than a
+    rounding is forgotten by it."""
+    env = {**checked_inputs(b, x), **{name: truth[name] for name in shared}}
     u = _unit(truth, env)
     of_a, of_b = _Side(a, truth, u), _Side(b, env, u)
+    for name in {*b.inputs, *(i for graph in (a, b) for node in graph.nodes if node.name not in shared for i in node.inputs if i in shared)}:
+        of_a.start(name)
+        of_b.start(name)
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
-    for name in ("", *b.inputs, *b.outputs):  # inputs and outputs keep the factor 1, whatever the labels say
-        uncertainty[resolved.labels[name] if name else 0] = 0
+    uncertainty[0] = 0
+    for name in {*shared, *b.inputs, *b.outputs}:  # inputs and outputs keep the factor 1, whatever the labels say
+        uncertainty[resolved.labels[name]] = 0
     found = {}
     for node in b.nodes:
         name, labels = node.name, resolved.labels[node.name]
-        value = env[name] = node.op.forward(*(env[i] for i in node.inputs))
+        if name in shared:
+            continue
+        env[name] = node.op.forward(*(env[i] for i in node.inputs))
         of_b.step(node)
         if a.shapes.get(name) != b.shapes[name]:
             continue
         of_a.reach(name)
-        known = uncertainty.copy()
-        if (new := uncertainty[labels] < 0).any():
-            f, unsure = _read_off(name, of_a, of_b)
-            # where several channels carry one label, the last to be written counts: the one that is surest of it
-            order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
-            order = order[new[order]]
-            factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
-        expected, error, bound, doubt = _against(name, of_a, of_b, factor[labels], uncertainty[labels])
-        found[name] = _worst(error, bound, _near(of_a.scales[name] * along_channels(factor[labels], value.ndim - 1), u))
+        f, unsure = _factors(name, of_a, of_b, factor[labels], uncertainty[labels])
+        known, new = (factor.copy(), uncertainty.copy()), uncertainty[labels] < 0
+        # where several channels carry one label, the last to be written counts: the one that is surest of it
+        order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
+        order = order[new[order]]
+        factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
+        of_value = _Against(name, of_a, of_b, factor[labels], uncertainty[labels])
+        found[name] = of_value.agreement(of_a.nearness(name) if name in b.outputs else None)
         if found[name].excess > 1:
-            uncertainty = known  # nothing is read off values that disagree
+            factor, uncertainty = known  # nothing is read off values that disagree
             continue
-        near = along_channels(_per_channel(error) <= _near(expected, u), value.ndim - 1)
-        unsure = along_channels(np.maximum(uncertainty[labels], 0), value.ndim - 1)
+        near = _per_channel(of_value.error) <= _near(of_value.expected, u)
         of_a.restart(name, near, truth[name])
-        of_b.restart(name, near, expected.astype(value.dtype), np.minimum(doubt, bound) / u, unsure)
+        with np.errstate(over="ignore"):  # where it overflows it is not near
+            of_b.restart(name, near, of_value.expected.astype(env[name].dtype), np.minimum(of_value.doubt, of_value.bound) / u,
+                         np.maximum(uncertainty[labels], 0))
     return found
 
 
-def _against(name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> tuple[Array, Array, Array, Array]:
+class _Against:
     """What is expected of a value with these factors; the error, the bound on it, and the part of it that is doubt about the factors."""
-    truth, value, u = a.held[name], b.held[name], a.u
-    f, unsure = (along_channels(v, value.ndim - 1) for v in (f, np.maximum(unsure, 0)))
-    expected = truth * f
-    doubt = u * np.abs(expected) * unsure
-    return expected, np.abs(value - expected), u * (a.errors[name] * f + b.errors[name]) + doubt, doubt
+
+    def __init__(self, name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> None:
+        truth, value, u = a.held[name], b.held[name], a.u
+        f, unsure = (along_channels(v, value.ndim - 1) for v in (f, np.maximum(unsure, 0)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.expected = truth * f
+            self.doubt = u * np.abs(self.expected) * unsure
+            self.error = np.where(value == self.expected, 0, np.abs(value - self.expected))
+            self.bound = u * (a.errors[name] * f + b.errors[name]) + self.doubt
+
+    def explains(self) -> npt.NDArray[np.bool_]:
+        """For each channel whether no error exceeds its bound."""
+        explained: npt.NDArray[np.bool_] = (self.error <= self.bound).all(axis=(0, *range(2, self.error.ndim)))
+        return explained
+
+    def agreement(self, near: Array | None) -> _Agreement:
+        """The entry where the error is largest against its bound."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            excess = np.where(self.error > 0, self.error / self.bound, 0.0)
+        where = np.unravel_index(int(excess.argmax()), excess.shape)
+        worst = _Agreement(float(self.error[where]), float(self.bound[where]), float(excess[where]))
+        if near is None:
+            return worst
+        loose = _per_channel(self.bound > near) & (_per_channel(self.error) > 0)
+        return replace(worst, near=bool((self.error <= near).all()), sharp=not loose.any())
 
 
-def _read_off(name: str, a: _Side, b: _Side) -> tuple[Vector, Vector]:
-    """Factors a channel and their uncertainty in units of ``u``, negative where nothing is known: off the weights, or else off the data."""
-    f, unsure = _read_off_data(a.held[name], b.held[name], (a.errors[name], b.errors[name]), a.u)
-    sharp_f, sharp_unsure = _read_off_weights(a.slopes[name], b.slopes[name])
-    _, error, bound, _ = _against(name, a, b, sharp_f, sharp_unsure)
-    explains = (sharp_unsure >= 0) & (error <= bound).all(axis=(0, *range(2, error.ndim)))
-    f, unsure = np.where(explains, (sharp_f, sharp_unsure), (f, unsure))
+def _factors(name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> tuple[Vector, Vector]:
+    """Factors a channel and their uncertainty in units of ``u``, negative where nothing is known: as known, off the weights, or off the data."""
+    new = unsure < 0
+    if not new.any():
+        return f, unsure
+    of_weights = _read_off_weights(a.slopes[name], b.slopes[name])
+    f, unsure = (np.where(new, read, known) for read, known in zip(of_weights, (f, unsure), strict=True))
+    unexplained = new & ~((unsure >= 0) & _Against(name, a, b, f, unsure).explains())
+    if unexplained.any():
+        of_data = _read_off_data(a.held[name], b.held[name], (a.errors[name], b.errors[name]), a.u)
+        f, unsure = (np.where(unexplained, read, known) for read, known in zip(of_data, (f, unsure), strict=True))
     return f, unsure
 
 
@@ -294,9 +374,9 @@ def _read_off_data(a: Array, b: Array, errors: tuple[Array, Array], u: float) ->
     return _ratio(size_a, size_b, unsure)
 
 
-def _read_off_weights(a: Array, b: Array) -> tuple[Vector, Vector]:
-    """The same from the slopes of both walks, ``(2, C, *spatial)``."""
-    (size_a, doubt_a), (size_b, doubt_b) = (v.sum(axis=tuple(range(2, v.ndim))) for v in (a, b))
+def _read_off_weights(a: Vector, b: Vector) -> tuple[Vector, Vector]:
+    """The same from the slopes of both walks, ``(2, C)``."""
+    (size_a, doubt_a), (size_b, doubt_b) = a, b
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         unsure = doubt_a / size_a + doubt_b / size_b
     return _ratio(size_a, size_b, unsure)
@@ -315,25 +395,16 @@ def _unit(*of: Mapping[str, Array]) -> float:
     return max(float(np.finfo(value.dtype).eps) for values in of for value in values.values()) / 2
 
 
-def _per_channel(value: Array) -> Vector:
+def _per_channel(value: npt.NDArray[T]) -> npt.NDArray[T]:
     """The largest entry of each channel, ``(C,)``."""
-    largest: Vector = value.max(axis=(0, *range(2, value.ndim)))
+    largest: npt.NDArray[T] = value.max(axis=(0, *range(2, value.ndim)))
     return largest
 
 
 def _near(value: Array, u: float) -> Vector:
-    """What errors count as near, channel by channel."""
-    near: Vector = u**0.5 / NEAR * _per_channel(np.abs(value))
+    """What errors count as near, channel by channel; never less than of the smallest normal number."""
+    near: Vector = u**0.5 / NEAR * np.maximum(_per_channel(np.abs(value)), np.finfo(value.dtype).tiny)
     return near
-
-
-def _worst(error: Array, bound: Array, near: Vector) -> _Agreement:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = np.where(error > 0, error / bound, 0.0)
-    where = np.unravel_index(int(excess.argmax()), excess.shape)
-    errors = _per_channel(error)
-    return _Agreement(float(error[where]), float(bound[where]), float(excess[where]), bool((errors <= near).all()),
-                      bool(((_per_channel(bound) <= near) | (errors == 0)).all()))
 
 
 def _outputs(graph: Graph) -> dict[str, Shape]:

@@ -8,6 +8,7 @@ rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +157,15 @@ class FakeQuantize(Blocking):
         scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
         step = None if self.step is None else along_channels(self.step, x.ndim - 1)
         return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """Rounding is monotone: how far the ends of the interval come apart."""
+        (e,), (x,) = errors, inputs
+        with np.errstate(over="ignore"):
+            low, middle, high = (self.forward(v) for v in (x - u * e, x, x + u * e))
+        return np.maximum(high - middle, middle - low) / x.dtype.type(u)
+
+    rounds = Op.rounds
 
 
 def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,

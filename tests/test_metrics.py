@@ -95,7 +95,10 @@ def test_every_rescaled_network_is_equal_and_itself_without_error(build, dtype):
     itself = eq.verify(graph, graph, x)
     assert itself.equal is True
     assert itself.max_error == 0
-    assert itself.message.startswith("equal: largest error 0 within ")
+    assert itself.message == "equal: the same operations on the same parameters"
+    copied = eq.verify(graph, graph.with_ops({n.name: dataclasses.replace(n.op) for n in graph}), x)
+    assert copied.max_error == 0
+    assert copied.message.startswith("equal: largest error 0 within ")
     rng = np.random.default_rng(2)
     resolved = eq.channels(graph)
     for spread in (0.1, 1.0, 5.0):  # factors up to a hundred thousand

@@ -6,7 +6,7 @@ Nothing is known about it, so every channel that it reads or makes is pinned: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,6 +76,11 @@ class Opaque(Blocking):
         if y.shape != (len(inputs[0]), *self.shape):
             raise ValueError(f"the ONNX node {self.proto.op_type} made shape {y.shape}, expected {(len(inputs[0]), *self.shape)}")
         return y
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """Any entry of a sample may move any other: all that is known is the largest."""
+        largest = np.maximum.reduce([e.reshape(len(e), -1).max(axis=1) for e in errors])
+        return np.broadcast_to(self.lipschitz * largest.reshape(-1, *(1 for _ in self.shape)), (len(largest), *self.shape))
 
 
 def opaque_ops(node: onnx.NodeProto, opsets: Mapping[str, int], inputs: Mapping[str, Shape], constants: Mapping[str, Array],

@@ -1,8 +1,8 @@
 """What is an op? Four questions every layer answers, and the families that answer most of them at once.
 
 ``forward`` (what do I compute), ``trace`` (which output channel carries whose factor, and what shape comes out),
-``rescale`` (what am I when my inputs and my output are multiplied by factors) and ``magnitude`` (how large can my
-rounding be). The law that binds them, checked for every op, is
+``rescale`` (what am I when my inputs and my output are multiplied by factors) and ``passes`` (how far does my output move
+when my inputs move, at these values). The law that binds the first three, checked for every op, is
 
     op.rescale(f_out, f_in).forward(f_in * x) == f_out * op.forward(x)
 
@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -59,8 +60,29 @@ class Op(ABC):
         """Return the op that maps ``f_in * x`` to ``f_out * forward(x)``; all factors are ``(C,)``."""
 
     @abstractmethod
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """A bound on ``|forward(x) - forward(inputs)| / u`` for all ``x`` within ``u * errors`` of the inputs.
+
+        It says how errors pass *at these values*: a saturated entry passes none, a curve as much as it is steep there. Errors are in units
+        of the unit roundoff ``u``, and may be infinite.
+        """
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """What ``forward`` may be off in units of ``u`` beyond what :meth:`passes` makes of ``roundings`` units of each input."""
+        return self.roundings * finite_magnitude(output)
+
+    def errors(self, errors: Sequence[Array], inputs: Sequence[Array], output: Array, u: float) -> Array:
+        """The bound on the output's error in units of ``u``, from those of the inputs: what passes, and what the op itself rounds."""
+        read = [e + self.roundings * finite_magnitude(x) for e, x in zip(errors, inputs, strict=True)]
+        # among subnormal numbers a rounding is as large as at the smallest normal one
+        bound: Array = self.passes(read, inputs, u) + self.rounds(inputs, output) + self.roundings * np.finfo(output.dtype).tiny
+        return bound
+
     def magnitude(self, *inputs: Array) -> Array:
-        """``|W| m + |b|``: what the op does to magnitudes, so that rounding errors stay below a multiple of it."""
+        """A bound on ``|forward(x)|`` for all ``|x| <= inputs``; ``|W| m + |b|`` for weighted ops."""
+        zeros = [np.zeros_like(m) for m in inputs]
+        bound: Array = np.abs(self.forward(*zeros)) + self.passes(inputs, zeros, 1.0)
+        return bound
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         """The cotangents of the inputs, ``J.T @ cotangent`` each; only gradient-based sensitivities ask for them."""
@@ -162,12 +184,18 @@ class Weighted(Op):
             "grid": None,
         })
 
-    def magnitude(self, *inputs: Array) -> Array:
-        absolute: Weighted = replace(self, **{  # type: ignore[type-var]
-            "weight": read_only(np.abs(self.weight)),
-            "bias": None if self.bias is None else read_only(np.abs(self.bias)),
-        })
-        return absolute.forward(*inputs)
+    @cached_property
+    def absolute(self) -> Weighted:
+        """``|W|`` alone: how errors pass."""
+        op: Weighted = replace(self, weight=read_only(np.abs(self.weight)), bias=None)  # type: ignore[type-var]
+        return op
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return self.absolute.forward(*errors)
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        bias = np.zeros(1, output.dtype) if self.bias is None else np.abs(self.bias)
+        return self.roundings * along_channels(bias, output.ndim - 1)
 
 
 class Commuting(Op):
@@ -205,14 +233,21 @@ class Commuting(Op):
             raise ValueError(f"{type(self).__name__} passes factors on: the factors of its output must be those of its input")
         return self
 
-    def magnitude(self, *inputs: Array) -> Array:
-        return self.forward(*inputs)
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """Errors pass as magnitudes do, which is right for means, maxima and sums; within ``bounds`` alone, if there are any."""
+        if self.bounds is None:
+            return np.abs(self.forward(*errors))
+        (e,), (x,) = errors, inputs
+        low, high = bounds_on(x, self.bounds)
+        return np.where((x + u * e > low) & (x - u * e < high), e, 0)
 
 
 class Blocking(Op):
     """Ops that no factor passes: every channel they read or make is pinned. Entry by entry unless overridden.
 
-    ``lipschitz`` bounds the slope, so that the rounding bound of :func:`eqfact.verify` passes through.
+    ``lipschitz`` bounds the slope everywhere, so that the rounding bound of :func:`eqfact.verify` passes through. Where an op is less steep
+    or its output much smaller than ``|forward(0)|``, that bound is loose, and differences below it are not seen: override :meth:`passes`
+    and :meth:`rounds` to see them.
     """
 
     lipschitz: float = 1.0
@@ -235,10 +270,12 @@ class Blocking(Op):
                 raise ValueError(f"{type(self).__name__} {self.reason}: its factors must be 1, got {np.asarray(f).tolist()[:4]}")
         return self
 
-    def magnitude(self, *inputs: Array) -> Array:
-        at_zero = self.forward(*(np.zeros_like(m) for m in inputs))
-        result: Array = self.lipschitz * np.maximum.reduce(inputs) + np.abs(at_zero)
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        result: Array = self.lipschitz * np.maximum.reduce(errors)
         return result
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        return super().rounds(inputs, output) + super().rounds(inputs, self.forward(*(np.zeros_like(x) for x in inputs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,6 +296,13 @@ def channel_vector(labels: npt.NDArray[T]) -> npt.NDArray[T]:
 def along_channels(vector: npt.NDArray[T], ndim: int) -> npt.NDArray[T]:
     """Reshape ``(C,)`` to ``(C, 1, ...)`` with ``ndim`` axes, to broadcast against ``(N, C, *spatial)``."""
     return vector.reshape(-1, *(1,) * (ndim - 1))
+
+
+def bounds_on(x: Array, bounds: tuple[float | Array, float | Array]) -> tuple[Array, Array]:
+    """Bounds, numbers or ``(C,)``, in the dtype of ``x`` and broadcast against it; what that does not hold leaves its side open."""
+    with np.errstate(over="ignore"):
+        low, high = (along_channels(np.asarray(bound).astype(x.dtype), x.ndim - 1) for bound in bounds)
+    return low, high
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,6 +336,14 @@ def parameter(name: str, value: npt.ArrayLike, ndim: int | None = None, *, finit
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise ValueError(f"{name} holds {array[where]} at index {where}; weights must be finite")
     return read_only(array)
+
+
+def finite_magnitude(x: Array) -> Array:
+    """``|x|``, with 0 for infinite entries: they carry no rounding."""
+    m = np.abs(x)
+    if not np.isfinite(m.max(initial=0)):
+        m[~np.isfinite(m)] = 0
+    return m
 
 
 def product(a: Array, b: Array, out: Array | None = None) -> Array:

@@ -1,26 +1,71 @@
 """Which layers let no factor pass? Curves that are not positively homogeneous, Softmax, and products of values.
 
-All that they read and make is pinned to the factor 1. Each states the bound on its slope, for the rounding bound of
-:func:`eqfact.verify`.
+All that they read and make is pinned to the factor 1. How an error passes depends on the value: a sigmoid at -80 passes next to none of
+it, and makes roundings as small as its output. So each states how steep it is near a value, for the bound of :func:`eqfact.verify`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-from eqfact.ops.base import Array, Blocking, Shape, one_input
+from eqfact.ops.base import Array, Blocking, Op, Shape, finite_magnitude, one_input
 from eqfact.ops.joining import common_shape, unbroadcast
+
+#: Beyond this the tails of the curves below are 0 or 1 in every precision.
+FAR = 40.0
+
+
+class _Curve(Blocking):
+    """A function of one number, entry by entry, whose output is as exact as its entries are large."""
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """Relative to the output; but exponentials may give 0 for all that is less than the smallest normal number."""
+        limits = np.finfo(output.dtype)
+        return self.roundings * np.maximum(finite_magnitude(output), np.where(np.abs(output) < limits.tiny, limits.tiny / limits.eps, 0))
+
+    @abstractmethod
+    def steepest(self, x: Array, reach: Array) -> Array:
+        """A bound on the slope's magnitude within ``reach`` of ``x``."""
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        (e,), (x,) = errors, inputs
+        return self.steepest(x, u * e) * e
+
+
+class _Step(_Curve):
+    """A curve whose slope is even, and the flatter the farther from zero."""
+
+    def steepest(self, x: Array, reach: Array) -> Array:
+        (slope,) = self.vjp(np.ones_like(x), -_nearest(x, reach))  # to the left, where a sigmoid is small and its slope exact
+        return slope
+
+
+def _nearest(x: Array, reach: Array) -> Array:
+    """The smallest magnitude within ``reach`` of ``x``."""
+    result: Array = np.maximum(np.abs(x) - reach, 0)
+    return result
+
+
+def _logistic_slope(x: Array) -> Array:
+    result: Array = special.expit(x) * special.expit(-x)
+    return result
+
+
+def _density(x: Array) -> Array:
+    """Of the normal distribution."""
+    result: Array = np.exp(-(x * x) / 2) * x.dtype.type(1 / math.sqrt(2 * math.pi))
+    return result
 
 
 @dataclass(frozen=True, eq=False)
-class Sigmoid(Blocking):
+class Sigmoid(_Step):
     """``y = 1 / (1 + exp(-x))``."""
-
-    lipschitz = 0.25
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.expit(inputs[0])
@@ -32,7 +77,7 @@ class Sigmoid(Blocking):
 
 
 @dataclass(frozen=True, eq=False)
-class Tanh(Blocking):
+class Tanh(_Step):
     """``y = tanh(x)``."""
 
     def forward(self, *inputs: Array) -> Array:
@@ -43,10 +88,8 @@ class Tanh(Blocking):
 
 
 @dataclass(frozen=True, eq=False)
-class SiLU(Blocking):
+class SiLU(_Curve):
     """``y = x / (1 + exp(-x))`` (swish)."""
-
-    lipschitz = 1.1
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
@@ -57,12 +100,14 @@ class SiLU(Blocking):
         s = special.expit(inputs[0])
         return (cotangent * s * (1 + inputs[0] * (1 - s)),)
 
+    def steepest(self, x: Array, reach: Array) -> Array:
+        slope: Array = special.expit(x + reach) + (np.abs(x) + reach) * _logistic_slope(_nearest(x, reach))
+        return slope
+
 
 @dataclass(frozen=True, eq=False)
-class HardSwish(Blocking):
+class HardSwish(_Curve):
     """``y = x * min(max(x / 6 + 1/2, 0), 1)``."""
-
-    lipschitz = 1.5
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
@@ -73,9 +118,20 @@ class HardSwish(Blocking):
         (x,) = inputs
         return (cotangent * np.where(x >= 3, 1, np.where(x <= -3, 0, x / 3 + x.dtype.type(0.5))),)
 
+    def steepest(self, x: Array, reach: Array) -> Array:
+        low, high = x - reach, x + reach
+        inside = np.maximum(*(np.abs(np.clip(end, -3, 3) / 3 + x.dtype.type(0.5)) for end in (low, high)))
+        slope: Array = np.maximum(np.where((low < 3) & (high > -3), inside, 0), high >= 3)
+        return slope
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """Between the limits the sum of ``x / 6`` and ``1/2`` is rounded."""
+        m = np.abs(inputs[0])
+        return self.roundings * np.where(m < 3, m * (m / 6 + m.dtype.type(0.5)), np.abs(output))
+
 
 @dataclass(frozen=True, eq=False)
-class HardSigmoid(Blocking):
+class HardSigmoid(_Curve):
     """``y = min(max(alpha * x + beta, 0), 1)``; the defaults are those of ONNX, PyTorch has ``alpha = 1/6``.
 
     >>> HardSigmoid().forward(np.array([[-3.0, 0.0, 1.0]]))
@@ -91,15 +147,21 @@ class HardSigmoid(Blocking):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"HardSigmoid {name} must be finite, got {getattr(self, name)}")
 
-    @property
-    def lipschitz(self) -> float:  # type: ignore[override]
-        """The slope between the two limits."""
-        return abs(self.alpha)
-
     def forward(self, *inputs: Array) -> Array:
-        (x,) = inputs
-        y: Array = np.clip(x * x.dtype.type(self.alpha) + x.dtype.type(self.beta), 0, 1)
+        return np.clip(self._unlimited(inputs[0]), 0, 1)
+
+    def _unlimited(self, x: Array) -> Array:
+        y: Array = x * x.dtype.type(self.alpha) + x.dtype.type(self.beta)
         return y
+
+    def steepest(self, x: Array, reach: Array) -> Array:
+        y, moved = self._unlimited(x), abs(self.alpha) * reach
+        return np.where((y + moved > 0) & (y - moved < 1), x.dtype.type(abs(self.alpha)), 0)
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """Between the limits the sum of ``alpha x`` and ``beta`` is rounded."""
+        inside = (output > 0) & (output < 1)
+        return self.roundings * np.where(inside, np.maximum(np.abs(output), output.dtype.type(abs(self.beta))), output)
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         y = self.forward(*inputs)
@@ -107,10 +169,8 @@ class HardSigmoid(Blocking):
 
 
 @dataclass(frozen=True, eq=False)
-class Erf(Blocking):
+class Erf(_Step):
     """``y = erf(x)``, out of which exporters build GELU."""
-
-    lipschitz = 1.13
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.erf(inputs[0])
@@ -121,30 +181,54 @@ class Erf(Blocking):
 
 
 @dataclass(frozen=True, eq=False)
-class GELU(Blocking):
-    """``y = x Phi(x)`` with the normal distribution function, or its approximation by ``tanh`` if ``approximate``."""
+class GELU(_Curve):
+    """``y = x Phi(x)`` with the normal distribution function, or its approximation by ``tanh`` if ``approximate``.
+
+    The approximation of ``Phi(x)``, ``(1 + tanh(z / 2)) / 2``, is computed as the logistic function of ``z``, exact in its tail.
+    """
 
     approximate: bool = False
-    lipschitz = 1.13
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
         if not self.approximate:
             y: Array = x * special.ndtr(x)
             return y
-        inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
-        y = x.dtype.type(0.5) * x * (1 + np.tanh(inner))
+        y = x * special.expit(self._argument(x))
         return y
+
+    @staticmethod
+    def _argument(x: Array) -> Array:
+        """The ``z`` of the approximation."""
+        z: Array = x.dtype.type(math.sqrt(8 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
+        return z
+
+    @staticmethod
+    def _argument_slope(x: Array) -> Array:
+        slope: Array = x.dtype.type(math.sqrt(8 / math.pi)) * (1 + x.dtype.type(3 * 0.044715) * x * x)
+        return slope
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         (x,) = inputs
         if not self.approximate:
-            density = np.exp(-(x**2) / 2) * x.dtype.type(1 / math.sqrt(2 * math.pi))
-            return (cotangent * (special.ndtr(x) + x * density),)
-        root = x.dtype.type(math.sqrt(2 / math.pi))
-        t = np.tanh(root * (x + x.dtype.type(0.044715) * x * x * x))
-        slope = (1 + t) / 2 + x / 2 * (1 - t * t) * root * (1 + x.dtype.type(3 * 0.044715) * x * x)
-        return (cotangent * slope,)
+            return (cotangent * (special.ndtr(x) + x * _density(x)),)
+        z = self._argument(x)
+        return (cotangent * (special.expit(z) + x * _logistic_slope(z) * self._argument_slope(x)),)
+
+    def steepest(self, x: Array, reach: Array) -> Array:
+        nearest, farthest = np.minimum(_nearest(x, reach), x.dtype.type(FAR)), np.abs(x) + reach
+        if not self.approximate:
+            slope: Array = special.ndtr(x + reach) + farthest * _density(nearest)
+            return slope
+        rise = _logistic_slope(self._argument(nearest)) * self._argument_slope(np.minimum(farthest, nearest + x.dtype.type(FAR)))
+        slope = special.expit(self._argument(x + reach)) + farthest * rise
+        return slope
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """In its tail the function falls as fast as its exponent is large, whose roundings count so many times."""
+        tail = np.clip(inputs[0], -FAR, 0)
+        exponent = np.abs(self._argument(tail)) if self.approximate else tail * tail
+        return super().rounds(inputs, output) * (1 + exponent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +260,17 @@ class Softmax(Blocking):
         weighted = cotangent * (y := self.forward(*inputs))
         return (weighted - y * weighted.sum(axis=self.axis, keepdims=True),)
 
-    def magnitude(self, *inputs: Array) -> Array:
-        (m,) = inputs
-        # |dy_i| <= y_i (|dx_i| + max |dx|) <= 2 max |dx|
-        return np.broadcast_to(2 * m.max(axis=self.axis, keepdims=True) + 1, m.shape)
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """``|dy_i| <= y_i (|dx_i| + sum_j y_j |dx_j|)``, with growth by ``exp(2 max |dx|)`` on the way; and no more than 1."""
+        (e,), (x,) = errors, inputs
+        y, span = self.forward(x), 2 * u * e.max(axis=self.axis, keepdims=True)
+        grown = np.exp(np.minimum(span, 1))
+        bound = y * grown * (e + grown * (y * e).sum(axis=self.axis, keepdims=True))
+        return np.where(span > 1, x.dtype.type(1 / u), np.minimum(bound, x.dtype.type(1 / u)))
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        terms = output.shape[self.axis]
+        return (self.roundings + terms) * finite_magnitude(output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +290,11 @@ class Mul(Blocking):
         others = (math.prod((v for j, v in enumerate(inputs) if j != i), start=cotangent) for i in range(len(inputs)))
         return tuple(unbroadcast(product, x.shape) for product, x in zip(others, inputs, strict=True))
 
-    def magnitude(self, *inputs: Array) -> Array:
-        # a product takes the relative errors of all its inputs
-        return len(inputs) * self.forward(*inputs)
+    rounds = Op.rounds
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """The error of each input times what the others may come to."""
+        largest = [np.abs(x) + u * e for e, x in zip(errors, inputs, strict=True)]
+        each = (math.prod((m for j, m in enumerate(largest) if j != i), start=e) for i, e in enumerate(errors))
+        result: Array = sum(each, start=np.zeros_like(errors[0]))
+        return result

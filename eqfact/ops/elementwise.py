@@ -6,6 +6,7 @@ The homogeneous activations of section 1 of the paper; and Clip, whose bounds ta
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from eqfact.ops.base import (
     Op,
     Shape,
     along_channels,
+    bounds_on,
     one_input,
     parameter,
 )
@@ -72,9 +74,8 @@ class LeakyReLU(Commuting):
         (x,) = inputs
         return (np.where(x > 0, cotangent, cotangent * x.dtype.type(self.slope)),)
 
-    def magnitude(self, *inputs: Array) -> Array:
-        m: Array = max(1.0, abs(self.slope)) * inputs[0]
-        return m
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return _steeper_side(errors[0], inputs[0], u, np.asarray(abs(self.slope), inputs[0].dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +111,15 @@ class PReLU(Commuting):
         (x,) = inputs
         return (np.where(x > 0, cotangent, cotangent * along_channels(self.slope, x.ndim - 1).astype(x.dtype, copy=False)),)
 
-    def magnitude(self, *inputs: Array) -> Array:
-        (m,) = inputs
-        result: Array = m * along_channels(np.maximum(np.abs(self.slope), 1), m.ndim - 1)
-        return result
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        (x,) = inputs
+        return _steeper_side(errors[0], x, u, along_channels(np.abs(self.slope), x.ndim - 1).astype(x.dtype))
+
+
+def _steeper_side(e: Array, x: Array, u: float, slope: Array) -> Array:
+    """The error ``e`` times the larger slope, 1 or ``slope``, of the sides of zero within ``u * e`` of ``x``."""
+    left, right = np.where(x < u * e, slope * e, 0), np.where(x > -u * e, e, 0)
+    return np.maximum(left, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +167,9 @@ class Clip(Commuting):
                 raise ValueError(f"Clip {name} has {size} bounds for {shape[0]} channels")
         return tuple(shape)
 
-    def _on(self, x: Array, bound: float | Array) -> Array:
-        with np.errstate(over="ignore"):  # a bound beyond the largest float32 leaves its side open
-            return along_channels(np.asarray(bound).astype(x.dtype), x.ndim - 1)
-
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
-        low, high = self._on(x, self.low), self._on(x, self.high)
+        low, high = bounds_on(x, self.bounds)
         if low.size == high.size == 1:
             return np.clip(x, low, high)  # one vectorised pass; with bounds by channel clip is not, and two passes are faster
         y: Array = np.maximum(x, low)
@@ -175,18 +177,11 @@ class Clip(Commuting):
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         (x,) = inputs
-        return (cotangent * ((x > self._on(x, self.low)) & (x < self._on(x, self.high))),)
+        low, high = bounds_on(x, self.bounds)
+        return (cotangent * ((x > low) & (x < high)),)
 
     def rescale(self, f_out: Array, *f_in: Array) -> Op:
         super().rescale(f_out, *f_in)
         if np.all(f_out == f_out[0]) and isinstance(self.low, float) and isinstance(self.high, float):
             f_out = f_out[0]  # one bound for all channels stays one bound
         return replace(self, low=self.low * f_out, high=self.high * f_out)
-
-    def magnitude(self, *inputs: Array) -> Array:
-        # an error passes unclipped; a saturated channel takes the rounding of its bound
-        (m,) = inputs
-        for bound in (self.low, self.high):
-            finite = np.where(np.isfinite(bound), np.abs(bound), 0)
-            m = np.maximum(m, self._on(m, finite))
-        return m

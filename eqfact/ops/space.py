@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -107,6 +108,14 @@ class MaxPool(_Pool):
             return hit
 
         return (self._spread(x, [share(w) for w in self._windows(x, -math.inf)]),)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """The largest error among the entries of a window that may be its largest."""
+        (e,), (x,) = errors, inputs
+        surely = channels_last(self.forward(x - u * e))
+        within = [np.where(highest >= surely, error, 0)
+                  for highest, error in zip(self._windows(x + u * e, -math.inf), self._windows(e, 0.0), strict=True)]
+        return channels_first(np.maximum.reduce(within))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +229,8 @@ class Pad(Commuting):
         inside = (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], sides, strict=True))
         return (channels_first(over_space(np.moveaxis(cotangent, 1, -1), inside)),)
 
-    def magnitude(self, *inputs: Array) -> Array:
-        return replace(self, value=abs(self.value)).forward(*inputs)
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return replace(self, value=0.0).forward(*errors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -286,7 +287,11 @@ class BatchNorm(Weighted):
         return replace(self, gamma=scaled(self.gamma, f_out / f_in[0], "gamma"), beta=scaled(self.beta, f_out, "beta"),
                        mean=scaled(self.mean, f_in[0], "mean"))
 
-    def magnitude(self, *inputs: Array) -> Array:
-        absolute = replace(self, gamma=read_only(np.abs(self.gamma)), beta=read_only(np.abs(self.beta)),
-                           mean=read_only(-np.abs(self.mean)))
-        return absolute.forward(*inputs)
+    @cached_property
+    def absolute(self) -> BatchNorm:
+        none = np.zeros_like(self.beta)
+        return replace(self, gamma=read_only(np.abs(self.gamma)), beta=none, mean=none)
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        shifts = np.abs(self.mean * self.weight[:, 0]) + np.abs(self.beta)
+        return self.roundings * along_channels(shifts, output.ndim - 1)

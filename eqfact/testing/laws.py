@@ -2,7 +2,7 @@
 
 The law of ops, ``op.rescale(f_out, f_in).forward(f_in * x) == f_out * op.forward(x)``, and what follows from it for whole
 networks (section 1 of the paper). Where all factors are powers of two the laws demand equality bit for bit; with other
-factors they allow the rounding errors of both networks, measured against the magnitudes ``|W| |x| + |b|``.
+factors they allow the rounding errors of both networks, by the bounds that each op states on them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from eqfact.calibration import Statistics, ValueStatistics, calibrate
 from eqfact.channels import channels
 from eqfact.factorization import Factorization
-from eqfact.graph import Data, Graph, Node, checked_inputs, values
+from eqfact.graph import Data, Graph, Node, values
 from eqfact.ops import Array, Clip, Mul, Op, Weighted
 from eqfact.ops.base import Labels, along_channels
 
@@ -31,7 +31,8 @@ def rescaling_commutes_with_forward(op: Op, f_out: Array, f_in: Sequence[Array],
     expected = times(op.forward(*inputs), f_out)
     bound = None
     if not powers_of_two(f_out, *f_in):
-        bound = times(op.roundings * unit_roundoff(expected) * op.magnitude(*map(np.abs, inputs)), f_out)
+        u = unit_roundoff(expected)
+        bound = u * times(op.errors([np.zeros_like(x) for x in inputs], inputs, op.forward(*inputs), u), f_out)
     same(f"{name}, rescaled, of scaled inputs against its scaled output", got, expected, bound)
 
 
@@ -41,6 +42,38 @@ def magnitude_bounds_forward(op: Op, inputs: Sequence[Array]) -> None:
     assert y.shape == bound.shape, f"{type(op).__name__}: magnitude has shape {bound.shape}, forward {y.shape}"
     worst = np.max(y - bound * (1 + op.roundings * unit_roundoff(y)))
     assert worst <= 0, f"{type(op).__name__}: the output exceeds its magnitude bound by {worst:.3g}"
+
+
+def errors_stay_within_what_passes(op: Op, inputs: Sequence[Array], errors: Sequence[Array], u: float, seed: int = 0) -> None:
+    """``|op.forward(x + d) - op.forward(x)| <= u * op.passes(errors, x, u)`` for all ``|d| <= u * errors``, up to the op's own roundings.
+
+    Tried on the ends of the interval, all entries the same way and each its own, and in between.
+    """
+    rng, y = np.random.default_rng(seed), op.forward(*inputs)
+    bound = u * op.passes(errors, inputs, u)
+    assert np.shape(bound) == y.shape, f"{type(op).__name__}: errors pass with shape {np.shape(bound)}, forward {y.shape}"
+    for kind in ("up", "down", "signs", "signs", "between", "between"):
+        draw = {"up": np.ones, "down": lambda shape: -np.ones(shape), "signs": lambda shape: rng.choice((-1.0, 1.0), shape),
+                "between": lambda shape: rng.uniform(-1, 1, shape)}[kind]
+        moved = [(x + u * e * draw(x.shape)).astype(x.dtype) for x, e in zip(inputs, errors, strict=True)]
+        z = op.forward(*moved)
+        own = sum(unit_roundoff(y) * op.errors([np.zeros_like(x) for x in at], at, made, unit_roundoff(y))
+                  for at, made in ((inputs, y), (moved, z)))
+        worst = np.max(np.abs(z - y) - bound - own)
+        assert worst <= 0, f"{type(op).__name__}: inputs moved '{kind}' move the output by {worst:.3g} more than passes"
+
+
+def roundings_stay_within_the_bound(op: Op, inputs: Sequence[Array]) -> None:
+    """``op.forward(x)`` in float32 is ``op.forward(x)`` in float64 up to ``u * op.errors(0, x, y, u)``; for ops without parameters in float32.
+
+    The bound counts roundings relative to what is rounded: a small output of a curve is as exact as a large one.
+    """
+    single = [x.astype(np.float32) for x in inputs]
+    y, u = op.forward(*single), unit_roundoff(single[0])
+    exact = op.forward(*(x.astype(np.float64) for x in single))
+    bound = u * op.errors([np.zeros_like(x) for x in single], single, y, u).astype(np.float64)
+    worst = np.max(np.abs(y - exact) - bound)
+    assert worst <= 0, f"{type(op).__name__}: rounding moves the output by {worst:.3g} more than the bound"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -257,13 +290,13 @@ def same_statistics(got: Statistics, expected: Statistics, roundings: int = 0) -
 
 
 def rounding_bounds(graph: Graph, x: Data) -> dict[str, Array]:
-    """For every value a bound ``c u (|W_L| ... |W_1| |x|)`` on what rounding may do to it in two equivalent networks."""
-    magnitude = {name: np.abs(value) for name, value in checked_inputs(graph, x).items()}
-    roundings = dict.fromkeys(magnitude, 0)
+    """For every value a bound on what rounding may do to it in two equivalent networks: errors of 0 at the inputs, passed on by every op."""
+    every = values(graph, x)
+    u = max(map(unit_roundoff, every.values()))
+    errors = {name: np.zeros_like(every[name]) for name in graph.inputs}
     for node in graph.nodes:
-        magnitude[node.name] = node.op.magnitude(*(magnitude[i] for i in node.inputs))
-        roundings[node.name] = node.op.roundings + max(roundings[i] for i in node.inputs)
-    return {name: roundings[name] * unit_roundoff(m) * m.astype(np.float64) for name, m in magnitude.items()}
+        errors[node.name] = node.op.errors([errors[i] for i in node.inputs], [every[i] for i in node.inputs], every[node.name], u)
+    return {name: u * e.astype(np.float64) for name, e in errors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
