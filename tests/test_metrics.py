@@ -316,6 +316,84 @@ def test_an_attenuated_clip_that_stays_at_6_is_found_only_on_data_that_saturates
     assert not eq.verify(graph, wrong, np.array([[1.0], [7.0]]))
 
 
+#: What ends a network of one convolution, and the numbers that its middle channel makes: all behind them are as small, or smaller.
+ENDS = {
+    "nothing": ([], 1.0), "relu": ([eq.ReLU()], 1.0), "relu6": ([eq.ReLU6()], 1.0), "clip": ([eq.Clip(-1.0, 2.0)], 1.0),
+    "clip a channel": ([eq.Clip(np.array([-1.0, -3.0, 0.0]), np.array([2.0, 1.0, 3.0]))], 1.0), "leaky": ([eq.LeakyReLU(0.1)], 1.0),
+    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0), "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
+    "maximum": ([eq.MaxPool(2)], 1.0), "mean": ([eq.GlobalAvgPool(), eq.ReLU6()], 1.0), "gelu": ([eq.GELU()], 1e-2),
+    "slice of a pad": ([eq.Pad(1, 1.5), eq.Slice(1, 2)], 1.0), "silu": ([eq.SiLU()], 1e-2), "hardswish": ([eq.HardSwish()], 1e-2),
+    "sigmoid": ([eq.Sigmoid()], None), "softmax": ([eq.Softmax()], None), "softmax over space": ([eq.Softmax(2)], None),
+    "sigmoid and clip": ([eq.Sigmoid(), eq.ReLU6()], None), "gelu far out": ([eq.GELU(True)], -3.0), "silu far out": ([eq.SiLU()], -30.0),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("smaller", [1.0, 1e-4, 1e-8, 1e-20])
+def test_a_change_of_a_small_channel_is_found_whatever_comes_behind(dtype, end, smaller):
+    """Neither the bound of a Clip nor the 1 of a Softmax nor a padded constant excuses an error of a number that is smaller than these."""
+    ops, size = ENDS[end]
+    rng = np.random.default_rng(30)
+    weight = rng.uniform(0.5, 1, (3, 2, 1))
+    if size is None:  # logits far below the others, in some pixels
+        weight[1] *= -40 * (1 - smaller / 2)
+    else:
+        weight[1] *= size * (smaller if size > 0 else 1)
+    x = rng.uniform(0.5, 1, (2, 2, 6)).astype(dtype)
+    graph = eq.Graph.chain((2, 6), a=eq.Conv(weight.astype(dtype)), **{f"end{i}": op for i, op in enumerate(ops)})
+    copied = {n.name: dataclasses.replace(n.op) for n in graph}
+    for change in (1e-3, 1e-2, 1.0):
+        wrong = graph.with_ops({**copied, "a": eq.Conv((weight * (1 + change * np.array([0, 1, 0]))[:, None, None]).astype(dtype))})
+        for a, b in ((graph, wrong), (wrong, graph)):
+            assert not eq.verify(a, b, x)
+    assert eq.verify(graph, graph.with_ops(copied), x)
+
+
+def in_float64(graph):
+    """The same network, its parameters converted."""
+    def converted(op):
+        fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+        return dataclasses.replace(op, **{k: v.astype(np.float64) for k, v in fields.items() if isinstance(v, np.ndarray)})
+
+    ops = {id(node.op): converted(node.op) for node in graph}
+    return graph.with_ops({node.name: ops[id(node.op)] for node in graph})
+
+
+def with_row_times(graph, name, row, by):
+    """One output channel of a layer multiplied, weights and bias, at all its uses."""
+    op = graph[name].op
+    rows = np.where(np.arange(op.out_channels) == row, by, 1.0)
+    wrong = dataclasses.replace(op, weight=(op.weight * rows.reshape(-1, *[1] * (op.weight.ndim - 1))).astype(op.weight.dtype),
+                                bias=None if op.bias is None else (op.bias * rows).astype(op.bias.dtype))
+    return graph.with_ops({node.name: wrong for node in graph if node.op is op})
+
+
+@settings(max_examples=200)
+@given(networks().flatmap(lambda g: st.tuples(st.just(g), batches(g), factorizations(g, powers_of_two=False))),
+       st.sampled_from([1.0, 1e-2, 1e-4, 1e-6, 1e-8]), st.sampled_from([1.001, 1.01, 1.1, 2.0, -1.0]), st.integers(0, 2**32 - 1))
+def test_a_change_that_moves_an_output_far_beyond_its_roundings_is_found(drawn, smaller, by, seed):
+    """Random networks with a row at any scale, and another row wrong, in float32: how large roundings are tells the network in float64."""
+    graph, x, factors = drawn
+    layers = [node.name for node in graph if isinstance(node.op, (eq.Dense, eq.Conv, eq.ConvTranspose))]
+    if graph.dtype != np.float32 or not layers:
+        return
+    rng = np.random.default_rng(seed)
+    small, wrong = (layers[i] for i in rng.integers(len(layers), size=2))
+    graph = with_row_times(graph, small, rng.integers(graph[small].op.out_channels), smaller)
+    truth, exact = eq.values(graph, x), eq.values(in_float64(graph), {n: eq.values(graph, x)[n].astype(np.float64) for n in graph.inputs})
+    for start in (graph, eq.Factorization(eq.channels(graph), factors.by_label).apply(graph)):
+        assert eq.verify(graph, start, x).message.startswith("equal: ")
+        changed = with_row_times(start, wrong, rng.integers(start[wrong].op.out_channels), by)
+        off = eq.values(changed, x)
+        for name in graph.outputs:
+            axes = (0, *range(2, truth[name].ndim))
+            moved, rounded, size = (np.abs(v).max(axis=axes) for v in (off[name] - truth[name], exact[name] - truth[name], truth[name]))
+            if np.any((moved > 5e-4 * size) & (moved > 1e4 * np.maximum(rounded, 2.0**-24 * size)) & (size > 0)):
+                assert not eq.verify(graph, changed, x)
+                assert not eq.verify(changed, graph, x)
+
+
 # ------------------------------------------------------------------------------------------------ depth
 
 

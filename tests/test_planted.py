@@ -246,8 +246,8 @@ def nothing_refused(*_, **__):
     pass
 
 
-def signs_kept(self, *inputs):
-    return self.forward(*inputs)
+def signs_kept(self, errors, inputs, u):
+    return dataclasses.replace(self, bias=None).forward(*errors)
 
 
 Stats = calibration.ValueStatistics
@@ -311,7 +311,7 @@ PLANTED = [
     (Stats, {"__add__": count_forgotten}, shards, "chain", "count of"),
     (Stats, {"__add__": last_range_wins}, shards, "chain", "m(in|ax) of"),
     # rounding bounds
-    (eq.ops.Weighted, {"magnitude": signs_kept}, magnitude, "chain", "exceeds its magnitude bound"),
+    (eq.ops.Weighted, {"passes": signs_kept}, magnitude, "chain", "exceeds its magnitude bound"),
 ]
 
 
