@@ -1,7 +1,7 @@
 """How fast is eqfact beside other runtimes, and how do time and memory of an equalization grow?
 
-Three parts. `forward`: MobileNetV2 on one image, every runtime in turn, several rounds, medians and ratios. `equalize`: every
-method on every network. `growth`: equalization of dense and convolutional chains up to 100 million weights, time and, in a
+Four parts. `forward`: MobileNetV2 on one image, every runtime in turn, several rounds, medians and ratios. `equalize`: every
+method on every network. `verify`: the check of an equalized network, in forward passes on as many images. `growth`: equalization of dense and convolutional chains up to 100 million weights, time and, in a
 second run under tracemalloc, the peak of memory beyond the network itself, in multiples of its weights.
 """
 
@@ -117,6 +117,22 @@ def _equalized(graph: eq.Graph, method: str, stats: eq.Statistics, options: dict
     return time.perf_counter() - start, result
 
 
+# Verification ---------------------------------------------------------------------------------------------------------
+
+def measure_verify() -> None:
+    """Forward passes that a verification costs, by the number of images; the fastest of several."""
+    graph = eq.fold_batchnorm(eqfact.onnx.load(networks.networks()[NETWORK]))
+    x, other = networks.images(NETWORK)[0], eq.equalize(graph).graph
+    row = {}
+    for images in (1, 4):
+        batch = x[:images]
+        forward, verify = (min(_seconds(work) for _ in range(RUNS)) for work in (
+            partial(eq.forward, graph, batch), partial(eq.verify, graph, other, batch)))
+        row[f"{images} images"] = {"forward": forward, "verify": verify}
+        print(f"verify    {images} images: {1e3 * verify:8.1f} ms, {verify / forward:.1f} forward passes", flush=True)
+    results.keep("verify", row)
+
+
 # Growth ---------------------------------------------------------------------------------------------------------------
 
 def dense_chain(width: int, depth: int) -> eq.Graph:
@@ -194,7 +210,8 @@ def _exponent(points: Sequence[dict[str, Any]], quantity: str, largest: int = 3)
     return float(np.polyfit(x, y, 1)[0])
 
 
-PARTS: dict[str, Callable[[], None]] = {"forward": measure_forward, "equalize": measure_equalize, "growth": measure_growth}
+PARTS: dict[str, Callable[[], None]] = {"forward": measure_forward, "equalize": measure_equalize, "verify": measure_verify,
+                                     "growth": measure_growth}
 
 
 def measure(only: Sequence[str]) -> None:

@@ -7,15 +7,17 @@ one positive factor a channel, the walk starts afresh from it: so the bound stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, Node, checked_inputs, values
-from eqfact.ops.base import Array, Shape, T, Weighted, along_channels, channel_vector, finite_magnitude
+from eqfact.ops.base import Array, Shape, Weighted, along_channels, channel_vector, finite_magnitude
 from eqfact.ops.weighted import BatchNorm
 
 Vector = npt.NDArray[np.float64]
@@ -174,10 +176,10 @@ class _Agreement:
 class _Side:
     """One of two networks on its way through the data, with what is known of its values.
 
-    ``errors`` bounds the rounding errors of the values that it holds, in units of ``u`` (never below their magnitudes). ``slopes`` is one
-    positive number a channel that any factorization multiplies by the channel's factor: ``|W_L| ... |W_1| s``, without biases and summed
-    over taps. Nothing cancels there, so factors read off it stay sharp in any depth. Beside it stands the same times the doubt about the
-    factors in it, in units of ``u``.
+    :meth:`errors` bounds the rounding errors of the values that it holds, in units of ``u``; they are found when they are asked for.
+    :meth:`slopes` is one positive number a channel that any factorization multiplies by the channel's factor: ``|W_L| ... |W_1| s``,
+    without biases and summed over taps. Nothing cancels there, so factors read off it stay sharp in any depth. Beside it stands the same
+    times the doubt about the factors in it, in units of ``u``.
     """
 
     #: Roundings of one weight, in both networks, with those of a BatchNorm's slope.
@@ -185,54 +187,75 @@ class _Side:
 
     def __init__(self, graph: Graph, held: dict[str, Array], u: float) -> None:
         self.graph, self.held, self.u = graph, held, u
-        self.errors: dict[str, Array] = {}
-        self.slopes: dict[str, Vector] = {}
+        self._errors: dict[str, Array] = {}
+        self._slopes: dict[str, Vector] = {}
+        #: Where a value is taken as it is, its errors in units of its own roundings, one number a channel.
+        self._fresh: dict[str, Vector] = {}
 
-    def start(self, name: str, doubt: Array | float = 0.0, unsure: Vector | float = 0.0) -> None:
-        """Take the value held as it is, up to its own rounding and a doubt, and its slope with that of its factors, in units of ``u``."""
+    def start(self, name: str, slopes: Vector, unsure: Vector | float = 0.0) -> None:
+        """Take the value held as it is, up to its own rounding and a doubt in units of ``u``, and these slopes with the same doubt."""
+        self._fresh[name] = np.ones(len(slopes)) + unsure
+        self._slopes[name] = np.stack([slopes, slopes * (unsure + 1)])
+
+    def restart(self, name: str, where: npt.NDArray[np.bool_], value: Array, slopes: Vector, unsure: Vector | float = 0.0) -> None:
+        """The same with another value in the channels ``where``; the others stay as they are."""
+        if where.all():
+            self.held[name] = value
+            self.start(name, slopes, unsure)
+            return
+        held, errors, before, channels = self.held[name], self.errors(name), self.slopes(name), along_channels(where, value.ndim - 1)
+        self.held[name] = np.where(channels, value, held)
+        self.start(name, slopes, unsure)
+        self._errors[name] = np.where(channels, self._own(name), errors)
+        del self._fresh[name]
+        self._slopes[name] = np.where(where, self._slopes[name], before)
+
+    def errors(self, name: str) -> Array:
+        """The bound on the errors of a value in units of ``u``, never below its magnitudes."""
+        for node in self._missing(name, {*self._errors, *self._fresh}):
+            errors, inputs = [self._known(i) for i in node.inputs], [self.held[i] for i in node.inputs]
+            with np.errstate(over="ignore", invalid="ignore"):
+                bound = node.op.errors(errors, inputs, self.held[node.name], self.u)
+                if np.isnan(bound.max()):  # beyond overflow nothing is bounded, not even 0 * inf
+                    bound = np.where(np.isnan(bound), np.inf, bound)
+            self._errors[node.name] = bound
+        return self._known(name)
+
+    def _known(self, name: str) -> Array:
+        return self._own(name) if name in self._fresh else self._errors[name]
+
+    def _own(self, name: str) -> Array:
+        """The roundings of a value taken as it is, and the doubt about it."""
         value = self.held[name]
         size = finite_magnitude(value)
-        self.errors[name] = size + doubt
-        slope = _per_channel(size).astype(np.float64)
-        self.slopes[name] = np.stack([slope, slope * (unsure + 1)])
+        with np.errstate(over="ignore"):
+            size *= along_channels(self._fresh[name], value.ndim - 1).astype(value.dtype)
+        return size
 
-    def restart(self, name: str, where: npt.NDArray[np.bool_], value: Array, doubt: Array | float = 0.0,
-                unsure: Vector | float = 0.0) -> None:
-        """The same with another value in the channels ``where``; the others stay as they are."""
-        held, errors, slopes = self.held[name], self.errors[name], self.slopes[name]
-        self.held[name] = value
-        self.start(name, doubt, unsure)
-        if not where.all():
-            channels = along_channels(where, value.ndim - 1)
-            self.held[name], self.errors[name] = np.where(channels, value, held), np.where(channels, self.errors[name], errors)
-            self.slopes[name] = np.where(where, self.slopes[name], slopes)
+    def slopes(self, name: str) -> Vector:
+        """The slopes of a value, ``(2, C)``."""
+        for node in self._missing(name, self._slopes):
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._slopes[node.name] = self._slope(node)
+        return self._slopes[name]
 
-    def reach(self, name: str) -> None:
-        """Step through all nodes that this value depends on and that were not reached yet."""
+    def _missing(self, name: str, known: Collection[str]) -> list[Node]:
+        """All nodes that this value depends on, in order, from values that are known."""
+        if name in known:
+            return []
         needed, todo = {name}, list[Node]()
         for node in reversed(self.graph.nodes):
-            if node.name in needed and node.name not in self.errors:
+            if node.name in needed and node.name not in known:
                 todo.append(node)
                 needed.update(node.inputs)
-        for node in reversed(todo):
-            self.step(node)
-
-    def step(self, node: Node) -> None:
-        """The errors and slopes of a node's output, from those of its inputs."""
-        name, inputs = node.name, [self.held[i] for i in node.inputs]
-        with np.errstate(over="ignore", invalid="ignore"):
-            errors = node.op.errors([self.errors[i] for i in node.inputs], inputs, self.held[name], self.u)
-            if np.isnan(errors.max()):  # beyond overflow nothing is bounded, not even 0 * inf
-                errors = np.where(np.isnan(errors), np.inf, errors)
-            self.errors[name], self.slopes[name] = errors, self._slope(node)
+        return todo[::-1]
 
     def _slope(self, node: Node) -> Vector:
-        """The slopes of a node's output, ``(2, C)``."""
-        op, read = node.op, np.concatenate([self.slopes[i] for i in node.inputs], axis=1)
+        op, read = node.op, np.concatenate([self._slopes[i] for i in node.inputs], axis=1)
         if isinstance(op, Weighted):
-            weights = np.abs(op.taps()).sum(axis=3, dtype=np.float64)
+            weights = op.absolute.taps().sum(axis=3, dtype=np.float64)
             groups, out, inner = weights.shape
-            s = np.einsum("goi,kgi->kgo", weights, read.reshape(2, groups, inner)).reshape(2, groups * out)
+            s = np.matmul(weights, read.reshape(2, groups, inner).transpose(1, 2, 0)).reshape(groups * out, 2).T.copy()
         else:  # what carries a channel of the input on has its label; all else is pinned
             labels = np.concatenate([channel_vector(self.graph.labels[i]) for i in node.inputs])
             made, order = channel_vector(self.graph.labels[node.name]), np.argsort(labels)
@@ -269,7 +292,7 @@ class _Side:
                         terms[i], since[i] = np.abs(self.held[i]), np.zeros_like(self.held[i])
                 terms[node.name] = op.passes([terms[i] for i in node.inputs], inputs, self.u)
                 since[node.name] = op.errors([since[i] for i in node.inputs], inputs, y, self.u)
-        near = _near(terms[name], self.u)
+        near = _near(_largest(terms[name]), self.held[name].dtype, self.u)
         return along_channels(near, since[name].ndim - 1) + self.u * since[name]
 
 
@@ -285,8 +308,8 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: D
     u = _unit(truth, env)
     of_a, of_b = _Side(a, truth, u), _Side(b, env, u)
     for name in {*b.inputs, *(i for graph in (a, b) for node in graph.nodes if node.name not in shared for i in node.inputs if i in shared)}:
-        of_a.start(name)
-        of_b.start(name)
+        for side in (of_a, of_b):
+            side.start(name, _slopes(_largest(finite_magnitude(side.held[name])), True))
     resolved = channels(b)
     factor = np.ones(resolved.degrees_of_freedom + 1)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
@@ -299,70 +322,137 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: D
         if name in shared:
             continue
         env[name] = node.op.forward(*(env[i] for i in node.inputs))
-        of_b.step(node)
         if a.shapes.get(name) != b.shapes[name]:
             continue
-        of_a.reach(name)
-        f, unsure = _factors(name, of_a, of_b, factor[labels], uncertainty[labels])
         known, new = (factor.copy(), uncertainty.copy()), uncertainty[labels] < 0
-        # where several channels carry one label, the last to be written counts: the one that is surest of it
-        order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
-        order = order[new[order]]
-        factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
-        of_value = _Against(name, of_a, of_b, factor[labels], uncertainty[labels])
-        found[name] = of_value.agreement(of_a.nearness(name) if name in b.outputs else None)
+        compared = _compared(node, of_a, of_b, factor[labels], uncertainty[labels])
+        if new.any():
+            f, unsure = compared.f, compared.unsure
+            # where several channels carry one label, the last to be written counts: the one that is surest of it
+            order = np.argsort(np.where(unsure < 0, np.inf, unsure))[::-1]
+            order = order[new[order]]
+            factor[labels[order]], uncertainty[labels[order]] = f[order], unsure[order]
+            if not np.array_equal(factor[labels], f):
+                compared = _Compared(node, of_a, of_b, factor[labels], uncertainty[labels])
+        found[name] = compared.agreement(of_a.nearness(name) if name in b.outputs else None)
         if found[name].excess > 1:
             factor, uncertainty = known  # nothing is read off values that disagree
             continue
-        near = _per_channel(of_value.error) <= _near(of_value.expected, u)
-        of_a.restart(name, near, truth[name])
-        with np.errstate(over="ignore"):  # where it overflows it is not near
-            of_b.restart(name, near, of_value.expected.astype(env[name].dtype), np.minimum(of_value.doubt, of_value.bound) / u,
-                         np.maximum(uncertainty[labels], 0))
+        sizes = _largest(compared.size)
+        near = compared.largest <= _near(sizes, env[name].dtype, u)
+        slopes = _slopes(sizes / factor[labels], uncertainty[labels] >= 0)
+        of_a.restart(name, near, truth[name], slopes)
+        of_b.restart(name, near, compared.expected, slopes * factor[labels], np.maximum(uncertainty[labels], 0))
     return found
 
 
-class _Against:
-    """What is expected of a value with these factors; the error, the bound on it, and the part of it that is doubt about the factors."""
+def _slopes(sizes: Array, known: npt.ArrayLike) -> Vector:
+    """Slopes to start from: the largest entries of the channels; where a channel is 0 but its factor known, as little as any other."""
+    live = sizes[sizes > 0].astype(np.float64)
+    return np.where((sizes == 0) & known, live.min(initial=1.0), sizes)
 
-    def __init__(self, name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> None:
-        truth, value, u = a.held[name], b.held[name], a.u
-        f, unsure = (along_channels(v, value.ndim - 1) for v in (f, np.maximum(unsure, 0)))
+
+class _Compared:
+    """A value of two networks: what is expected of the second with these factors a channel, and how far it is off."""
+
+    #: Roundings of a factor, and of a value times its factor.
+    OF_FACTORS = 2.0
+
+    def __init__(self, node: Node, a: _Side, b: _Side, f: Vector, unsure: Vector) -> None:
+        self.node, self.a, self.b, self.f, self.unsure = node, a, b, f, unsure
+        truth, value = a.held[node.name], b.held[node.name]
+        self._axes, self._dtype = value.ndim - 1, value.dtype
         with np.errstate(over="ignore", invalid="ignore"):
-            self.expected = truth * f
-            self.doubt = u * np.abs(self.expected) * unsure
-            self.error = np.where(value == self.expected, 0, np.abs(value - self.expected))
-            self.bound = u * (a.errors[name] * f + b.errors[name]) + self.doubt
+            same = truth.dtype == value.dtype and (f == 1).all()
+            self.expected = truth if same else (truth * self._by_channel(f)).astype(value.dtype, copy=False)
+            self.error = value - self.expected
+            np.abs(self.error, out=self.error)
+            self.size = np.abs(self.expected)
+        #: The largest error of each channel.
+        self.largest = _largest(self.error)
+        if not np.isfinite(self.largest).all():
+            self.error = np.where(value == self.expected, 0, self.error)
+            self.largest = _largest(self.error)
 
-    def explains(self) -> npt.NDArray[np.bool_]:
+    def _by_channel(self, v: Vector) -> Array:
+        """A vector against values, in their own type if it holds it."""
+        with np.errstate(over="ignore"):
+            own = v.astype(self._dtype)
+        held = np.isfinite(own).all() and (np.abs(own) >= np.finfo(own.dtype).tiny).all()
+        return along_channels(own if held else v, self._axes)
+
+    def bounds(self) -> Iterator[Array]:
+        """Bounds on the error; cheap and sharp ones first, which are less than the last: the own roundings of an op that adds up nothing,
+        and the errors of the first network alone. The last are the errors of both."""
+        if not isinstance(self.node.op, Weighted):
+            yield self._of_rounding
+        yield self._of_one
+        yield self._of_both
+
+    @property
+    def _unsure(self) -> Vector:
+        return np.maximum(self.unsure, 0) + self.OF_FACTORS
+
+    @cached_property
+    def _of_rounding(self) -> Array:
+        return self.size * self._by_channel(self.a.u * (self._unsure + self.node.op.roundings))
+
+    @cached_property
+    def _of_one(self) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            bound: Array = self.a.errors(self.node.name) * self._by_channel(self.a.u * self.f)
+            bound += self.size * self._by_channel(self.a.u * self._unsure)
+        return bound
+
+    @cached_property
+    def _of_both(self) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            bound = self.a.errors(self.node.name) * along_channels(self.f, self._axes) + self.b.errors(self.node.name)
+            bound = self.a.u * (bound + self.size * along_channels(self._unsure, self._axes))
+        return bound
+
+    def explained(self) -> npt.NDArray[np.bool_]:
         """For each channel whether no error exceeds its bound."""
-        explained: npt.NDArray[np.bool_] = (self.error <= self.bound).all(axis=(0, *range(2, self.error.ndim)))
+        explained = np.zeros(len(self.f), bool)
+        for bound in self.bounds():
+            explained |= (self.error <= bound).all(axis=(0, *range(2, self.error.ndim)))
+            if explained.all():
+                break
         return explained
 
     def agreement(self, near: Array | None) -> _Agreement:
-        """The entry where the error is largest against its bound."""
+        """The entry where the error is largest, or exceeds its bound most."""
+        for bound in self.bounds() if near is None else ():
+            if (self.error <= bound).all():
+                return self._at(self.error, bound)
+        *_, bound = self.bounds()
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            excess = np.where(self.error > 0, self.error / self.bound, 0.0)
-        where = np.unravel_index(int(excess.argmax()), excess.shape)
-        worst = _Agreement(float(self.error[where]), float(self.bound[where]), float(excess[where]))
+            worst = self._at(np.where(self.error > 0, self.error / bound, 0.0), bound)
         if near is None:
             return worst
-        loose = _per_channel(self.bound > near) & (_per_channel(self.error) > 0)
+        loose = (_largest(bound - near) > 0) & (self.largest > 0)
         return replace(worst, near=bool((self.error <= near).all()), sharp=not loose.any())
 
+    def _at(self, ranked: Array, bound: Array) -> _Agreement:
+        where = np.unravel_index(int(ranked.argmax()), ranked.shape)
+        error, most = float(self.error[where]), float(bound[where])
+        return _Agreement(error, most, error / most if most > 0 else np.inf if error > 0 else 0.0)
 
-def _factors(name: str, a: _Side, b: _Side, f: Vector, unsure: Vector) -> tuple[Vector, Vector]:
-    """Factors a channel and their uncertainty in units of ``u``, negative where nothing is known: as known, off the weights, or off the data."""
+
+def _compared(node: Node, a: _Side, b: _Side, f: Vector, unsure: Vector) -> _Compared:
+    """A value with factors as far as they are known; the others are read off the weights, or off the data."""
     new = unsure < 0
     if not new.any():
-        return f, unsure
-    of_weights = _read_off_weights(a.slopes[name], b.slopes[name])
+        return _Compared(node, a, b, f, unsure)
+    of_weights = _read_off_weights(a.slopes(node.name), b.slopes(node.name))
     f, unsure = (np.where(new, read, known) for read, known in zip(of_weights, (f, unsure), strict=True))
-    unexplained = new & ~((unsure >= 0) & _Against(name, a, b, f, unsure).explains())
-    if unexplained.any():
-        of_data = _read_off_data(a.held[name], b.held[name], (a.errors[name], b.errors[name]), a.u)
-        f, unsure = (np.where(unexplained, read, known) for read, known in zip(of_data, (f, unsure), strict=True))
-    return f, unsure
+    compared = _Compared(node, a, b, f, unsure)
+    unexplained = new & ~((unsure >= 0) & compared.explained())
+    if not unexplained.any():
+        return compared
+    of_data = _read_off_data(a.held[node.name], b.held[node.name], (a.errors(node.name), b.errors(node.name)), a.u)
+    f, unsure = (np.where(unexplained, read, known) for read, known in zip(of_data, (f, unsure), strict=True))
+    return _Compared(node, a, b, f, unsure)
 
 
 def _read_off_data(a: Array, b: Array, errors: tuple[Array, Array], u: float) -> tuple[Vector, Vector]:
@@ -395,15 +485,15 @@ def _unit(*of: Mapping[str, Array]) -> float:
     return max(float(np.finfo(value.dtype).eps) for values in of for value in values.values()) / 2
 
 
-def _per_channel(value: npt.NDArray[T]) -> npt.NDArray[T]:
+def _largest(value: Array) -> Array:
     """The largest entry of each channel, ``(C,)``."""
-    largest: npt.NDArray[T] = value.max(axis=(0, *range(2, value.ndim)))
+    largest: Array = value.max(axis=(0, *range(2, value.ndim)))
     return largest
 
 
-def _near(value: Array, u: float) -> Vector:
-    """What errors count as near, channel by channel; never less than of the smallest normal number."""
-    near: Vector = u**0.5 / NEAR * np.maximum(_per_channel(np.abs(value)), np.finfo(value.dtype).tiny)
+def _near(sizes: Array, dtype: np.dtype[Any], u: float) -> Vector:
+    """What errors count as near, for channels whose largest entries are these; never less than of the smallest normal number."""
+    near: Vector = u**0.5 / NEAR * np.maximum(sizes.astype(np.float64), np.finfo(dtype).tiny)
     return near
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nets import NETS as TABLE
 
 import eqfact as eq
+from eqfact.ops import convolution, weighted
 from eqfact.testing.strategies import batches, factorizations, networks
 
 # ------------------------------------------------------------------------------------------------ sqnr
@@ -459,6 +460,58 @@ def test_fifty_layers_are_still_equal_after_folding_and_equalization_and_one_per
         weight = op.weight.copy()
         weight[np.unravel_index(np.argmax(np.abs(weight) * read[:, None]), weight.shape)] *= 1.01
         parts_at(graph, result.graph.with_ops({"bn25": dataclasses.replace(op, weight=weight)}), x, "bn25")
+
+
+# ------------------------------------------------------------------------------------------------ what it costs
+
+
+def convolutions(monkeypatch, verdict):
+    """How many convolutions a verdict takes."""
+    calls = []
+    right = convolution.convolve
+    with monkeypatch.context() as counting:
+        counting.setattr(weighted, "convolve", lambda *args: calls.append(1) or right(*args))
+        assert verdict()
+    return len(calls)
+
+
+def stack(layers, dtype="float32"):
+    """Depthwise and pointwise convolutions in turn, behind one another."""
+    m = Maker(31, dtype)
+    ops = {}
+    for i in range(layers // 2):
+        ops |= {f"a{i}": m.conv(6, 6, 1, 1), f"act{i}": eq.ReLU6(), f"b{i}": m.conv(6, 1, 3, 3, groups=6, padding=1), f"out{i}": eq.ReLU6()}
+    return eq.Graph.chain((6, 8, 8), **ops, head=m.conv(2, 6, 1, 1))
+
+
+def test_a_verdict_takes_no_more_than_five_convolutions_a_layer(monkeypatch):
+    """Both networks from end to end, the second once more from where it starts afresh, and |W| for the errors; outputs twice that."""
+    graph = stack(20)
+    x = Maker(32, "float32").data(graph)
+    other, _ = rescaled(graph)
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, other, x)) <= 5 * 21 + 3
+
+
+def test_what_two_networks_share_is_computed_once(monkeypatch):
+    """The same ops on the same values give the same values: nothing is compared before the networks differ."""
+    graph = stack(20)
+    x = Maker(32, "float32").data(graph)
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, graph, x)) == 21
+    same = eq.Graph(dict(graph.inputs), graph.nodes, graph.outputs)
+    assert eq.verify(graph, same, x).message == "equal: the same operations on the same parameters"
+    end = graph.with_ops({"head": dataclasses.replace(graph["head"].op)})
+    assert convolutions(monkeypatch, lambda: eq.verify(graph, end, x)) <= 21 + 8
+    wrong = graph.with_ops({"head": dataclasses.replace(graph["head"].op, bias=graph["head"].op.bias + np.float32(0.1))})
+    parts_at(graph, wrong, x, "head")
+    elsewhere = graph.with_ops({"b3": dataclasses.replace(graph["b3"].op, weight=graph["b3"].op.weight * np.float32(1.01))})
+    parts_at(graph, elsewhere, x, "b3")
+
+
+def test_the_same_op_on_other_values_is_not_the_same_value():
+    op = eq.Dense(np.array([[2.0]]))
+    a = eq.Graph({"x": (1,), "y": (1,)}, [eq.Node("out", op, ["x"])], ["out"])
+    b = eq.Graph({"x": (1,), "y": (1,)}, [eq.Node("out", op, ["y"])], ["out"])
+    assert not eq.verify(a, b, {"x": np.array([[1.0]]), "y": np.array([[3.0]])})
 
 
 # ------------------------------------------------------------------------------------------------ the verdict

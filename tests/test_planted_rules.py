@@ -337,18 +337,29 @@ def test_a_forgotten_value_that_engines_store_is_caught(caught):
 
 
 def test_a_verify_that_always_says_yes_is_caught(caught):
-    right = metrics._worst
+    right = metrics._Compared.agreement
     caught(lambda: test_metrics.test_a_bias_forgotten_when_rescaling_is_found("float64"),
-           (metrics, "_worst", lambda *args: dataclasses.replace(right(*args), excess=0.0, near=True, sharp=True)))
+           (metrics._Compared, "agreement", lambda *args: dataclasses.replace(right(*args), excess=0.0, near=True, sharp=True)))
 
 
 def test_a_verify_that_trusts_a_bare_relative_tolerance_is_caught(caught):
     """PAPER 8: through cancellation the elementwise relative error of an equivalent network reaches percents."""
-    def bare(error, bound, near):
-        return metrics._Agreement(float(error.max()), 1e-7, float(error.max()) / 1e-7, near=True, sharp=True)
+    def bare(compared, near):
+        return metrics._Agreement(float(compared.error.max()), 1e-7, float(compared.error.max()) / 1e-7, near=True, sharp=True)
 
     law = test_metrics.test_every_rescaled_network_is_equal_and_itself_without_error
-    caught(lambda: law(handmade.plain, "float32"), (metrics, "_worst", bare))
+    caught(lambda: law(handmade.plain, "float32"), (metrics._Compared, "agreement", bare))
+
+
+@pytest.mark.parametrize(("owner", "end"), [(base.Commuting, "relu6"), (eq.Sigmoid, "sigmoid"), (eq.Softmax, "softmax")], ids=str)
+def test_an_op_that_passes_magnitudes_for_errors_is_caught(owner, end, caught):
+    """What was asked of ops once: how large may the output be? A bound, or the 1 of a sigmoid, is not as small as an error."""
+    def magnitude(self, errors, inputs, u):
+        largest = max(float(np.max(np.abs(bound))) for bound in getattr(self, "bounds", None) or (1.0, 1.0))
+        return np.maximum(np.maximum.reduce(errors), largest)
+
+    law = test_metrics.test_a_change_of_a_small_channel_is_found_whatever_comes_behind
+    caught(lambda: law("float32", end, 1e-8), (owner, "passes", magnitude), (owner, "rounds", lambda self, inputs, output: self.roundings))
 
 
 def test_a_verify_that_reads_every_factor_off_the_data_and_forgets_the_weights_is_caught(caught):

@@ -73,9 +73,14 @@ class Op(ABC):
 
     def errors(self, errors: Sequence[Array], inputs: Sequence[Array], output: Array, u: float) -> Array:
         """The bound on the output's error in units of ``u``, from those of the inputs: what passes, and what the op itself rounds."""
-        read = [e + self.roundings * finite_magnitude(x) for e, x in zip(errors, inputs, strict=True)]
+        read = []
+        for e, x in zip(errors, inputs, strict=True):
+            m = finite_magnitude(x)
+            m *= self.roundings
+            m += e
+            read.append(m)
         # among subnormal numbers a rounding is as large as at the smallest normal one
-        bound: Array = self.passes(read, inputs, u) + self.rounds(inputs, output) + self.roundings * np.finfo(output.dtype).tiny
+        bound: Array = self.passes(read, inputs, u) + (self.rounds(inputs, output) + self.roundings * np.finfo(output.dtype).tiny)
         return bound
 
     def magnitude(self, *inputs: Array) -> Array:
