@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import eqfact as eq
 from eqfact import blocks
 
 SHAPES = [(1, 30, 40), (1, 40, 30), (3, 7, 20), (12, 1, 1), (4, 3, 1), (1, 1, 50), (5, 1, 9)]
@@ -68,3 +69,18 @@ def test_candidates_that_others_may_have_overtaken_are_not_trusted(monkeypatch):
     monkeypatch.setattr(blocks.Candidates, "largest", lambda candidates, by, rise: right(candidates, by, 0.0))
     with pytest.raises(AssertionError):
         law((1, 30, 40), 0)
+
+
+def test_the_mates_of_a_layer_in_two_concats_are_those_of_both():
+    """One layer at two nodes, each in a concat with another layer: the larger of the two mates counts, whichever comes first (PAPER 4)."""
+    shared = eq.Dense(np.array([[1.0]]))
+    for sizes in ((4.0, 9.0), (9.0, 4.0)):
+        nodes = [eq.Node("one", shared, ["x"]), eq.Node("other", shared, ["y"])]
+        for name, of, size in (("first", "one", sizes[0]), ("second", "other", sizes[1])):
+            nodes += [eq.Node(f"mate of {name}", eq.Dense(np.array([[size]])), ["x"]), eq.Node(name, eq.Concat(), [of, f"mate of {name}"]),
+                      eq.Node(f"out {name}", eq.Dense(np.ones((1, 2))), [name])]
+        graph = eq.Graph({"x": (1,), "y": (1,)}, nodes, ["out first", "out second"])
+        stats = eq.calibrate(graph, {"x": np.ones((1, 1)), "y": np.ones((1, 1))})
+        ranges = blocks.activation_ranges(graph, blocks.layers(graph, eq.channels(graph)), stats)
+        assert ranges[id(shared)].mates == 9.0
+        assert [ranges[id(graph[f"mate of {name}"].op)].mates for name in ("first", "second")] == list(sizes)

@@ -266,3 +266,16 @@ def scalar_net():
     """A layer and its activation, of one channel, and their statistics."""
     graph = eq.Graph.chain((1,), fc=eq.Dense(np.ones((1, 1))), act=eq.ReLU())
     return graph, eq.calibrate(graph, np.array([[1.0], [3.0]]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", ["min", "max"])
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_one_channel_that_is_not_finite_spoils_the_statistics(bad, key, channel):
+    graph = eq.Graph.chain((3,), fc=eq.Dense(np.eye(3)), act=eq.ReLU(), out=eq.Dense(np.ones((1, 3))))
+    stats = eq.calibrate(graph, np.array([[1.0, 2.0, 3.0], [-1.0, 0.5, 0.25]]))
+    numbers = getattr(stats["act"], key).copy()
+    numbers[channel] = bad
+    spoiled = eq.Statistics({**stats, "act": dataclasses.replace(stats["act"], **{key: numbers})})
+    with pytest.raises(ValueError, match="the statistics of value 'act' hold NaN or infinity"):
+        eq.equalize(graph, "one_step", stats=spoiled)

@@ -135,3 +135,20 @@ def test_a_transposed_convolution_is_the_adjoint_whatever_the_padding(padding, s
     y = op.forward(x)
     cotangent = rng.integers(-3, 4, y.shape).astype(float)
     assert (op.vjp(cotangent, x)[0] * x).sum() == (cotangent * y).sum() == (op.weight_vjp(cotangent, x) * weight).sum()
+
+
+@pytest.mark.parametrize("names", [["fc"], ["fc", "act"], ["fc", "x"], ["fc", "act", "extra"]])
+def test_cotangents_must_name_the_outputs_all_of_them_and_nothing_else(names):
+    net = eq.Graph({"x": (2,)}, [eq.Node("fc", eq.Dense(np.eye(2)), ["x"]), eq.Node("act", eq.ReLU(), ["fc"])], ["fc", "act"])
+    cotangent = {name: np.ones((1, 2)) for name in names}
+    if set(names) == {"fc", "act"}:
+        assert set(eq.backward(net, np.ones((1, 2)), cotangent).values) == {"x", "fc", "act"}
+        return
+    with pytest.raises(ValueError, match=r"the cotangent must name the outputs \['fc', 'act'\], got "):
+        eq.backward(net, np.ones((1, 2)), cotangent)
+
+
+def test_one_array_is_no_cotangent_of_two_outputs():
+    net = eq.Graph({"x": (2,)}, [eq.Node("fc", eq.Dense(np.eye(2)), ["x"]), eq.Node("act", eq.ReLU(), ["fc"])], ["fc", "act"])
+    with pytest.raises(ValueError, match=r"the cotangent must name the outputs \['fc', 'act'\], got \['fc'\]"):
+        eq.backward(net, np.ones((1, 2)), np.ones((1, 2)))

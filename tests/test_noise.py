@@ -357,3 +357,14 @@ def test_what_is_no_quantizer_is_refused(call):
     given = {"weights": 8, "activations": None, "sensitivities": eq.forward_sensitivities(net, stats)}
     with pytest.raises(TypeError, match=r"weights must be a quantizer or None \(float\), got 8: give for instance UniformQuantizer"):
         call(net, stats, **given)
+
+
+def test_outputs_make_noise_only_where_they_are_to_be_rounded():
+    """As :func:`eqfact.quantize`, which leaves them in float unless told otherwise."""
+    net, x = smooth_net(), data_of(smooth_net())
+    stats = eq.calibrate(net, x)
+    given = {"weights": None, "activations": A8, "sensitivities": unit_sensitivities(net)}
+    silent, loud = (set(noise_model(net, stats, **given, **options).terms()) for options in ({}, {"outputs": True}))
+    assert loud - silent == {"fc", "other"}
+    assert silent == set(stored_values(net)) == loud - set(net.outputs)
+    assert "fc.float" not in eq.quantize(net, activations=A8, stats=stats).shapes

@@ -389,3 +389,19 @@ def test_dynamic_space_needs_input_shapes(tmp_path):
     assert graph.shapes["y"] == (2, 4, 3)
     eqfact.onnx.save(tmp_path / "again.onnx", graph)
     assert [d.dim_value for d in onnx.load(tmp_path / "again.onnx").graph.input[0].type.tensor_type.shape.dim[1:]] == [3, 6, 5]
+
+
+@pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+@pytest.mark.parametrize("transformation", ["asymmetric", "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_resize_is_an_upsampling_where_it_repeats_entries_and_refused_elsewhere(rounding, transformation, scale, tmp_path):
+    """What onnx's own evaluator makes of a ramp decides; halves between two entries tell the four roundings apart."""
+    resize = node("Resize", ["x", "", "scales"], ["y"], mode="nearest", coordinate_transformation_mode=transformation, nearest_mode=rounding)
+    model = small.model([resize], {"x": ["N", 1, 5]}, ["y"], {"scales": np.float32([1, 1, scale])})
+    ramp = np.arange(5, dtype=np.float32).reshape(1, 1, 5)
+    onnx.save(model, tmp_path / "net.onnx")
+    if np.array_equal(ReferenceEvaluator(model).run(None, {"x": ramp})[0], np.repeat(ramp, scale, axis=2)):
+        assert kinds(eqfact.onnx.load(tmp_path / "net.onnx")) == ["Upsample"]
+    else:
+        with pytest.raises(ValueError, match="Resize"):
+            eqfact.onnx.load(tmp_path / "net.onnx")

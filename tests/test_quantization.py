@@ -814,3 +814,20 @@ def test_a_bias_too_large_for_its_accumulator_raises_the_scale_of_the_weights(gr
     accumulator = bias / (input_scale * op.grid.scale.reshape(-1))
     assert np.abs(accumulator).max() < 2**31
     np.testing.assert_allclose(op.bias, bias, rtol=1e-2)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3])
+def test_every_group_of_weights_has_its_own_zero_point(group_size):
+    """Affine: ranges of all signs, group by group, so that no two have the same; by the formula in plain numbers."""
+    rng = np.random.default_rng(31)
+    op = eq.Conv(rng.normal(size=(3, 5, 2)) + rng.normal(size=(3, 5, 1)))
+    grid = eq.UniformQuantizer(bits=5, symmetric=False, granularity="per_group", group_size=group_size).weight_grid(op)
+    scale, zero_point = (np.broadcast_to(v, op.weight.shape) for v in (grid.scale, grid.zero_point))
+    for o, i, tap in np.ndindex(*op.weight.shape):
+        start = i // group_size * group_size
+        group = [float(w) for w in op.weight[o, start:start + group_size].ravel()]
+        low, high = min(0.0, *group), max(0.0, *group)
+        step = (high - low) / 31
+        assert scale[o, i, tap] == pytest.approx(step, rel=1e-12)
+        assert zero_point[o, i, tap] == min(max(round(grid.qmin - low / step), grid.qmin), grid.qmax)
+    assert len(np.unique(grid.zero_point)) >= 3

@@ -1,12 +1,16 @@
 """The generator of networks really makes what the laws are to be tried on."""
 
+import collections
+import functools
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import eqfact as eq
-from eqfact.testing import laws
+from eqfact.testing import laws, strategies
 from eqfact.testing.strategies import LARGEST_INPUT, NEARLY_DEAD, batches, factorizations, networks
 
 #: So many examples show every feature.
@@ -44,6 +48,28 @@ def reads_its_own_branch(graph, node):
     return a != b and (a in made_of[b] or b in made_of[a])
 
 
+def same_source(graph, node):
+    """A Concat of two layers, perhaps activated, of one value."""
+    def source(name):
+        while name not in graph.inputs and isinstance(graph[name].op, eq.ops.Commuting):
+            name = graph[name].inputs[0]
+        return None if name in graph.inputs else graph[name]
+
+    made = [source(name) for name in node.inputs]
+    return None not in made and made[0].name != made[1].name and made[0].inputs == made[1].inputs
+
+
+def behind_itself(graph, node):
+    """A node that reads, perhaps through others, what another node makes with the same op."""
+    above, todo = set(), list(node.inputs)
+    while todo:
+        name = todo.pop()
+        if name not in graph.inputs and name not in above:
+            above.add(name)
+            todo += graph[name].inputs
+    return any(graph[name].op is node.op for name in above)
+
+
 def convs(graph, test):
     return any(test(node.op, graph.shapes[node.inputs[0]][0]) for node in uses(graph, eq.Conv))
 
@@ -63,7 +89,13 @@ FEATURES = {
         reads_its_own_branch(g, node) and eq.channels(g).labels[node.name].any() for node in uses(g, eq.Add)),
     "add of three": lambda g: any(len(node.inputs) == 3 for node in uses(g, eq.Add)),
     "add over space": lambda g: any(len({g.shapes[i] for i in node.inputs}) > 1 for node in uses(g, eq.Add)),
+    "add of a value to itself": lambda g: any(len(set(node.inputs)) == 1 for node in uses(g, eq.Add)),
+    "add of three, one of them twice": lambda g: any(len(node.inputs) == 3 and len(set(node.inputs)) == 2 for node in uses(g, eq.Add)),
+    "add of mates, none made of the other": lambda g: any(
+        len(set(node.inputs)) > 1 and not reads_its_own_branch(g, node) for node in uses(g, eq.Add)),
     "concat": lambda g: any(len(set(node.inputs)) > 1 for node in uses(g, eq.Concat)),
+    "concat of a value with itself": lambda g: any(len(set(node.inputs)) == 1 for node in uses(g, eq.Concat)),
+    "concat of layers that both read one value": lambda g: any(same_source(g, node) for node in uses(g, eq.Concat)),
     "free concat": lambda g: any(eq.channels(g).labels[node.name].any() for node in uses(g, eq.Concat)),
     "groups": lambda g: convs(g, lambda op, channels: 1 < op.groups < channels),
     "depthwise": lambda g: convs(g, lambda op, channels: op.groups == channels > 1),
@@ -77,6 +109,9 @@ FEATURES = {
         isinstance(g[node.inputs[0]].op, eq.Conv) for node in uses(g, eq.BatchNorm) if node.inputs[0] not in g.inputs),
     "batchnorm before conv": lambda g: any(isinstance(r.op, eq.Conv) for node in uses(g, eq.BatchNorm) for r in g.readers[node.name]),
     "shared op": lambda g: shared(g),
+    "shared op behind itself": lambda g: any(behind_itself(g, node) for node in shared(g)),
+    "shared op on several values": lambda g: any(
+        len({n.inputs for n in g if n.op is node.op}) > 1 and not behind_itself(g, node) for node in shared(g)),
     "shared op, free": lambda g: any(eq.channels(g).labels[node.name].any() for node in shared(g)),
     "dead channel": lambda g: any((row_sizes(node.op) == 0).any() for node in weighted(g)),
     "dead channel without bias": lambda g: any(
@@ -100,6 +135,8 @@ FEATURES = {
     "slice from the end": lambda g: any(node.op.start < 0 for node in uses(g, eq.Slice)),
     "flatten over space": lambda g: any(len(g.shapes[node.inputs[0]]) > 1 for node in uses(g, eq.Flatten)),
     "channels moved into space": lambda g: any(node.op.axes[0] != 0 for node in uses(g, eq.Transpose)),
+    "product of different values": lambda g: any(len(set(node.inputs)) > 1 for node in uses(g, eq.Mul)),
+    "product over space": lambda g: any(len({g.shapes[i] for i in node.inputs}) > 1 for node in uses(g, eq.Mul)),
     "product of equals": lambda g: any(len(set(node.inputs)) == 1 for node in uses(g, eq.Mul)),
     "squeeze and excite": lambda g: any(
         g[node.inputs[1]].op.__class__ is eq.Sigmoid for node in uses(g, eq.Mul) if node.inputs[1] not in g.inputs),
@@ -118,6 +155,31 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_networks_show(feature, found):
     assert any(FEATURES[feature](graph) for graph, _, _ in found)
+
+
+#: What builds a network step by step, and what only helps.
+PRODUCERS = [name for name, member in vars(strategies._Builder).items()
+             if callable(member) and not name.startswith("_") and list(inspect.signature(member).parameters)[1:2] == ["value"]
+             and name not in ("accepts", "mates", "menu", "same_sizes")]
+
+
+def test_networks_use_every_producer():
+    """Counted where they are called: the menu must offer each, and the draws must take it."""
+    calls = collections.Counter()
+    with pytest.MonkeyPatch.context() as counting:
+        for name in PRODUCERS:
+            right = getattr(strategies._Builder, name)
+            counting.setattr(strategies._Builder, name, functools.partialmethod(
+                lambda self, *args, _right, _name, **options: calls.update([_name]) or _right(self, *args, **options), _right=right, _name=name))
+
+        @settings(max_examples=ENOUGH, derandomize=True, database=None, phases=[Phase.generate])
+        @given(networks())
+        def collect(graph):
+            pass
+
+        collect()
+    assert len(PRODUCERS) >= 28
+    assert {name: calls[name] for name in PRODUCERS if calls[name] < 5} == {}
 
 
 @pytest.mark.parametrize("op", eq.ops.ALL, ids=lambda op: op.__name__)
