@@ -1,8 +1,9 @@
 """How fast is eqfact beside other runtimes, and how do time and memory of an equalization grow?
 
 Four parts. `forward`: MobileNetV2 on one image, every runtime in turn, several rounds, medians and ratios. `equalize`: every
-method on every network. `verify`: the check of an equalized network, in forward passes on as many images. `growth`: equalization of dense and convolutional chains up to 100 million weights, time and, in a
-second run under tracemalloc, the peak of memory beyond the network itself, in multiples of its weights.
+method on every network. `verify`: the check of an equalized network, in forward passes on as many images. `growth`: equalization
+of dense and convolutional chains up to 100 million weights, time and, in a second run under tracemalloc, the peak of memory beyond
+the network itself, in multiples of its weights.
 """
 
 from __future__ import annotations

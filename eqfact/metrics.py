@@ -1,7 +1,7 @@
 """How good is a quantized network, and is a rewritten one the same function?
 
-:func:`sqnr` is the signal-to-noise ratio in decibels. :func:`verify` compares two networks on data against the bound
-``c u (|W_L| ... |W_1| |x|)`` on rounding errors, propagated through the graph (PAPER 8). Where the two share a value by name up to
+:func:`sqnr` is the signal-to-noise ratio in decibels. :func:`verify` compares two networks on data against a bound on rounding errors,
+``c u |W_L| ... |W_1| |x|`` in a chain of layers, passed on by every op of the graph (PAPER 8). Where the two share a value by name up to
 one positive factor a channel, the walk starts afresh from it: so the bound stays as sharp as one layer's, however deep the network.
 """
 
@@ -86,13 +86,15 @@ class Verification:
 def verify(a: Graph, b: Graph, x: Data) -> Verification:
     """Are two networks the same function on this data, up to rounding?
 
-    Both run on ``x``; the error at a value may be ``c u m``, where ``u`` is the unit roundoff of the coarser network, ``m`` the magnitudes
-    ``|W_L| ... |W_1| |x|``, and ``c`` counts the roundings on the way in both networks. An inner value that both have by name
-    may differ by factors, one for each channel label of ``b``, read off the weights, or else off the data: a witness factorization.
-    Where channels of a value agree within the bound and are near, both walks start afresh from them: so a bound that has grown as large
-    as the values hides nothing. Outputs must agree as they are, within the bound and near (by ``sqrt(u) / 16`` of the most that the last
-    layer's ``|W| |x|`` comes to in their channel). Inner values of the same name may have another meaning, so that they part; then
-    outputs must have a bound that is as near.
+    Both run on ``x``; the error at a value may be as large as roundings explain, by a bound in units of the unit roundoff ``u`` of the
+    coarser network that every op passes on at the values held (:meth:`eqfact.ops.Op.errors`): ``|W| e`` and the roundings of
+    ``|W| |x|`` through a layer, nothing through a saturated entry. Values that both make by the same op objects out of the same inputs
+    are not compared. An inner value that both have by name may differ by factors, one for each channel label of ``b``, read off the
+    weights, or else off the data: a witness factorization. Where channels of a value agree within the bound and are near, both walks
+    start afresh from them: so a bound that has grown as large as the values hides nothing. Outputs must agree as they are, within the
+    bound and near (by ``sqrt(u) / 16`` of the most that the last layer's ``|W| |x|`` comes to in their channel, as it passes through
+    what is behind that layer). Inner values of the same name may have another meaning, so that they part; then outputs must have a
+    bound that is as near.
 
     So errors count from the last start. In a network that amplifies roundings even its equivalent networks end apart: how far, without
     starts on the way, is said too. Raises :class:`ValueError` if inputs or outputs have other names or shapes, or if an output overflows.
@@ -251,12 +253,15 @@ class _Side:
         return todo[::-1]
 
     def _slope(self, node: Node) -> Vector:
-        op, read = node.op, np.concatenate([self._slopes[i] for i in node.inputs], axis=1)
+        op = node.op
         if isinstance(op, Weighted):
             weights = op.absolute.taps().sum(axis=3, dtype=np.float64)
             groups, out, inner = weights.shape
-            s = np.matmul(weights, read.reshape(2, groups, inner).transpose(1, 2, 0)).reshape(groups * out, 2).T.copy()
-        else:  # what carries a channel of the input on has its label; all else is pinned
+            read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0)
+            s = np.matmul(weights, read).reshape(groups * out, 2).T.copy()
+        else:
+            # what carries a channel of the input on has its label; all else is pinned
+            read = np.concatenate([self._slopes[i] for i in node.inputs], axis=1)
             labels = np.concatenate([channel_vector(self.graph.labels[i]) for i in node.inputs])
             made, order = channel_vector(self.graph.labels[node.name]), np.argsort(labels)
             index = order[np.searchsorted(labels[order], made).clip(max=len(labels) - 1)]
@@ -266,8 +271,8 @@ class _Side:
         return s
 
     def nearness(self, name: str) -> Array:
-        """Which errors of a value count as near: ``sqrt(u) / 16`` of the most that a channel's last layer adds up, ``|W| |x|``, as what lies
-        between passes it on, and the roundings since.
+        """Which errors of a value count as near: ``sqrt(u) / 16`` of the most that a channel's last layer adds up, ``|W| |x|``, as it
+        passes through what lies between, and the roundings since.
 
         An entry whose terms happen to cancel out is not more exact than the others for that.
         """
@@ -307,7 +312,8 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: D
     env = {**checked_inputs(b, x), **{name: truth[name] for name in shared}}
     u = _unit(truth, env)
     of_a, of_b = _Side(a, truth, u), _Side(b, env, u)
-    for name in {*b.inputs, *(i for graph in (a, b) for node in graph.nodes if node.name not in shared for i in node.inputs if i in shared)}:
+    readers = (node for graph in (a, b) for node in graph.nodes if node.name not in shared)
+    for name in {*b.inputs, *(i for node in readers for i in node.inputs if i in shared)}:
         for side in (of_a, of_b):
             side.start(name, _slopes(_largest(finite_magnitude(side.held[name])), True))
     resolved = channels(b)

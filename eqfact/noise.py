@@ -11,18 +11,20 @@ posynomials or maxima of posynomials in ``f``: the total is convex in ``log f`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from scipy import linalg, special
 
-from eqfact.calibration import Statistics, check_statistics
+from eqfact.calibration import Statistics, ValueStatistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
-from eqfact.graph import Data, Graph, batches_of, checked_inputs, values
-from eqfact.ops.base import Array, Weighted, along_channels
+from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
+from eqfact.ops.base import Array, Commuting, Weighted, along_channels, spread
 from eqfact.ops.weighted import BatchNorm
 from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
 
@@ -84,34 +86,87 @@ def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, proj
 
 
 def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
-    """Noise-to-signal ratios at what reads the noise, from statistics alone: the mean over the channels of a weighted op (PAPER 6), or of
-    the value itself where something else reads it.
+    """The same from statistics alone: noise followed from every value to the outputs, layer by layer, as if all noise were independent.
 
-    Their sum is no prediction of the output's noise, but a measure that needs neither data nor gradients, and does not depend on which
-    equivalent network it is taken of; ``signal`` is 1. Channels that are 0 on the data count for nothing.
-    :class:`ValueError` if the statistics are of another graph.
+    A weighted op passes on the squares of its weights, all else the squares of its slopes, averaged over a normal distribution with the
+    mean and the deviation of each channel. Weights make noise as large as the mean square of what they read. ``signal`` is 1, the power
+    of the outputs. Noise that adds up in step, over pixels or ways, is underrated: a measure more than a prediction, for which
+    :func:`gradient_sensitivities` are better.
+
+    Nothing is divided by a power but that of the outputs, which keep the factor 1: so nearly dead channels count for as little as the
+    outputs see of them, and it does not matter which equivalent network this is taken of. Channels that are 0 on the data count for
+    nothing. :class:`ValueError` if the statistics are of another graph.
     """
     check_statistics(graph, stats)
+    size = {value: np.sqrt(stats[value].mean_square) for value in graph.shapes}
+    # roots of sensitivities, whose squares might overflow on the way
+    root = {value: np.zeros(shape[0]) for value, shape in graph.shapes.items()}
+    pixels = {value: math.prod(graph.shapes[value][1:]) for value in graph.outputs}
+    signal = sum(n * float(stats[value].mean_square.sum()) for value, n in pixels.items())
+    for value, n in pixels.items():
+        root[value] += math.sqrt(n / signal) if signal > 0 else 0.0
     of_weights: dict[str, Vector] = {}
-    of_values: dict[str, Vector] = {name: np.zeros(shape[0]) for name, shape in graph.shapes.items()}
-    for node in graph.nodes:
-        for value in dict.fromkeys(node.inputs):
-            if isinstance(node.op, Weighted):
-                taps = node.op.taps().astype(np.float64)
-                groups, out, inner, _ = taps.shape
-                made, read = _per_power(stats, node.name).reshape(groups, out, 1), stats[value].mean_square.reshape(groups, 1, inner)
-                of_weights[node.name] = (taps != 0).sum(axis=3) * read * made
-                of_values[value] += ((taps**2).sum(axis=3) * made).sum(axis=1).reshape(-1)
-            else:
-                of_values[value] += _per_power(stats, value)
-    return Sensitivities(of_weights, of_values, 1.0)
+    for node in reversed(graph.nodes):
+        if isinstance(node.op, Weighted):
+            (value,) = node.inputs
+            taps = node.op.taps().astype(np.float64)
+            groups, out, inner, _ = taps.shape
+            made, read = root[node.name].reshape(groups, out, 1), size[value].reshape(groups, 1, inner)
+            of_weights[node.name] = (taps != 0).sum(axis=3) * _squares(made * read)
+            gains = _norm(taps, axis=3) * made
+            root[value] = np.hypot(root[value], _norm(gains, axis=1).reshape(-1))
+        else:
+            for value in dict.fromkeys(node.inputs):
+                root[value] = np.hypot(root[value], _read_back(graph, node, value, stats, root[node.name]))
+    return Sensitivities(of_weights, {value: _squares(r) for value, r in root.items()}, 1.0)
 
 
-def _per_power(stats: Statistics, value: str) -> Vector:
-    """``1 / E[x**2]`` a channel, over the number of channels; 0 for those that are 0 on the data."""
-    power = stats[value].mean_square
-    per_power: Vector = np.divide(1 / len(power), power, out=np.zeros_like(power), where=power > 0)
-    return per_power
+#: Beyond this the square of a root would overflow, or the sum of such squares.
+LARGEST_ROOT = 1e140
+#: Points of the normal distribution, each the middle of as much of it as the others; each with other signs for the entries, which
+#: are orthogonal among as many neighbours: what adds up several pixels adds up their powers.
+POINTS = 16
+
+
+def _squares(roots: Vector) -> Vector:
+    result: Vector = np.minimum(roots, LARGEST_ROOT) ** 2
+    return result
+
+
+def _norm(a: Vector, axis: int) -> Vector:
+    """The root of the sum of squares, none of which overflows or underflows."""
+    unit = np.abs(a).max(axis=axis, keepdims=True)
+    unit[unit == 0] = 1
+    result: Vector = np.sqrt(((a / unit) ** 2).sum(axis=axis)) * unit.squeeze(axis)
+    return result
+
+
+def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Vector) -> Vector:
+    """Roots for the channels of an input of an op without weights, from those of its output: squared gradients, as if pixels were alike."""
+    op, shapes, made_shape = node.op, [graph.shapes[i] for i in node.inputs], graph.shapes[node.name]
+    if isinstance(op, Commuting) and op.activation:  # entry by entry: one pixel tells it all
+        shapes, made_shape = [(s[0], *(1 for _ in s[1:])) for s in shapes], (made_shape[0], *(1 for _ in made_shape[1:]))
+    rng, unit = np.random.default_rng(0), float(made.max()) or 1.0
+    squares = np.zeros(graph.shapes[value][0])
+    for point, signs in zip(special.ndtri((np.arange(POINTS) + 0.5) / POINTS), linalg.hadamard(POINTS), strict=True):
+        inputs = [spread(_drawn(stats[name], point), shape)[None] for name, shape in zip(node.inputs, shapes, strict=True)]
+        entries = np.arange(math.prod(made_shape)).reshape(1, *made_shape)
+        signs = signs[entries % POINTS] * rng.choice((-1.0, 1.0), size=entries.size // POINTS + 1)[entries // POINTS]
+        cotangent = signs * along_channels(made / unit / math.sqrt(math.prod(made_shape[1:])), len(made_shape))
+        try:
+            back = op.vjp(cotangent, *inputs)
+        except TypeError:  # nothing is known of what goes where: shared out evenly
+            return np.full(len(squares), _norm(made, axis=0) / math.sqrt(len(squares)))
+        total: Array = sum(g for g, name in zip(back, node.inputs, strict=True) if name == value)  # type: ignore[assignment]
+        squares += (total**2).sum(axis=(0, *range(2, total.ndim))) / POINTS
+    return unit * np.sqrt(squares)
+
+
+def _drawn(stats: ValueStatistics, point: float) -> Vector:
+    """A value for each channel, so many deviations from its mean, but within what was seen."""
+    deviation = np.sqrt(np.maximum(stats.mean_square - stats.mean**2, 0))
+    drawn: Vector = np.clip(stats.mean + point * deviation, stats.min, stats.max)
+    return drawn
 
 
 def unit_sensitivities(graph: Graph) -> Sensitivities:

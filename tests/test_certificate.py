@@ -236,7 +236,7 @@ def test_held_labels_keep_the_factor_one_and_no_other_factors_with_them_beat_the
 def test_optimal_holds_dead_channels_and_says_what_it_holds():
     rng = np.random.default_rng(3)
     w1, w2, x = rng.normal(size=(6, 4)), rng.normal(size=(3, 6)), rng.normal(size=(50, 4))
-    w1[2], w1[4] = 0, w1[4] * 1e-9
+    w1[2], w1[4], w2[:, 4] = 0, w1[4] * 1e-9, w2[:, 4] * 1e9
     net = eq.Graph.chain((4,), fc1=eq.Dense(w1, rng.normal(size=6) * [1, 1, 1, 1, 0, 1]), act=eq.ReLU(), fc2=eq.Dense(w2))
     result = eq.equalize(net, "optimal", stats=eq.calibrate(net, x))
     assert result.factorization["act"][2] == 1

@@ -321,7 +321,8 @@ def test_an_attenuated_clip_that_stays_at_6_is_found_only_on_data_that_saturates
 ENDS = {
     "nothing": ([], 1.0), "relu": ([eq.ReLU()], 1.0), "relu6": ([eq.ReLU6()], 1.0), "clip": ([eq.Clip(-1.0, 2.0)], 1.0),
     "clip a channel": ([eq.Clip(np.array([-1.0, -3.0, 0.0]), np.array([2.0, 1.0, 3.0]))], 1.0), "leaky": ([eq.LeakyReLU(0.1)], 1.0),
-    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0), "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
+    "tanh": ([eq.Tanh()], 1e-2), "erf": ([eq.Erf()], 1e-2), "pad": ([eq.Pad(1, 1.5)], 1.0),
+    "pad behind a clip": ([eq.ReLU6(), eq.Pad(1, -2.0)], 1.0),
     "maximum": ([eq.MaxPool(2)], 1.0), "mean": ([eq.GlobalAvgPool(), eq.ReLU6()], 1.0), "gelu": ([eq.GELU()], 1e-2),
     "slice of a pad": ([eq.Pad(1, 1.5), eq.Slice(1, 2)], 1.0), "silu": ([eq.SiLU()], 1e-2), "hardswish": ([eq.HardSwish()], 1e-2),
     "sigmoid": ([eq.Sigmoid()], None), "softmax": ([eq.Softmax()], None), "softmax over space": ([eq.Softmax(2)], None),

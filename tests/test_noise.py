@@ -8,6 +8,9 @@ import handmade
 import numpy as np
 import pytest
 from nets import NETS
+from scipy.integrate import quad
+from scipy.special import expit
+from scipy.stats import norm
 
 import eqfact as eq
 from eqfact.noise import (
@@ -245,27 +248,110 @@ def test_forward_sensitivities_need_statistics_of_this_graph():
         forward_sensitivities(other, eq.calibrate(graph, m.data(graph)))
 
 
-@each_net
-def test_forward_sensitivities_are_noise_to_signal_where_the_noise_is_read(net):
+def paths(graph, value, channel, ends):
+    """What one unit of noise power in one channel is at the outputs: summed over all ways there, each the product of its squared slopes."""
+    total = ends[value] if value in graph.outputs else 0.0
+    for node in graph.nodes:
+        if value not in node.inputs:
+            continue
+        made = graph.shapes[node.name]
+        if isinstance(node.op, Weighted):
+            groups, out, inner, _ = (taps := node.op.taps()).shape
+            squares = {g * out + o: np.square(taps[g, o, channel - g * inner]).sum() for g, o in np.ndindex(groups, out)
+                       if 0 <= channel - g * inner < inner}
+        else:  # linear: what a single entry makes, entry by entry
+            squares = dict.fromkeys(range(made[0]), 0.0)
+            for pixel in np.ndindex(*graph.shapes[value][1:]):
+                marked = [np.zeros((1, *graph.shapes[i])) for i in node.inputs]
+                for x in (x for x, i in zip(marked, node.inputs, strict=True) if i == value):
+                    x[(0, channel, *pixel)] = 1
+                for o, entries in enumerate(node.op.forward(*marked)[0]):
+                    squares[o] += np.square(entries).sum() / np.prod(made[1:])
+        total += sum(square * paths(graph, node.name, o, ends) for o, square in squares.items())
+    return total
+
+
+#: Layers and what only adds and moves: where slopes are the same everywhere.
+LINEAR = [net for net in NETS if not any(getattr(n.op, "activation", False) or isinstance(n.op, (eq.ops.Blocking, eq.MaxPool, eq.Pad))
+                                         for n in net.graph)]
+
+
+@pytest.mark.parametrize("net", LINEAR, ids=str)
+def test_forward_sensitivities_follow_noise_on_all_ways_to_the_outputs(net):
     graph, x = net.graph, net.data(3)
     power = {value: np.square(array).mean(axis=(0, *range(2, array.ndim))) for value, array in eq.values(graph, x).items()}
-    expected = {value: np.zeros(shape[0]) for value, shape in graph.shapes.items()}
+    signal = sum(np.square(eq.values(graph, x)[name]).mean(axis=0).sum() for name in graph.outputs)
+    ends = {name: np.prod(graph.shapes[name][1:]) / signal for name in graph.outputs}
     s = forward_sensitivities(graph, eq.calibrate(graph, x))
+    for value, shape in graph.shapes.items():
+        expected = [paths(graph, value, c, ends) for c in range(shape[0])]
+        assert s.activations[value] == pytest.approx(expected), value
     for node in graph.nodes:
-        size = len(power[node.name])
-        for value in dict.fromkeys(node.inputs):
-            if isinstance(node.op, Weighted):
-                groups, out, inner, _ = (taps := node.op.taps()).shape
-                for g, o, i in np.ndindex(groups, out, inner):
-                    made, read = power[node.name][g * out + o], g * inner + i
-                    weight = np.count_nonzero(taps[g, o, i]) * power[value][read] / made / size if made else 0
-                    assert s.weights[node.name][g, o, i] == pytest.approx(weight)
-                    expected[value][read] += np.square(taps[g, o, i]).sum() / made / size if made else 0
-            else:
-                expected[value] += [1 / p / len(power[value]) if p else 0 for p in power[value]]
-    for value, array in expected.items():
-        assert s.activations[value] == pytest.approx(array), value
+        if isinstance(node.op, Weighted):
+            groups, out, inner, _ = (taps := node.op.taps()).shape
+            for g, o, i in np.ndindex(groups, out, inner):
+                weight = np.count_nonzero(taps[g, o, i]) * power[node.inputs[0]][g * inner + i] * paths(graph, node.name, g * out + o, ends)
+                assert s.weights[node.name][g, o, i] == pytest.approx(weight)
     assert s.signal == 1
+
+
+def test_enough_networks_are_linear():
+    assert len(LINEAR) >= 15
+
+
+@pytest.mark.parametrize(("op", "gain"), [
+    (eq.ReLU(), [0.0, 0.5, 1.0]), (eq.Clip(-0.5, 30.0), [0.0, norm.sf(-0.5), 1.0]), (eq.LeakyReLU(0.5), [0.25, 0.625, 1.0]),
+    (eq.Identity(), [1.0, 1.0, 1.0]), (eq.Tanh(), [quad(lambda x, m=m: norm.pdf(x - m) / np.cosh(x) ** 4, -30, 30)[0] for m in (-9, 0, 9)]),
+    (eq.Sigmoid(), [quad(lambda x, m=m: norm.pdf(x - m) * (expit(x) * expit(-x)) ** 2, -30, 30)[0] for m in (-9, 0, 9)]),
+], ids=str)
+def test_activations_pass_noise_as_they_are_steep_where_their_channel_lies(op, gain):
+    """Channels of unit deviation around -9, 0 and 9; against integrals over the normal distribution."""
+    graph = eq.Graph.chain((3,), act=op, out=eq.Dense(np.eye(3)))
+    x = np.random.default_rng(0).normal(size=(4000, 3))
+    x = (x - x.mean(axis=0)) / x.std(axis=0) + [-9, 0, 9]
+    s = forward_sensitivities(graph, eq.calibrate(graph, x))
+    assert s.activations["x"] / s.activations["act"] == pytest.approx(gain, rel=0.12, abs=1e-6)
+
+
+@pytest.mark.parametrize("op", [eq.ReLU(), eq.Softmax(), eq.Sigmoid(), eq.Clip(-np.inf, 1.0)], ids=str)
+@pytest.mark.parametrize("smaller", [1e-8, 1e-20, 1e-100, 1e-155, 1e-170, 1e-300])
+def test_a_nearly_dead_channel_changes_no_prediction_and_no_optimum(op, smaller):
+    """Nobody reads more of it than of the others: it must not count for more, and its square may be too small for a float."""
+    rng = np.random.default_rng(3)
+    weight, out = rng.normal(size=(5, 4)), rng.normal(size=(3, 5))
+    weight[2] *= smaller
+    bias = np.array([0.0, 0.0, max(np.log(smaller), -700.0), 0.0, 0.0]) * isinstance(op, eq.Softmax)  # as small behind a softmax
+    x = np.abs(rng.normal(size=(50, 4)))
+    sizes = []
+    for alive in (slice(None), [0, 1, 3, 4]):  # with it, and without
+        net = eq.Graph.chain((4,), fc=eq.Dense(weight[alive], bias[alive]), act=op, mid=eq.Dense(np.eye(len(weight[alive]))),
+                             act2=eq.ReLU(), out=eq.Dense(out[:, alive]))
+        found = eq.calibrate(net, x)
+        s = forward_sensitivities(net, found)
+        assert all(np.isfinite(v).all() for v in (*s.weights.values(), *s.activations.values()))
+        result = eq.equalize(net, "optimal", stats=found, weights=W8, activations=A8)
+        assert result.success
+        model = noise_model(net, found, weights=W8, activations=A8, sensitivities=s)
+        sizes.append((model.sqnr(), model.sqnr(result.factorization)))
+        quantized = eq.quantize(result.graph, weights=W8, activations=A8, stats=result.factorization.apply(found))
+        measured = eq.sqnr(eq.forward(net, x), eq.forward(quantized, x))
+        assert model.sqnr(result.factorization) == pytest.approx(measured, abs=10)
+    if not isinstance(op, eq.Softmax):  # whose logits range the wider for it, and are rounded to larger steps
+        assert sizes[0] == pytest.approx(sizes[1], abs=3)  # the noise of a channel more
+
+
+def test_channels_spread_over_all_magnitudes_make_no_warnings_and_finite_sensitivities():
+    for dtype, spread in (("float32", 15), ("float32", 30), ("float64", 30), ("float64", 140)):
+        rng = np.random.default_rng(5)
+        sizes = 10.0 ** rng.uniform(-spread, spread, 6)
+        first, second = rng.normal(size=(6, 3)) * sizes[:, None], rng.normal(size=(2, 6)) / sizes
+        net = eq.Graph.chain((3,), a=eq.Dense(first.astype(dtype)), act=eq.ReLU(), b=eq.Dense(second.astype(dtype)))
+        x = rng.normal(size=(9, 3)).astype(dtype)
+        s = forward_sensitivities(net, eq.calibrate(net, x))
+        even = eq.Graph.chain((3,), a=eq.Dense(first / sizes[:, None]), act=eq.ReLU(), b=eq.Dense(second * sizes))
+        expected = forward_sensitivities(even, eq.calibrate(even, x.astype(np.float64)))
+        relative = s.activations["act"] * sizes**2 / expected.activations["act"]
+        assert relative == pytest.approx(1, rel=1e-3)
 
 
 def test_unit_sensitivities_count_every_entry_once():

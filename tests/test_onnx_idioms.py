@@ -396,7 +396,8 @@ def test_dynamic_space_needs_input_shapes(tmp_path):
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_resize_is_an_upsampling_where_it_repeats_entries_and_refused_elsewhere(rounding, transformation, scale, tmp_path):
     """What onnx's own evaluator makes of a ramp decides; halves between two entries tell the four roundings apart."""
-    resize = node("Resize", ["x", "", "scales"], ["y"], mode="nearest", coordinate_transformation_mode=transformation, nearest_mode=rounding)
+    modes = {"mode": "nearest", "coordinate_transformation_mode": transformation, "nearest_mode": rounding}
+    resize = node("Resize", ["x", "", "scales"], ["y"], **modes)
     model = small.model([resize], {"x": ["N", 1, 5]}, ["y"], {"scales": np.float32([1, 1, scale])})
     ramp = np.arange(5, dtype=np.float32).reshape(1, 1, 5)
     onnx.save(model, tmp_path / "net.onnx")

@@ -163,14 +163,20 @@ PRODUCERS = [name for name, member in vars(strategies._Builder).items()
              and name not in ("accepts", "mates", "menu", "same_sizes")]
 
 
+def counted(method, calls):
+    @functools.wraps(method)
+    def calling(*args):
+        calls[method.__name__] += 1
+        return method(*args)
+    return calling
+
+
 def test_networks_use_every_producer():
     """Counted where they are called: the menu must offer each, and the draws must take it."""
     calls = collections.Counter()
     with pytest.MonkeyPatch.context() as counting:
         for name in PRODUCERS:
-            right = getattr(strategies._Builder, name)
-            counting.setattr(strategies._Builder, name, functools.partialmethod(
-                lambda self, *args, _right, _name, **options: calls.update([_name]) or _right(self, *args, **options), _right=right, _name=name))
+            counting.setattr(strategies._Builder, name, counted(getattr(strategies._Builder, name), calls))
 
         @settings(max_examples=ENOUGH, derandomize=True, database=None, phases=[Phase.generate])
         @given(networks())

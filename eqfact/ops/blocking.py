@@ -269,8 +269,8 @@ class Softmax(Blocking):
         return np.where(span > 1, x.dtype.type(1 / u), np.minimum(bound, x.dtype.type(1 / u)))
 
     def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
-        terms = output.shape[self.axis]
-        return (self.roundings + terms) * finite_magnitude(output)
+        bound: Array = (self.roundings + output.shape[self.axis]) * finite_magnitude(output)
+        return bound
 
 
 @dataclass(frozen=True, eq=False)

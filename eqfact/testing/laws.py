@@ -53,9 +53,9 @@ def errors_stay_within_what_passes(op: Op, inputs: Sequence[Array], errors: Sequ
     bound = u * op.passes(errors, inputs, u)
     assert np.shape(bound) == y.shape, f"{type(op).__name__}: errors pass with shape {np.shape(bound)}, forward {y.shape}"
     for kind in ("up", "down", "signs", "signs", "between", "between"):
-        draw = {"up": np.ones, "down": lambda shape: -np.ones(shape), "signs": lambda shape: rng.choice((-1.0, 1.0), shape),
-                "between": lambda shape: rng.uniform(-1, 1, shape)}[kind]
-        moved = [(x + u * e * draw(x.shape)).astype(x.dtype) for x, e in zip(inputs, errors, strict=True)]
+        moves = ({"up": np.ones(x.shape), "down": -np.ones(x.shape), "signs": rng.choice((-1.0, 1.0), x.shape),
+                  "between": rng.uniform(-1, 1, x.shape)}[kind] for x in inputs)
+        moved = [(x + u * e * move).astype(x.dtype) for x, e, move in zip(inputs, errors, moves, strict=True)]
         z = op.forward(*moved)
         own = sum(unit_roundoff(y) * op.errors([np.zeros_like(x) for x in at], at, made, unit_roundoff(y))
                   for at, made in ((inputs, y), (moved, z)))
@@ -64,7 +64,7 @@ def errors_stay_within_what_passes(op: Op, inputs: Sequence[Array], errors: Sequ
 
 
 def roundings_stay_within_the_bound(op: Op, inputs: Sequence[Array]) -> None:
-    """``op.forward(x)`` in float32 is ``op.forward(x)`` in float64 up to ``u * op.errors(0, x, y, u)``; for ops without parameters in float32.
+    """``op.forward(x)`` in float32 is that in float64 up to ``u * op.errors(0, x, y, u)``; for ops without arrays of parameters.
 
     The bound counts roundings relative to what is rounded: a small output of a curve is as exact as a large one.
     """
@@ -290,7 +290,7 @@ def same_statistics(got: Statistics, expected: Statistics, roundings: int = 0) -
 
 
 def rounding_bounds(graph: Graph, x: Data) -> dict[str, Array]:
-    """For every value a bound on what rounding may do to it in two equivalent networks: errors of 0 at the inputs, passed on by every op."""
+    """For every value a bound on what rounding may do to it in two equivalent networks: no errors at the inputs, passed on by every op."""
     every = values(graph, x)
     u = max(map(unit_roundoff, every.values()))
     errors = {name: np.zeros_like(every[name]) for name in graph.inputs}
