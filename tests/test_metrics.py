@@ -686,6 +686,51 @@ def test_outputs_that_happen_to_be_small_on_one_image_are_equal(dtype, ends):
         assert not eq.verify(graph, wrong, x)
 
 
+#: How far apart the sizes of channels are, as powers of ten, and what bounds them.
+SPREADS = [(dtype, spread, end) for dtype, spreads in (("float32", (5, 15, 25, 30)), ("float64", (30, 100, 140, 200)))
+           for spread in spreads for end in (eq.ReLU(), eq.ReLU6(), eq.Clip(-1e30, 1e35), eq.LeakyReLU(0.1))]
+
+
+def spread_out(dtype, spread, end, seed):
+    """A convolution whose channels differ by up to ``10**(2 spread)``, read so that all matter alike; and a rescaled one."""
+    rng = np.random.default_rng(seed)
+    sizes = 10.0 ** rng.uniform(-spread, spread, 6)
+    graph = eq.Graph.chain(
+        (2, 6), a=eq.Conv((rng.normal(size=(6, 2, 3)) * sizes[:, None, None]).astype(dtype), (rng.normal(size=6) * sizes).astype(dtype)),
+        act=end, b=eq.Conv((rng.normal(size=(5, 6, 1)) / sizes[:, None]).astype(dtype)), act2=eq.ReLU(), pool=eq.GlobalAvgPool(),
+        flat=eq.Flatten(), out=eq.Dense(rng.normal(size=(3, 5)).astype(dtype)))
+    factors = np.concatenate([[1.0], 10.0 ** rng.uniform(-spread / 2, spread / 2, eq.degrees_of_freedom(graph))])
+    return graph, eq.Factorization(eq.channels(graph), factors), rng.normal(size=(3, 2, 6)).astype(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "spread", "end"), SPREADS, ids=str)
+def test_channels_spread_over_all_magnitudes_are_compared_without_a_warning(dtype, spread, end):
+    """Whatever the verdict on what subnormal weights have lost; and yes where no weight is subnormal."""
+    for seed in range(6):
+        graph, factors, x = spread_out(dtype, spread, end, seed)
+        with np.errstate(over="ignore"):
+            finite = all(np.isfinite(v).all() for v in eq.values(graph, x).values())
+        try:
+            other = factors.apply(graph)
+        except ValueError:
+            continue  # a weight or bias overflows
+        smallest = min(np.abs(n.op.weight[n.op.weight != 0]).min() for g in (graph, other) for n in g if isinstance(n.op, eq.Weighted))
+        if finite:
+            for a, b in ((graph, other), (other, graph), (graph, eq.equalize(graph).graph)):
+                verdict = eq.verify(a, b, x)
+                assert verdict or smallest < np.finfo(dtype).tiny, verdict.message
+            for name, order in (("a", [5, 4, 3, 2, 1, 0]), ("b", [4, 3, 2, 1, 0])):  # rows in another order, and sizes with them
+                op = graph[name].op
+                mixed = dataclasses.replace(op, weight=op.weight[order], bias=None if op.bias is None else op.bias[order])
+                for start in (graph, other):
+                    wrong = start.with_ops({name: mixed})
+                    with np.errstate(over="ignore"):
+                        finite = all(np.isfinite(v).all() for v in eq.values(wrong, x).values())
+                    if finite:
+                        assert not eq.verify(graph, wrong, x)
+                        assert not eq.verify(wrong, graph, x)
+
+
 def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
     huge = eq.Graph.chain((1,), a=eq.Dense(np.array([[1e30]], np.float32)), b=eq.Dense(np.array([[1e30]], np.float32)))
     with np.errstate(over="ignore"), pytest.raises(ValueError, match="output 'b' of the first network overflows on this data"):

@@ -319,3 +319,56 @@ def test_a_factor_that_overflows_the_weights_is_refused():
     op = eq.Dense(np.array([[1e30]], np.float32))
     with pytest.raises(ValueError, match=r"the rescaled weight overflows float32: its largest entry is 1e\+30, .*; use smaller factors"):
         op.rescale(np.array([1e10]), np.array([1.0]))
+
+
+# ------------------------------------------------------------------------------------------------ ops of one's own
+
+
+class Square(eq.ops.Blocking):
+    """Steep only as far as its inputs go; says nothing of roundings."""
+
+    lipschitz = 20.0
+
+    def forward(self, *inputs):
+        return inputs[0] ** 2 + inputs[0].dtype.type(3.0)
+
+
+class Mirrored(eq.ops.Commuting):
+    """The channels the other way round."""
+
+    def carry(self, *vectors):
+        return vectors[0][::-1]
+
+    def forward(self, *inputs):
+        return inputs[0][:, ::-1]
+
+
+class Limit(eq.ops.Commuting):
+    """A ReLU of one's own, which says between which bounds it passes."""
+
+    bounds = (0.0, math.inf)
+
+    def forward(self, *inputs):
+        return np.maximum(inputs[0], 0)
+
+
+@pytest.mark.parametrize("op", [Square(), Mirrored(), Limit()], ids=lambda op: type(op).__name__)
+@pytest.mark.parametrize("reach", REACHES)
+def test_an_op_of_ones_own_bounds_its_errors_by_default(op, reach):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-4, 4, (5, 3))
+    laws.errors_stay_within_what_passes(op, [x], [rng.exponential(size=x.shape)], reach)
+    laws.magnitude_bounds_forward(op, [x])
+    laws.roundings_stay_within_the_bound(op, [x])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_errors_pass_a_grid_as_whole_steps_or_not_at_all(bits):
+    rng = np.random.default_rng(1)
+    op = eq.FakeQuantize(eq.UniformQuantizer(bits, symmetric=False).grid([-1.0], [2.0]))
+    x = rng.uniform(-2, 3, (4, 3, 5))
+    for reach in REACHES:
+        laws.errors_stay_within_what_passes(op, [x], [rng.exponential(size=x.shape)], reach)
+    middle = op.forward(x)  # in the middle of its step, or saturated
+    assert not op.passes([np.ones_like(x)], [middle], 1e-6).any()
+    assert np.all(op.errors([np.ones_like(x)], [middle], middle, 1e-6) <= 5 * np.abs(middle) + 1e-300)
