@@ -1,5 +1,6 @@
 """What is refused when ONNX files are read or written, with which words, and what is kept with opaque=True."""
 
+import dataclasses
 import os
 import re
 
@@ -246,6 +247,20 @@ def test_the_rest_of_a_network_with_an_opaque_node_is_equalized(tmp_path):
     eqfact.onnx.save(tmp_path / "equalized.onnx", result.graph)
     feeds = small.feeds_of(graph)
     small.close(small.run_ort(tmp_path / "equalized.onnx", feeds), small.run_ort(path, feeds), 1e-4)
+
+
+@pytest.mark.parametrize("kind, options", [("LRN", {"size": 3}), ("LpPool", {"kernel_shape": [2, 2]}), ("Cos", {})])
+def test_errors_pass_a_node_that_is_kept_whatever_its_shape(kind, options, tmp_path):
+    """Whatever it mixes: the largest error of a sample stands for all. Behind it a rescaled network is the same, a changed one is not."""
+    graph = eqfact.onnx.load(written(tmp_path, with_unknown(kind, **options)), opaque=True)
+    x = small.feeds_of(graph)
+    x = next(iter(x.values())) if len(x) == 1 else x
+    result = eq.equalize(graph, method="cross_layer", max_iter=10)
+    verdict = eq.verify(graph, result.graph, x)
+    assert verdict, verdict.message
+    last = next(n for n in reversed(graph.nodes) if isinstance(n.op, eq.Conv))
+    wrong = result.graph.with_ops({last.name: dataclasses.replace(last.op, weight=last.op.weight * np.float32(1.1))})
+    assert not eq.verify(graph, wrong, x)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
