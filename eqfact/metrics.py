@@ -232,6 +232,7 @@ class _Side:
         size = finite_magnitude(value)
         with np.errstate(over="ignore"):
             size *= along_channels(self._fresh[name], value.ndim - 1).astype(value.dtype)
+        size += np.finfo(value.dtype).tiny  # among subnormal numbers a rounding is as large as at the smallest normal one
         return size
 
     def slopes(self, name: str) -> Vector:

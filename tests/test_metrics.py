@@ -686,6 +686,23 @@ def test_outputs_that_happen_to_be_small_on_one_image_are_equal(dtype, ends):
         assert not eq.verify(graph, wrong, x)
 
 
+@pytest.mark.parametrize(("dtype", "small"), [("float32", 1e-12), ("float32", 10**-12.5), ("float64", 1e-102), ("float64", 10**-102.5)])
+def test_networks_whose_values_run_into_subnormal_numbers_are_equal(dtype, small):
+    """There a rounding is no longer as small as the number."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        ops = {}
+        for i in range(4):
+            ops |= {f"a{i}": eq.Dense((rng.normal(size=(4, 4)) * (small if i < 3 else 1)).astype(dtype)), f"act{i}": eq.LeakyReLU(0.1)}
+        graph = eq.Graph.chain((4,), **ops, out=eq.Dense(rng.normal(size=(2, 4)).astype(dtype)))
+        factors = np.concatenate([[1.0], np.exp(2 * rng.normal(size=eq.degrees_of_freedom(graph)))])
+        other = eq.Factorization(eq.channels(graph), factors).apply(graph)
+        x = rng.normal(size=(3, 4)).astype(dtype)
+        for a, b in ((graph, other), (other, graph)):
+            verdict = eq.verify(a, b, x)
+            assert verdict.message.startswith("equal: "), verdict.message
+
+
 #: How far apart the sizes of channels are, as powers of ten, and what bounds them.
 SPREADS = [(dtype, spread, end) for dtype, spreads in (("float32", (5, 15, 25, 30)), ("float64", (30, 100, 140, 200)))
            for spread in spreads for end in (eq.ReLU(), eq.ReLU6(), eq.Clip(-1e30, 1e35), eq.LeakyReLU(0.1))]
