@@ -101,7 +101,7 @@ CURVES = [case for case in CASES if case.dtype == np.float32 and isinstance(case
 
 @pytest.mark.parametrize("case", CURVES, ids=str)
 def test_roundings_stay_within_the_bound_in_the_tails_too(case):
-    for size in (1e-20, 1e-3, 1.0, 5.0, 40.0, 1e4):
+    for size in (1e-20, 1e-3, 1.0, 5.0, 20.0, 30.0, *range(36, 45), 1e4):
         laws.roundings_stay_within_the_bound(case.op, [size * x for x in case.inputs()])
 
 

@@ -19,15 +19,18 @@ from eqfact.ops.joining import common_shape, unbroadcast
 
 #: Beyond this the tails of the curves below are 0 or 1 in every precision.
 FAR = 40.0
+#: ``exp(-x)`` is 0 for all ``x`` beyond this, even in float64.
+LARGEST_EXPONENT = 1024.0
 
 
 class _Curve(Blocking):
     """A function of one number, entry by entry, whose output is as exact as its entries are large."""
 
     def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
-        """Relative to the output; but exponentials may give 0 for all that is less than the smallest normal number."""
-        limits = np.finfo(output.dtype)
-        return self.roundings * np.maximum(finite_magnitude(output), np.where(np.abs(output) < limits.tiny, limits.tiny / limits.eps, 0))
+        """Relative to the output; but exponentials, and what they are multiplied by, may be 0 among the smallest numbers."""
+        limits, size = np.finfo(output.dtype), finite_magnitude(output)
+        smallest = LARGEST_EXPONENT * limits.tiny
+        return self.roundings * np.where(size < smallest, smallest / limits.eps, size)
 
     @abstractmethod
     def steepest(self, x: Array, reach: Array) -> Array:
