@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph, Node, forward
-from eqfact.metrics import NEAR, Verification
 from eqfact.onnx.opened import AT_ONCE, Opened, open
 from eqfact.onnx.origin import OnnxError
 from eqfact.onnx.running import Arrays, Running, runtime
 from eqfact.onnx.views import View
 from eqfact.ops import Blocking, Weighted
 from eqfact.ops.base import Array
+from eqfact.roundings import NEAR
+from eqfact.verification import Verification
 
 #: Samples that are looked at: a misreading shows on the first, or on none.
 CHECKED = 4
