@@ -1,6 +1,7 @@
 """Does every broken ONNX file end in one clear error, or in a network, within two seconds and a gigabyte?
 
-Seeded, so that it can be run again. The files are those of onnx's own tests of single operators, and small networks, changed at random: bytes of the file, or what they say
+Seeded, so that it can be run again. The files are
+those of onnx's own tests of single operators, and small networks, changed at random: bytes of the file, or what they say
 (sizes, attributes, types, names, op types, constants, external data). Each is read by :func:`eqfact.onnx.load` in another process, which is
 watched from outside.
 

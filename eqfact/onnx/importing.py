@@ -140,7 +140,9 @@ class Importer:
             if node.name in needed:
                 needed.update(node.inputs)
         inputs = {name: shape for name, shape in self.building.inputs.items() if self.outside is None or name in needed}
-        return Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        graph = Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        self.source.read = graph
+        return graph
 
     def walk(self) -> None:
         """Read every node in turn."""
