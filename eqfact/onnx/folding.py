@@ -20,6 +20,8 @@ AnyArray = npt.NDArray[Any]
 
 #: Not constant, although all their inputs may be.
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+#: Before opset 13 these ran over all axes from ``axis`` on.
+TO_THE_END = ("Softmax", "LogSoftmax", "Hardmax")
 #: Nodes that run graphs of their own, as often as they like.
 NESTED = ("If", "Loop", "Scan", "SequenceMap")
 #: A node's outputs hold at most this many entries, or twice as many as it reads.
@@ -41,6 +43,8 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
     """The outputs of a node for these inputs; :class:`ValueError` if that would be too much, or onnx cannot compute it."""
     if node.op_type in NESTED:
         raise ValueError("it runs a graph of its own, which is not done while a file is read")
+    if node.op_type in TO_THE_END and opsets.get("", 0) < 13:
+        return _to_the_end(node, opsets, feeds)
     model = _alone(node, opsets, feeds)
     read = sum(a.size for a in feeds.values())
     try:
@@ -67,6 +71,17 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
     if not all(isinstance(y, (np.ndarray, np.generic)) for y in outputs):
         raise ValueError("it makes no tensor of its constants")
     return [np.asarray(y) for y in outputs]
+
+
+def _to_the_end(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> list[AnyArray]:
+    """The old form of a node that runs over all axes from one on at once, which onnx's evaluator takes for the new one."""
+    ((name, x),) = feeds.items()
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    if not -x.ndim <= axis <= x.ndim:
+        raise ValueError(f"axis {axis} is none of a tensor with {x.ndim} axes")
+    flat = x.reshape(math.prod(x.shape[:axis]) if axis else 1, -1)
+    new = helper.make_node(node.op_type, [name], list(node.output), axis=1)
+    return [y.reshape(x.shape) for y in computed(new, {**opsets, "": 13}, {name: flat})]
 
 
 def _alone(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> onnx.ModelProto:
