@@ -1,6 +1,7 @@
-"""Does every broken ONNX file end in one clear error, or in a network, within two seconds and a gigabyte? Seeded, so that it can be run again.
+"""Does every broken ONNX file end in one clear error, or in a network, within two seconds and a gigabyte?
 
-The files are those of onnx's own tests of single operators, and small networks, changed at random: bytes of the file, or what they say
+Seeded, so that it can be run again. The files are
+those of onnx's own tests of single operators, and small networks, changed at random: bytes of the file, or what they say
 (sizes, attributes, types, names, op types, constants, external data). Each is read by :func:`eqfact.onnx.load` in another process, which is
 watched from outside.
 
@@ -175,7 +176,8 @@ def _huge(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     """Constants that ask for more than there is."""
     size = helper.make_tensor("huge", TensorProto.INT64, [2], [int(rng.choice([2**14, 2**20, 2**40]))] * 2)
     node = [helper.make_node("ConstantOfShape", ["huge"], ["much"]), helper.make_node("Tile", ["huge", "huge"], ["much"]),
-            helper.make_node("Range", ["huge", "huge", "huge"], ["much"]), helper.make_node("RandomNormal", [], ["much"], shape=[2**20, 2**20]),
+            helper.make_node("Range", ["huge", "huge", "huge"], ["much"]),
+            helper.make_node("RandomNormal", [], ["much"], shape=[2**20, 2**20]),
             helper.make_node("EyeLike", ["huge"], ["much"])][rng.integers(5)]
     if not any("much" in n.output for n in model.graph.node):
         model.graph.initializer.append(size)

@@ -1,4 +1,4 @@
-"""How is a graph written as ONNX? Node by node, each by the function that its op class has in :data:`writers.WRITERS`.
+"""How is a graph written as ONNX anew? Node by node, each by the function that its op class has in :data:`writers.WRITERS`.
 
 The file computes what ``eqfact.forward`` computes, in the network's own floating type, under the names that an imported network
 brought along. It is checked by onnx, with shapes, before anything is written, and it appears whole or not at all.
@@ -30,18 +30,6 @@ Path_ = str | os.PathLike[str]
 OPSET = 17
 #: IR version that goes with these; before 4, initializers had to be inputs too.
 IR_VERSION = 8
-
-
-def save(path: Path_, graph: Graph) -> None:
-    """Write a network as an ONNX file with a free batch, or with the batch of the file that it came from.
-
-    Opset and IR version are those of that file (at least 13 and 8), or 17 and 8; a newer opset is taken where an op needs one
-    (GELU: 20). Float64 networks stay in float64, which onnxruntime does not run for every op: convert the weights to float32 for
-    deployment.
-
-    Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
-    """
-    write_model(path, Writer(path, graph).model())
 
 
 def write_model(path: Path_, model: onnx.ModelProto) -> None:

@@ -40,9 +40,14 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
     with weights that are not finite floats, and for nodes that are not supported; :class:`OSError` if there is no file.
     """
     path = Path(path)
-    model = read_model(path)
     with errors_of(path):
-        return Importer(path, model, input_shapes or {}).graph()
+        try:
+            return Importer(path, read_model(path), input_shapes or {}).graph()
+        except OnnxError as error:
+            try:  # a free batch, but a batch of one sample baked into a node: then the network is one for single samples
+                return Importer(path, read_model(path), input_shapes or {}, samples=1).graph()
+            except OnnxError:
+                raise error from None
 
 
 class Importer:
@@ -53,7 +58,7 @@ class Importer:
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]],
-                 outside: Callable[[Foreign], tuple[Shape, np.dtype[Any], int | None]] | None = None) -> None:
+                 outside: Callable[[Foreign], tuple[Shape, np.dtype[Any], int | None]] | None = None, samples: int | None = None) -> None:
         self.path, self.model, self.outside = path, model, outside
         self.opset = opset(model)
         self.opsets = {o.domain: o.version for o in model.opset_import}
@@ -62,7 +67,7 @@ class Importer:
         initializers = folding.constant_arrays(model.graph.initializer)
         del model.graph.initializer[:]  # one copy of the weights is enough
         self.source = Source(model, initializers)
-        self.building = Building(self.source, self._samples(), self._enter)
+        self.building = Building(self.source, self._samples() if samples is None else samples, self._enter)
         for name, value in initializers.items():
             self.source.tensors[name] = Constant(name, (value,))
         self._read_inputs(input_shapes)
@@ -140,7 +145,9 @@ class Importer:
             if node.name in needed:
                 needed.update(node.inputs)
         inputs = {name: shape for name, shape in self.building.inputs.items() if self.outside is None or name in needed}
-        return Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        graph = Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        self.source.read = graph
+        return graph
 
     def walk(self) -> None:
         """Read every node in turn."""

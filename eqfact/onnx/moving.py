@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
 from eqfact.onnx.layers import sides_of
 from eqfact.onnx.origin import Constant
@@ -23,8 +24,16 @@ from eqfact.ops import Concat, Identity, Pad, Shape, Upsample
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
+def _bounded(count: float) -> int:
+    """How many entries are chosen along an axis, if not more than is read with here; they are listed."""
+    if not count <= MOST_CHANNELS:
+        raise ValueError(f"it chooses {count:g} entries along an axis, more than a network is read with here ({MOST_CHANNELS})")
+    return int(count)
+
+
 def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
     """Entries along one axis."""
+    _bounded(len(indices))
     return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
 
 
@@ -47,6 +56,7 @@ def pad(call: Call) -> View:
             n = view.size(axis)
         before, after = max(0, before), max(0, after)
         if mode in REPEATING and before + after:
+            _bounded(n + before + after)
             if n < 2 and mode == "reflect":
                 raise ValueError(f"it reflects along axis {axis}, which has {n} entries")
             view = _choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
@@ -121,7 +131,7 @@ def _scales_of_sizes(call: Call, view: View, axes: Sequence[int]) -> list[float]
 
 def _sources(call: Call, n: int, scale: float) -> Any:
     """Which entry each entry of a nearest Resize comes from, along one axis of ``n`` entries (ONNX, Resize)."""
-    count = int(n * scale + 1e-9)
+    count = _bounded(n * scale + 1e-9)
     x = np.arange(count)
     transformation = call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
     at = {

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from eqfact.graph import Graph
 from eqfact.onnx.views import View
 
 
@@ -65,6 +66,8 @@ class Source:
     model: onnx.ModelProto
     initializers: dict[str, npt.NDArray[Any]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    #: The graph that was read.
+    read: Graph | None = None
     #: The tensors that the file itself can show; those of an If that was resolved are not among them.
     shown: frozenset[str] = field(init=False)
 

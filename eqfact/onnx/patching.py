@@ -6,6 +6,7 @@ so that nothing around it changes: sizes that the file leaves open stay open, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,19 +24,35 @@ from eqfact.onnx.origin import OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.ops import Conv, Dense
 
+#: From which opset on these take a second input as it is written here.
+OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Clip": 11}
 #: Attributes that multiply parameters of a node.
 SCALING = ("alpha", "beta")
 
 
-def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, *, whole: bool) -> None:
-    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``; anew if that fits nowhere."""
-    try:
-        model = Patcher(path, graph, read, source).model()
-    except OnnxError:
-        if not whole:
-            raise
-        model = Writer(path, graph).model()
-    write_model(path, model)
+def save(path: str | os.PathLike[str], graph: Graph) -> None:
+    """Write a network as an ONNX file.
+
+    One that came from a file and has its structure (rescaled, or with BatchNorms folded) is that file with other parameters: every node
+    that did not change is as it was read, and sizes that the file leaves open stay open. Any other network is written anew, with a free
+    batch, or with the batch of the file that it came from; opset and IR version are those of that file (at least 13 and 8), or 17 and 8;
+    a newer opset is taken where an op needs one (GELU: 20). Float64 networks stay in float64, which onnxruntime does not run for every op:
+    convert the weights to float32 for deployment.
+
+    Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
+    """
+    sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
+    source = sources.popitem()[1] if len(sources) == 1 else None
+    model = None
+    if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
+        with contextlib.suppress(OnnxError):
+            model = Patcher(path, graph, source.read, source).model()
+    write_model(path, Writer(path, graph).model() if model is None else model)
+
+
+def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
+    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
+    write_model(path, Patcher(path, graph, read, source).model())
 
 
 class Patcher(Writer):
@@ -130,6 +147,15 @@ class Patcher(Writer):
                          "understood whole")
 
     # ------------------------------------------------------------------------------------------- what writers ask
+
+    def need_opset(self, version: int, node: Node) -> None:
+        if self.standard.version < version:
+            raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} needs opset {version}, and the nodes around it "
+                            f"have {self.standard.version}; convert the file with onnx.version_converter")
+
+    def node(self, kind: str, inputs: Sequence[str], output: str, of: Node, suffix: str = "", **attributes: Any) -> str:
+        self.need_opset(OLDEST_FORM[kind] if kind in OLDEST_FORM and len(inputs) > 1 else 1, of)
+        return super().node(kind, inputs, output, of, suffix, **attributes)
 
     def vector(self, node: Node, name: str, value: AnyArray) -> str:
         assert self._view is not None
