@@ -1,8 +1,9 @@
 """Would the tests notice? Small changes to eqfact, one at a time, each of which some test should fail for.
 
 A change turns a comparison, an operator, a condition or a constant, drops an end of a slice, a named argument or a statement, or returns
-an argument instead of what is called with it: never a docstring, an annotation, an assertion or the text of an error. It is made in a copy of
-the repository; the tests that are nearest to its module run first. ``docs/mutants.md`` lists changes that change nothing, and says why.
+an argument instead of what is called with it: never a docstring, an annotation, an assertion or the text of an error. It is made in a
+copy of the repository; the tests that are nearest to its module run first. ``docs/mutants.md`` lists changes that change nothing, and
+says why.
 
     python -m benchmarks mutation --sample 600 --seed 0
     python -m benchmarks mutation --only onnx/moving.py metrics.py --all
@@ -43,13 +44,13 @@ NEAR = {
     "onnx/writers": "onnx_roundtrip onnx_errors onnx_qdq onnx_opened onnx_engines",
     "onnx/running": "onnx_running onnx_opened main",
     "onnx/checking": "onnx_running onnx_opened onnx_errors main",
-    "onnx/origin": "onnx_opened onnx_roundtrip onnx_errors main",
-    "onnx/opened": "onnx_opened onnx_running onnx_errors main",
-    "onnx/patching": "onnx_opened onnx_running onnx_errors main",
-    "onnx/splicing": "onnx_opened onnx_running onnx_errors main",
-    "onnx/": "onnx_idioms onnx_errors onnx_opened onnx_roundtrip onnx_backend onnx_running onnx_qdq main",
-    "ops/": "ops_refusals ops_forward ops_laws gradients channels graph folding planted calibration correction metrics noise onnx_roundtrip "
-            "onnx_idioms serialization integers",
+    "onnx/origin": "onnx_opened onnx_faults onnx_roundtrip onnx_errors main",
+    "onnx/opened": "onnx_opened onnx_faults onnx_running onnx_errors main",
+    "onnx/patching": "onnx_opened onnx_faults onnx_running onnx_errors main",
+    "onnx/splicing": "onnx_opened onnx_faults onnx_running onnx_errors main",
+    "onnx/": "onnx_idioms onnx_errors onnx_faults onnx_opened onnx_roundtrip onnx_misreadings onnx_backend onnx_qdq main",
+    "ops/": "ops_refusals ops_forward ops_laws gradients channels graph folding planted calibration correction metrics noise "
+            "onnx_roundtrip onnx_idioms serialization integers",
     "graph": "graph channels ops_refusals serialization onnx_errors folding planted main",
     "channels": "channels graph factorization equalization planted main",
     "factorization": "factorization channels planted laws_are_needed equalization rules main",
@@ -74,10 +75,11 @@ NEAR = {
     "": "main documents architecture",
 }
 
-SWAPS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="),
-         ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Add: ("+", "-"),
-         ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.Pow: ("**", "*"),
-         ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.And: ("and", "or"), ast.Or: ("or", "and")}
+SWAPS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
+         ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"),
+         ast.NotIn: ("not in", "in"), ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+         ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.Pow: ("**", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
+         ast.And: ("and", "or"), ast.Or: ("or", "and")}
 CALLED = {"min": "max", "minimum": "maximum", "any": "all", "floor": "ceil", "argmin": "argmax", "append": "extend"}
 CALLED |= {other: one for one, other in CALLED.items() if one != "append"}
 
