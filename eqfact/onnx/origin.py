@@ -30,12 +30,17 @@ class UnsupportedNode(OnnxError):
 
 @contextlib.contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path; so is what the disk has wrong behind it."""
+    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path; so is what the disk has wrong behind it.
+
+    That there is no such file, or that it must not be read, stays an :class:`OSError`.
+    """
     try:
         yield
     except OnnxError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and str(error.filename) == str(path):
+            raise
         what = f"{type(error).__name__}: " if isinstance(error, LookupError | AttributeError) else ""
         raise OnnxError(f"{path}: {what}{' '.join(str(error).split())[:1000]}") from error
 
