@@ -14,8 +14,8 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
