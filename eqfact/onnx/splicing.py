@@ -52,7 +52,8 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     extra: dict[str, onnx.TensorProto] = {}
     for tensor, value in made.items():
         if names.get(value, value) != tensor:
-            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], types[0] if types[0] != types[1] else None, extra, taken, hidden)
+            cast = types[0] if types[0] != types[1] else None
+            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], cast, extra, taken, hidden)
     for value in graph.inputs:
         tensor = next(name for name, view in views.items() if view.value == value)
         if names.get(value, value) != tensor:
@@ -89,8 +90,8 @@ def _recent(path: str | os.PathLike[str], source: Source) -> onnx.ModelProto:
     try:
         recent: onnx.ModelProto = version_converter.convert_version(model, OLDEST_WRITTEN)
     except RuntimeError as error:
-        raise OnnxError(f"{path}: the file has opset {opset(model)}, what is written into it needs {OLDEST_WRITTEN} at least, and onnx does "
-                        f"not convert it: {' '.join(str(error).split())[:300]}") from error
+        raise OnnxError(f"{path}: the file has opset {opset(model)}, what is written into it needs {OLDEST_WRITTEN} at least, and onnx "
+                        f"does not convert it: {' '.join(str(error).split())[:300]}") from error
     return recent
 
 
