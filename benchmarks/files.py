@@ -257,8 +257,8 @@ ONNX files out of published packages, as `python -m benchmarks files` finds them
 written, and run by onnxruntime before and after. *Kept*: nodes that eqfact has no layer for, or that stand among such nodes without a layer
 of weights; they are written byte for byte as they were read. *Free*: the share of the weights that stand in layers with a free factor on
 either side. *Equal*: what eqfact computes is what onnxruntime computes, value by value; and the outputs of the file written against those
-of the file read. *W8A8*: outputs of the quantized file in onnxruntime's integer kernels against the float file's, one step per tensor, min-max
-ranges of the same data; not equalized, and equalized.
+of the file read. *W8A8*: outputs of the quantized file in onnxruntime's integer kernels against the float file's, one step per tensor,
+min-max ranges of the same data; not equalized, and equalized.
 
 """
 
