@@ -234,6 +234,25 @@ def test_several_batches_of_a_fixed_size_are_run_one_by_one(tmp_path):
             assert np.array_equal(a[0], boundary[name][i])
 
 
+def test_a_free_batch_that_takes_one_sample_only(tmp_path):
+    """A state of one sample beside it: the file runs on single samples, and is read for them."""
+    nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0, 2]),
+             node("GRU", ["t", "W", "R", "", "", "h0"], ["s", ""], hidden_size=4), node("Squeeze", ["s", "one"], ["q"]),
+             node("Transpose", ["q"], ["u"], perm=[1, 0, 2]), *layer("u", "v", "w3"), node("MatMul", ["v", "w4"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 5), "W": floats(1, 12, 5), "R": floats(1, 12, 4), "one": ints(1), "w3": floats(4, 7),
+                 "w4": floats(7, 3)}
+    path = tmp_path / "net.onnx"
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", "T", 6]), "h0": (FLOAT, [1, 1, 4])}, {"y": (FLOAT, ["N", "T", 3])}, constants), path)
+    feeds = {"x": floats(3, 5, 6, seed=1), "h0": floats(1, 1, 4, seed=2)}
+    opened = eqfact.onnx.open(path, feeds)
+    assert [k.op_type for k in opened.kept] == ["GRU"] and len(opened.boundary(feeds)["x"]) == 3
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    for i in range(3):
+        one = {"x": feeds["x"][i:i + 1], "h0": feeds["h0"]}
+        assert np.array_equal(small.run_ort(tmp_path / "out.onnx", one)["y"], small.run_ort(path, one)["y"])
+    assert eqfact.onnx.check(path, opened.graph, feeds)
+
+
 def test_folded_batchnorms_go_into_the_file(tmp_path):
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
              node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),

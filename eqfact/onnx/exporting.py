@@ -32,12 +32,12 @@ OPSET = 17
 IR_VERSION = 8
 
 
-def write_model(path: Path_, model: onnx.ModelProto) -> None:
-    """Check a model and write its file, whole or not at all."""
+def write_model(path: Path_, model: onnx.ModelProto, *, full: bool = True) -> None:
+    """Check a model, its shapes too if it is ours in full, and write its file, whole or not at all."""
     path = Path(path)
     if model.ByteSize() > LARGEST:
         raise OnnxError(f"{path}: the network has {model.ByteSize() / 2**30:.1f} GiB; an ONNX file without external data holds 2 GiB")
-    check_model(model, full=True)
+    check_model(model, full=full)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

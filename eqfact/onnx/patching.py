@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
@@ -44,16 +44,16 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     """
     sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
     source = sources.popitem()[1] if len(sources) == 1 else None
-    model = None
     if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
         with contextlib.suppress(OnnxError):
-            model = Patcher(path, graph, source.read, source).model()
-    write_model(path, GraphWriter(path, graph).model() if model is None else model)
+            patch(path, graph, source.read, source)
+            return
+    write_model(path, GraphWriter(path, graph).model())
 
 
 def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
     """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
-    write_model(path, Patcher(path, graph, read, source).model())
+    write_model(path, Patcher(path, graph, read, source).model(), full=False)
 
 
 class Patcher(GraphWriter):
@@ -73,11 +73,18 @@ class Patcher(GraphWriter):
         protos, outputs = self.source.model.graph.node, {str(info.name) for info in self.source.model.graph.output}
         made = {str(name): i for i, proto in enumerate(protos) for name in proto.output if name}
         placed: dict[int, Node] = {}
+        passed: dict[int, onnx.NodeProto] = {}
         for node in self.graph.nodes:
             old = self.before.get(node.name)
             if old is None or old.op is not node.op or old.inputs != node.inputs:
                 new = self._placed(node)
                 placed[made[new.name]] = new
+                makes = self._makes(node.name)
+                if makes != new.name:  # folded across moves: what was folded passes its input on
+                    proto = protos[made[makes]]
+                    (value,) = (name for name in proto.input if isinstance(self.source.tensors.get(name), View))
+                    passed[made[makes]] = helper.make_node("Identity", [value], [makes], name=proto.name)
+        protos = [passed.get(i, proto) for i, proto in enumerate(protos)]
         alive = _alive([(placed[i].inputs if i in placed else names_read(proto), proto.output) for i, proto in enumerate(protos)], outputs)
         as_read = [proto for i, proto in enumerate(protos) if i in alive and i not in placed]
         self.names = {name for proto in protos for name in proto.output} | {name for proto in as_read for name in names_read(proto)} | {
@@ -120,8 +127,10 @@ class Patcher(GraphWriter):
         if not isinstance(origin, Origin) or not origin.reads or not makes:
             raise self._refused(node)
         own = next((n for n in self.before.values() if n.origin is origin), None)
-        if own is None or self._tensor(makes).axes != self._tensor(origin.makes).axes:
+        if own is None or not self._makes(own.name):
             raise self._refused(node)
+        if self._tensor(makes).axes != self._tensor(origin.makes).axes:
+            makes = origin.makes
         reads, inputs = origin.reads, own.inputs
         while inputs != node.inputs:  # other nodes were folded into it: what those read
             folded = self.before.get(inputs[0])
