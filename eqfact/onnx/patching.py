@@ -19,9 +19,10 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Writer, write_model
-from eqfact.onnx.origin import OnnxError, Origin, Source
+from eqfact.onnx.layers import Einsum
+from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
-from eqfact.ops import Conv, Dense
+from eqfact.ops import Conv, Dense, Extend
 
 #: Attributes that multiply parameters of a node.
 SCALING = ("alpha", "beta")
@@ -150,8 +151,23 @@ class Patcher(Writer):
         assert self._view is not None
         return self.parameter(node, name, self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None]))
 
+    def beside(self, node: Node, op: Extend) -> tuple[AnyArray, int]:
+        assert self._view is not None
+        layout = self._view.layout()
+        if layout is None:
+            raise self._refused(node)
+        return op.constant.transpose([int(i) for i in np.argsort(layout)])[None], layout[op.axis]
+
+    def samples(self, node: Node) -> int | None:
+        assert self._view is not None
+        return 1 if self._view.batch is None else None
+
     def write(self, node: Node) -> None:
         origin = node.origin
+        if isinstance(node.op, (Conv, Dense)) and isinstance(origin, Origin) and not origin.transposed and (
+                self._kinds[origin.makes] in ("MatMul", "Einsum")):
+            self._product(node, node.op, origin.makes)
+            return
         if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
             self._matmul(node, node.op)
         elif isinstance(node.op, Dense) and isinstance(origin, Origin) and self._kinds[origin.makes] == "Gemm":
@@ -160,6 +176,27 @@ class Patcher(Writer):
             self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
         else:
             super().write(node)
+
+    def _product(self, node: Node, op: Conv | Dense, makes: str) -> None:
+        """A product with the constant on either side, as it was, and a sum if there is a bias."""
+        proto = next(p for p in self.source.model.graph.node if makes in p.output)
+        rows = op.weight.reshape(op.weight.shape[:2])
+        at = next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
+        if proto.op_type == "Einsum":
+            value = self.source.tensors[proto.input[1 - at]]
+            constant = self.source.tensors[proto.input[at]]
+            assert isinstance(value, View) and isinstance(constant, Constant)
+            terms = Einsum.of(options["equation"].decode(), at, value.ndim)
+            assert terms is not None
+            rows = terms.back(rows, constant.values[0].shape)
+        inputs = list(node.inputs)
+        inputs.insert(at, self.parameter(node, "weight", rows, key=op.weight))
+        if op.bias is None:
+            self.node(proto.op_type, inputs, node.name, node, **options)
+            return
+        made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
+        self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
 
     def _matmul(self, node: Node, op: Conv) -> None:
         """A product over the last axis, and a sum if there is a bias."""

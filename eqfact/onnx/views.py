@@ -135,6 +135,15 @@ class View:
             found.append(at)
         return tuple(found)
 
+    @property
+    def home(self) -> int | None:
+        """The tensor's axis that the channels of the value are, all in their order and nothing else; None if there is no such axis."""
+        layout = self.layout()
+        if layout is not None:
+            return layout[0]
+        own = _run(0, self.shape[0])
+        return next((i for i, axis in enumerate(self.axes) if own and axis == own), None)
+
     def like(self, other: View, batches: Sequence[int]) -> View:
         """This tensor, which broadcasts to the tensor ``other``, in the arrangement in which ``other`` is a value, batch first.
 

@@ -57,10 +57,11 @@ class _Pool(Commuting):
         kernel = per_axis("kernel", self.kernel, ndim)
         stride = kernel if self.stride is None else per_axis("stride", self.stride, ndim)
         padding = per_side(self.padding, ndim)
-        for k, sides in zip(kernel, padding, strict=True):
-            if max(sides) >= k:
+        dilation = per_axis("dilation", self.dilation, ndim)
+        for k, d, sides in zip(kernel, dilation, padding, strict=True):
+            if max(sides) > d * (k - 1):
                 raise ValueError(f"{type(self).__name__} padding {padding} must be smaller than the kernel {kernel}")
-        return kernel, stride, padding, per_axis("dilation", self.dilation, ndim)
+        return kernel, stride, padding, dilation
 
     def output_shape(self, *shapes: Shape) -> Shape:
         shape = spatial_shape(self, shapes)
