@@ -188,12 +188,20 @@ class Call:
         value, back = self.by_channel(view, channel)
         return Standing(value, {channel: 0, **{axis: i for i, axis in enumerate(self._beside(view, channel), 1)}}, back)
 
-    def apart(self, view: View, axes: Collection[int]) -> Standing | None:
-        """The same for an op along some axes, of which none may be the channels; None if no other axis can be."""
+    def apart(self, view: View, axes: Collection[int]) -> Standing:
+        """The same for an op along some axes, of which none may be the channels; where no other axis is left, all is one channel."""
         channel = view.home
         if channel is None or channel in axes:
             channel = next((a for a in range(view.ndim) if a not in axes and a != view.batch and view.axes[a]), None)
-        return None if channel is None else self.standing(view, channel)
+        if channel is not None:
+            return self.standing(view, channel)
+        value, places, back = self.standing(view.with_axes(*view.axes, ()), view.ndim, as_is=False)
+        del places[view.ndim]
+
+        def without(made: View) -> View:
+            whole = back(made)
+            return whole.with_axes(*whole.axes[:-1])
+        return Standing(value, places, without)
 
     def entrywise(self, op: Op, *views: View, names: Mapping[str, int] | None = None) -> View:
         """An op that does not care where the channels stand: on the values themselves, if one arrangement fits all tensors."""

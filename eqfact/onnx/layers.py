@@ -205,8 +205,6 @@ def cumulate(call: Call) -> View:
     n = view.size(axis)
     triangle = np.tri(n, k=-call.integer("exclusive", 0))
     standing = call.apart(view, {axis})
-    if standing is None:
-        call.refuse("it sums over the channels")
     matrix = triangle.T if call.integer("reverse", 0) else triangle
     return standing.back(along(call, standing.value, {standing.axes[axis]: matrix}))
 
@@ -312,7 +310,7 @@ class Einsum(NamedTuple):
 
     def rows(self, constant: AnyArray) -> AnyArray:
         """The weights ``(out, in)`` of a constant."""
-        moved = np.einsum(f"{self.constant}->{self.new}{self.contracted}", constant)
+        moved: AnyArray = np.einsum(f"{self.constant}->{self.new}{self.contracted}", constant)
         return moved.reshape(math.prod(moved.shape[:len(self.new)]), -1)
 
     def back(self, rows: AnyArray, shape: Sequence[int]) -> AnyArray:

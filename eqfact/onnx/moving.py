@@ -32,7 +32,7 @@ def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
 
 def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     """The one entry of an axis, so many times: entries of a value that has this axis."""
-    standing = call.apart(view, {axis}) or call.standing(view, axis)
+    standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
     return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value, suffix=f".axis{axis}"))
@@ -66,14 +66,12 @@ def pad(call: Call) -> View:
         call.refuse(f"its mode is '{mode}'")
     if not padded:
         return view if view != call.view() else identity(call)
-    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0), "pads the channels")
+    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0))
 
 
-def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any, what: str) -> View:
+def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any) -> View:
     """An op with one parameter an axis of space: on the value itself if its channels stay out of it, else on the tensor as it stands."""
     standing = call.apart(view, at)
-    if standing is None:
-        call.refuse(f"it {what}")
     space = sorted((i, axis) for axis, i in standing.axes.items() if i)
     return standing.back(call.emit(make(tuple(at.get(axis, neutral) for _, axis in space)), standing.value))
 
@@ -116,12 +114,10 @@ def resize(call: Call) -> View:
         view = _choose(call, view, axis, sources)
     if blended:
         standing = call.apart(view, blended)
-        if standing is None:
-            call.refuse("it interpolates between channels")
         view = standing.back(along(call, standing.value, {standing.axes[axis]: matrix for axis, matrix in blended.items()}))
     if not repeated:
         return view if taken or blended else identity(call)
-    return _over_space(call, view, repeated, Upsample, 1, "repeats channels")
+    return _over_space(call, view, repeated, Upsample, 1)
 
 
 def _scaled(call: Call, view: View, axes: Sequence[int]) -> list[tuple[float, int | None]]:

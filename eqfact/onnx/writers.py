@@ -147,7 +147,8 @@ def clip(w: Writer, node: Node, op: Clip) -> None:
 def _pool(kind: str, dilated: int, *names: str) -> Callable[[Writer, Node, Any], None]:
     """A writer for pools; the opset ``dilated`` is the first in which this one has dilations, ``names`` are its own parameters."""
     def write(w: Writer, node: Node, op: Any) -> None:
-        w.node(kind, node.inputs, node.name, node, **_window(w, node, op, dilated), **{name: int(getattr(op, name)) for name in names})
+        own: dict[str, Any] = {name: int(getattr(op, name)) for name in names}
+        w.node(kind, node.inputs, node.name, node, **_window(w, node, op, dilated), **own)
     return write
 
 
