@@ -170,13 +170,14 @@ def reduce_space(make: Callable[..., Op] | None) -> Reader:
         channel = next((a for a in kept if view.axes[a]), None)
         if channel is None:
             call.refuse("it reduces the channels with all else, and leaves no channel")
+        if make is None:
+            made = along(call, view, {a: np.ones((1, view.size(a))) for a in reduced if view.axes[a]})
+            return made if call.integer("keepdims", 1) else made.with_axes(*(axis for i, axis in enumerate(made.axes) if i not in reduced))
         x, axes, back = call.standing(view, view.home if view.home in kept else channel)
         sizes, space = call.building.shapes[x][1:], {axes[a] for a in reduced if a in axes}
         kernel = tuple(n if i in space else 1 for i, n in enumerate(sizes, 1))
         if not space:
             made = call.emit(Identity(), x)
-        elif make is None:
-            made = along(call, x, {i: np.ones((1, sizes[i - 1])) for i in sorted(space)})
         elif make is AvgPool and len(space) == len(sizes):
             made = call.emit(GlobalAvgPool(), x)
         else:
@@ -188,14 +189,29 @@ def reduce_space(make: Callable[..., Op] | None) -> Reader:
     return reduce
 
 
-def along(call: Call, value: str, matrices: Mapping[int, AnyArray]) -> View:
-    """A matrix along each of some axes of a value."""
-    made, *left = value, *matrices.items()
-    for i, (axis, matrix) in enumerate(left, 1):
-        op = Blend(np.asarray(matrix, call.building.dtype), axis)
-        view = call.emit(op, made, suffix="" if i == len(left) else f".along{axis}")
-        made = view.value
+def along(call: Call, view: View, matrices: Mapping[int, AnyArray], names: Mapping[str, int] | None = None) -> View:
+    """A matrix along each of some axes of a tensor, none of which should be its channels."""
+    if not matrices:
+        return call.entrywise(Identity(), view)
+    for i, (axis, matrix) in enumerate(matrices.items(), 1):
+        view.size(axis)
+        matrix, suffix = np.asarray(matrix, call.building.dtype), "" if i == len(matrices) else f".axis{axis}"
+        place = space_axis(view, axis)
+        if place is not None:
+            made = call.emit(Blend(matrix, place), view.value, names=names, suffix=suffix)
+            run = made.with_axes((), *made.axes[-len(view.shape):]).axes[place + 1]
+            view = View(made.value, made.shape, (*view.axes[:axis], run, *view.axes[axis + 1:]))
+        else:
+            value, axes, back = call.apart(view, {axis})
+            view = back(call.emit(Blend(matrix, axes[axis]), value, names=names, suffix=suffix))
     return view
+
+
+def space_axis(view: View, axis: int) -> int | None:
+    """The axis of space of the value that an axis of the tensor is, all of it and nothing else."""
+    atoms = view.axes[axis]
+    alone = len(atoms) == 1 and atoms[0].axis > 0 and atoms[0].size == view.shape[atoms[0].axis]
+    return atoms[0].axis if alone else None
 
 
 def cumulate(call: Call) -> View:
@@ -204,9 +220,7 @@ def cumulate(call: Call) -> View:
     axis = view.axis(int(call.constant(1).reshape(())))
     n = view.size(axis)
     triangle = np.tri(n, k=-call.integer("exclusive", 0))
-    standing = call.apart(view, {axis})
-    matrix = triangle.T if call.integer("reverse", 0) else triangle
-    return standing.back(along(call, standing.value, {standing.axes[axis]: matrix}))
+    return along(call, view, {axis: triangle.T if call.integer("reverse", 0) else triangle})
 
 
 # ------------------------------------------------------------------------------------------------- products with weights
@@ -255,11 +269,9 @@ def _matmul_from_the_left(call: Call) -> View:
         call.refuse(f"it multiplies a constant of shape {matrix.shape} by a value with {view.ndim} axes; "
                     "(out, in) times (N, ..., in, ...) is supported")
     axis = view.ndim - 2
-    if view.home in (None, axis):
+    if space_axis(view, axis) is None and view.home in (None, axis):
         return _layer(call, view, axis, matrix, weight=0)
-    assert view.home is not None
-    x, axes, back = call.standing(view, view.home)
-    return back(call.emit(Blend(matrix, axes[axis]), x, names={"matrix": 0}))
+    return along(call, view, {axis: matrix}, {"matrix": 0})
 
 
 def _layer(call: Call, view: View, axis: int, rows: AnyArray, *, weight: int, transposed: bool = False) -> View:

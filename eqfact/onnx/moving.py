@@ -113,8 +113,7 @@ def resize(call: Call) -> View:
     for axis, sources in taken.items():
         view = _choose(call, view, axis, sources)
     if blended:
-        standing = call.apart(view, blended)
-        view = standing.back(along(call, standing.value, {standing.axes[axis]: matrix for axis, matrix in blended.items()}))
+        view = along(call, view, blended)
     if not repeated:
         return view if taken or blended else identity(call)
     return _over_space(call, view, repeated, Upsample, 1)
@@ -215,20 +214,22 @@ def concat(call: Call) -> View:
     home = homes.pop() if len(homes) == 1 else None
     alike = len({v.layout() for v in views}) == 1
     standings = [call.standing(v, axis if home is None else home, as_is=alike) for v in views]
-    along, back = standings[0].axes.get(axis), standings[0].back
-    if along is None:
+    place, back = standings[0].axes.get(axis), standings[0].back
+    if place is None:
         call.refuse("it joins samples")
     front, behind = _constants_beside(call, axis, views[0], standings[0].axes)
     extensions = [(i, constant, early) for i, constants in enumerate(behind)
                   for constant, early in ((front if i == 0 else None, True), (constants, False)) if constant is not None]
+    constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    names = {"constant": constants[0]} if len(constants) == 1 else {}
     values = [s.value for s in standings]
     for k, (i, constant, early) in enumerate(extensions):
         last = len(values) == 1 and k == len(extensions) - 1
-        op = Extend(constant, along, front=early)
-        values[i] = call.emit(op, values[i], suffix="" if last else f".extended{k}").value
+        op = Extend(constant, place, front=early)
+        values[i] = call.emit(op, values[i], names=names, suffix="" if last else f".extended{k}").value
         if last:
             return back(View.whole(values[i], call.building.shapes[values[i]], call.building.samples))
-    return back(call.emit(Concat(along), *values))
+    return back(call.emit(Concat(place), *values))
 
 
 def _constants_beside(call: Call, axis: int, view: View, axes: dict[int, int]) -> tuple[Any, list[Any]]:
