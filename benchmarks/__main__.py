@@ -1,8 +1,8 @@
 """How good is eqfact on real networks, and how fast?
 
-`python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. All keep what
+`python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. These keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
-renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
+renews these rows only. `operators` writes `docs/operators.md`, which needs no network. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import integer, peers, quality, speed
+from benchmarks import integer, operators, peers, quality, speed
 from benchmarks.networks import SOURCES
 from benchmarks.results import write_page
 
@@ -39,12 +39,16 @@ def parser() -> argparse.ArgumentParser:
                        help=f"networks, of {', '.join(SOURCES)}")
 
     commands.add_parser("page", help="write docs/benchmarks.md again from docs/benchmarks.json")
+    commands.add_parser("operators", help="write docs/operators.md, what eqfact makes of every operator of ONNX")
     return main
 
 
 def main() -> int:
     argv = sys.argv[1:]
     arguments = parser().parse_args(argv)
+    if arguments.command == "operators":
+        print(f"wrote {operators.write()}")
+        return 0
     if arguments.command == "quality":
         chosen = list(peers.PEERS) if "--peers" in argv and not arguments.peers and "--no-peers" not in argv else arguments.peers
         quality.measure(arguments.only, arguments.methods, chosen, arguments.jitters, arguments.serial)
