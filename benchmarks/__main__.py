@@ -2,7 +2,8 @@
 
 `python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. These keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
-renews these rows only. `operators` writes `docs/operators.md`, which needs no network. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
+renews these rows only; `operators` writes `docs/operators.md`, and needs no network. Needs the extra `benchmarks` (torch, onnxruntime,
+onnx, pillow, lz4, scikit-learn).
 """
 
 from __future__ import annotations

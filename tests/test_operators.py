@@ -1,6 +1,7 @@
 """docs/operators.md sorts every operator of ONNX, and what it says of factors is what the equations leave free."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from eqfact.onnx.nodes import READERS
 from eqfact.testing import laws
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("operators", ROOT / "benchmarks" / "operators.py")
+SPEC = importlib.util.spec_from_file_location("benchmarks_operators", ROOT / "benchmarks" / "operators.py")
 operators = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = operators
 SPEC.loader.exec_module(operators)
 KEPT = [name for names in operators.KEPT.values() for name in names.split()]
 

@@ -35,7 +35,7 @@ def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
-    return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value, suffix=f".axis{axis}"))
+    return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value))
 
 
 def pad(call: Call) -> View:
