@@ -342,6 +342,20 @@ def test_a_class_token_takes_factors_in_its_file(tmp_path):
         assert np.array_equal(before, after)
 
 
+def test_constants_at_both_ends_have_no_place_of_their_own(tmp_path):
+    """One node of the file became two; to write the last of them in its place would lose the first."""
+    nodes = [node("Sin", ["x"], ["z"]), node("Conv", ["z", "w"], ["a"]), node("Concat", ["k", "a", "k"], ["b"], axis=2),
+             node("Conv", ["b", "w"], ["y"])]
+    onnx.save(model(nodes, {"x": (FLOAT, [1, 4, 5])}, {"y": (FLOAT, [1, 4, 7])}, {"w": floats(4, 4, 1), "k": floats(1, 4, 1)}),
+              tmp_path / "net.onnx")
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", {"x": floats(1, 4, 5)})
+    assert [type(n.op) for n in opened.graph] == [eq.Conv, eq.Extend, eq.Extend, eq.Conv]
+    graph = opened.graph
+    for name, n in [(n.name, n) for n in graph if isinstance(n.op, eq.Extend)]:
+        graph = graph.with_ops({name: n.op.rescale(2 * np.ones(4), 2 * np.ones(4))})
+        refused(lambda changed=graph: opened.save(tmp_path / "out.onnx", changed), "has no place of its own")
+
+
 def test_a_batchnorm_folded_into_a_product_from_the_left_is_its_sum_with_a_constant(tmp_path):
     nodes = [node("Sin", ["x"], ["z"]), node("MatMul", ["w", "z"], ["a"]), node("BatchNormalization", ["a", *"gbmv"], ["c"]),
              node("Einsum", ["c", "u"], ["d"], equation="btd,te->bde"), node("Add", ["d", "t"], ["y"])]

@@ -105,6 +105,8 @@ class Patcher(Writer):
         own = next((n for n in self.before.values() if n.origin is origin), None)
         if own is None or self._tensor(makes).axes != self._tensor(origin.makes).axes:
             raise self._refused(node)
+        if any(isinstance(part := self.before[i].origin, Origin) and part.makes == origin.makes for i in own.inputs if i in self.before):
+            raise self._refused(node)  # it is the last of several that one node of the file became
         reads = origin.reads
         if own.inputs != node.inputs:  # another node was folded into it: what that one read
             folded = self.before.get(own.inputs[0])
