@@ -426,6 +426,7 @@ def test_a_resize_is_an_upsampling_where_it_repeats_entries_and_takes_them_elsew
     (node("LpPool", ["a"], ["b"], kernel_shape=[2, 2], dilations=[2, 1], auto_pad="SAME_UPPER", p=1), {}, "LpPool", 4),
     (node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], dilations=[3, 2], pads=[1, 0, 1, 0]), {}, "MaxPool", 4),
     (node("MaxPool", ["a"], ["b"], kernel_shape=[2, 3], strides=[2, 2], dilations=[1, 2], ceil_mode=1), {}, "MaxPool", 4),
+    (node("AveragePool", ["a"], ["b"], kernel_shape=[2, 3], dilations=[2, 1], pads=[1, 0, 1, 1]), {}, "AvgPool", 4),
     (node("CumSum", ["a", "axis"], ["b"]), {"axis": np.int64(3)}, "Blend", 4),
     (node("CumSum", ["a", "axis"], ["b"], exclusive=1, reverse=1), {"axis": np.int64(2)}, "Blend", 4),
     (node("MatMul", ["m", "a"], ["b"]), {"m": floats(3, 5)}, "Blend", 4),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eqfact.onnx.call import Call
+from eqfact.onnx.folding import MOST_ENTRIES
 from eqfact.onnx.layers import along, sides_of
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import BATCH, View
@@ -32,10 +33,17 @@ def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
 
 def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     """The one entry of an axis, so many times: entries of a value that has this axis."""
+    _bounded(call, count)
     standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
     return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value))
+
+
+def _bounded(call: Call, entries: int) -> None:
+    """A few bytes of a file can ask for terabytes."""
+    if entries > MOST_ENTRIES:
+        call.refuse(f"it asks for {entries} numbers, more than are computed while a file is read")
 
 
 def pad(call: Call) -> View:
@@ -97,6 +105,7 @@ def resize(call: Call) -> View:
             continue
         n = view.size(axis)
         count = int(n * scale + 1e-9) if count is None else count
+        _bounded(call, count * (1 if mode == "nearest" else n))
         at = _coordinates(call, n, count, scale, part)
         outside = (at < 0) | (at > n - 1) if _transformation(call) == "tf_crop_and_resize" else np.zeros(count, bool)
         if outside.any() and call.number("extrapolation_value", 0.0):
@@ -436,5 +445,6 @@ def tile(call: Call) -> View:
         raise ValueError(f"it repeats {len(repeats)} axes of a tensor with {view.ndim}")
     for axis, times in enumerate(repeats):
         if times != 1:
+            _bounded(call, view.size(axis) * times)
             view = _choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
     return view if view != call.view() else identity(call)
