@@ -2,21 +2,27 @@
 
 `python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. These keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
-renews these rows only; `operators` writes `docs/operators.md`, and needs no network. Needs the extra `benchmarks` (torch, onnxruntime,
-onnx, pillow, lz4, scikit-learn).
+renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
+
+`operators` writes `docs/operators.md`, and needs the extra `onnx` alone. Two measure the tests, write nothing, and need the extra `test`:
+`fuzz` reads broken ONNX files, `mutation` changes eqfact.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-from benchmarks import integer, operators, peers, quality, speed
-from benchmarks.networks import SOURCES
-from benchmarks.results import write_page
+#: Modules of their own, with their own arguments and exit status.
+APART = {"fuzz": "broken ONNX files: one error each, or a network", "mutation": "small changes to eqfact: does a test fail?",
+         "operators": "what eqfact makes of every operator of ONNX"}
 
 
 def parser() -> argparse.ArgumentParser:
+    from benchmarks import peers, quality, speed
+    from benchmarks.networks import SOURCES
+
     main = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure eqfact on trained networks.")
     commands = main.add_subparsers(dest="command", required=True)
     rows = [row.name for row in quality.ROWS]
@@ -39,17 +45,21 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--only", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="NETWORK",
                        help=f"networks, of {', '.join(SOURCES)}")
 
+    for name, question in APART.items():
+        commands.add_parser(name, help=question)
+
     commands.add_parser("page", help="write docs/benchmarks.md again from docs/benchmarks.json")
-    commands.add_parser("operators", help="write docs/operators.md, what eqfact makes of every operator of ONNX")
     return main
 
 
 def main() -> int:
     argv = sys.argv[1:]
+    if argv and argv[0] in APART:
+        return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
+    from benchmarks import integer, peers, quality, speed
+    from benchmarks.results import write_page
+
     arguments = parser().parse_args(argv)
-    if arguments.command == "operators":
-        print(f"wrote {operators.write()}")
-        return 0
     if arguments.command == "quality":
         chosen = list(peers.PEERS) if "--peers" in argv and not arguments.peers and "--no-peers" not in argv else arguments.peers
         quality.measure(arguments.only, arguments.methods, chosen, arguments.jitters, arguments.serial)

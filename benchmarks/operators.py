@@ -6,8 +6,9 @@ Only of operators that eqfact keeps as they are the reason is stated.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,9 @@ def page() -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows())]) + "\n"
 
 
-def write() -> Path:
+def main(argv: Sequence[str]) -> int:
     """Write the page."""
+    argparse.ArgumentParser(prog="python -m benchmarks operators", description="Write docs/operators.md.").parse_args(argv)
     PAGE.write_text(page())
-    return PAGE
-
-
-if __name__ == "__main__":
-    write()
+    print(f"wrote {PAGE}")
+    return 0

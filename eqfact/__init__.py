@@ -15,13 +15,14 @@ from eqfact.factorization import Factorization
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.gradients import Gradients, backward
 from eqfact.graph import Graph, Node, forward, values
-from eqfact.metrics import Verification, sqnr, verify
+from eqfact.metrics import sqnr
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, predict_noise
 from eqfact.ops import *  # noqa: F403
 from eqfact.ops import __all__ as _ops
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize
 from eqfact.serialization import load, save
+from eqfact.verification import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -21,11 +21,12 @@ from eqfact.correction import correct_bias
 from eqfact.equalization import equalize
 from eqfact.folding import fold_batchnorm
 from eqfact.graph import Graph, forward
-from eqfact.metrics import Verification, sqnr, verify
+from eqfact.metrics import sqnr
 from eqfact.noise import gradient_sensitivities
 from eqfact.ops.base import Array
 from eqfact.quantization import UniformQuantizer, quantize
 from eqfact.report import largest_ratio, value_ranges, weight_ranges
+from eqfact.verification import Verification, verify
 
 #: What the white of a pixel is; the network reads pixel / 16.
 WHITE = np.float32(16)

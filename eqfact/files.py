@@ -23,8 +23,8 @@ import numpy.typing as npt
 from eqfact import serialization
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph, checked_inputs
-from eqfact.metrics import Verification
 from eqfact.ops.base import Array
+from eqfact.verification import Verification
 
 NETWORKS = (".npz", ".onnx")
 #: The most that the arrays of a file of images or factors may hold together.

@@ -1,8 +1,8 @@
 """Which BatchNorms vanish into a neighbour without changing the function?
 
 At inference BatchNorm is ``s x + t`` a channel. Behind a weighted op it scales rows and shifts the bias, ``W' = s W, b' = s b + t``;
-in front of one it scales columns, ``W' = W s, b' = b + sum W t``, if no padding stands between them. The merged op takes
-the name of the value that it now computes, so every value that survives keeps its name and its meaning (PAPER 2).
+in front of one it scales columns, ``W' = W s, b' = b + sum W t``, if no padding stands between them. An Identity between the two goes with
+them. The merged op takes the name of the value that it now computes, so every value that survives keeps its name and its meaning (PAPER 2).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from eqfact.graph import Graph, Node
 from eqfact.ops.base import Weighted
+from eqfact.ops.elementwise import Identity
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
 
 Vector = npt.NDArray[np.float64]
@@ -64,6 +65,10 @@ def _fold(graph: Graph, node: Node) -> Graph | str:
 
 def _into_maker(graph: Graph, node: Node) -> Graph | str:
     (value,) = node.inputs
+    passed: set[str] = set()
+    while value not in graph.inputs and isinstance(graph[value].op, Identity) and not _not_alone(graph, value):
+        passed.add(value)
+        (value,) = graph[value].inputs
     if value in graph.inputs:
         return f"'{value}' before it is a network input"
     maker = graph[value]
@@ -72,31 +77,35 @@ def _into_maker(graph: Graph, node: Node) -> Graph | str:
     if obstacle := _not_alone(graph, value, maker):
         return obstacle
     s, t = _affine(node)
-    return _merge(graph, {maker.name, node.name}, replace(maker, name=node.name, op=_scaled_rows(maker.op, s, t)))
+    return _merge(graph, {maker.name, node.name, *passed}, replace(maker, name=node.name, op=_scaled_rows(maker.op, s, t)))
 
 
 def _into_reader(graph: Graph, node: Node) -> Graph | str:
-    readers = graph.readers[node.name]
-    if not readers or node.name in graph.outputs:
-        return f"'{node.name}' behind it is {'a network output' if node.name in graph.outputs else 'read by nobody'}"
+    value, passed = node.name, set[str]()
+    while len(graph.readers[value]) == 1 and isinstance(graph.readers[value][0].op, Identity) and value not in graph.outputs:
+        value = graph.readers[value][0].name
+        passed.add(value)
+    readers = graph.readers[value]
+    if not readers or value in graph.outputs:
+        return f"'{value}' behind it is {'a network output' if value in graph.outputs else 'read by nobody'}"
     reader = readers[0]
     if not isinstance(reader.op, Weighted):
-        return f"'{node.name}' behind it is read by '{reader.name}' ({type(reader.op).__name__}), which has no weights"
-    if obstacle := _not_alone(graph, node.name, reader):
+        return f"'{value}' behind it is read by '{reader.name}' ({type(reader.op).__name__}), which has no weights"
+    if obstacle := _not_alone(graph, value, reader):
         return obstacle
     s, t = _affine(node)
     if t.any() and not isinstance(reader.op, (Dense, BatchNorm)) and not (isinstance(reader.op, Conv) and not np.any(reader.op.padding)):
         return f"'{reader.name}' behind it ({type(reader.op).__name__}) meets the shift with only part of its taps at the border"
-    return _merge(graph, {node.name, reader.name}, replace(reader, op=_scaled_columns(reader.op, s, t), inputs=node.inputs))
+    return _merge(graph, {node.name, reader.name, *passed}, replace(reader, op=_scaled_columns(reader.op, s, t), inputs=node.inputs))
 
 
-def _not_alone(graph: Graph, value: str, weighted: Node) -> str | None:
+def _not_alone(graph: Graph, value: str, weighted: Node | None = None) -> str | None:
     """Why the value between BatchNorm and weighted op, or the weights, cannot be changed, if that is so."""
     if value in graph.outputs:
         return f"'{value}' between is a network output"
     if len(readers := graph.readers[value]) > 1:
         return f"'{value}' between has {len(readers)} readers"
-    if (uses := Counter(id(n.op) for n in graph.nodes)[id(weighted.op)]) > 1:
+    if weighted is not None and (uses := Counter(id(n.op) for n in graph.nodes)[id(weighted.op)]) > 1:
         return f"the weights of '{weighted.name}' are used by {uses} nodes"
     return None
 

@@ -16,9 +16,10 @@ import numpy.typing as npt
 from eqfact.calibration import Statistics
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, walk
-from eqfact.metrics import Verification, decibels, sqnr, verify
+from eqfact.metrics import decibels, sqnr
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_name, stored_values
+from eqfact.verification import Verification, verify
 
 Ranges = npt.NDArray[np.float64]
 

@@ -1,4 +1,5 @@
-"""Hypothesis profiles: ``fixed`` tries the same examples in every run; ``HYPOTHESIS_PROFILE=search`` looks for new ones.
+"""Hypothesis profiles: ``fixed`` tries the same examples in every run; ``HYPOTHESIS_PROFILE=search`` looks for new ones; ``first`` is
+``fixed`` that shows the first failure as it is found, for benchmarks/mutation.py.
 
 The whole suite runs on all cores where pytest-xdist is installed; files that are named on the command line run in one process.
 """
@@ -9,11 +10,12 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # machines differ: no test fails for being slow
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("search", settings.get_profile("fixed"), derandomize=False, max_examples=2000, print_blob=True)
+settings.register_profile("first", settings.get_profile("fixed"), phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 

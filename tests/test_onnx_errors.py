@@ -185,8 +185,9 @@ def test_an_output_that_is_constant(tmp_path):
     (node("Einsum", ["x", "x"], ["y"], name="n", equation="ncl,ncl->nc"), "2 values and 0 constants"),
     (node("Einsum", ["x", "mean"], ["y"], name="n", equation="ncl,cd->ncd"), "is no layer"),
     (node("Tile", ["x", "twice"], ["y"], name="n"), "batch"),
-    (node("Tile", ["x", "huge"], ["y"], name="n"), "more than are computed"),
-    (node("Resize", ["x", "", "much"], ["y"], name="n", mode="cubic"), "more than are computed"),
+    (node("Tile", ["x", "huge"], ["y"], name="n"), "more than a network is read with"),
+    (node("Resize", ["x", "", "much"], ["y"], name="n", mode="cubic"), "more than a network is read with"),
+    (node("Resize", ["x", "", "many"], ["y"], name="n", mode="linear"), "larger than what is computed"),
     (node("Concat", ["x", "samples"], ["y"], name="n", axis=1), "constant"),
     (node("Add", ["x", "wide"], ["y"], name="n"), "does not broadcast"),
     (node("BatchNormalization", ["x", "c", "c", "c", "c"], ["y"], name="n", training_mode=1), "training mode"),
@@ -199,7 +200,8 @@ def test_an_output_that_is_constant(tmp_path):
 def test_unsupported_nodes_are_named_with_a_remedy(unsupported, words, tmp_path):
     constants = {"c": np.abs(floats(4)), "pads": np.int64([0, 0, 1, 0, 0, 1]), "wide": floats(1, 7, 1), "samples": floats(2, 4, 6),
                  "scales": np.float32([1, 1, 2]), "roi": np.float32([0, 0, 0, 1, 1, 1.5]), "twice": np.int64([2, 1, 1]),
-                 "huge": np.int64([1, 1, 2**40]), "much": np.float32([1, 1, 2**40]), "mean": floats(4, 5)}
+                 "huge": np.int64([1, 1, 2**40]), "much": np.float32([1, 1, 2**40]), "many": np.float32([1, 1, 2**20]),
+                 "mean": floats(4, 5)}
     model = simple(unsupported, x=(4, 6), constants=constants)
     error = refused(tmp_path, model, f"node 'n' ({unsupported.op_type}): ", words, "eqfact.onnx.open", "--strict")
     assert isinstance(error, UnsupportedNode)

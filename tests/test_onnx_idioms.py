@@ -116,10 +116,13 @@ def test_gemm(transposed, alpha, beta, bias, tmp_path):
     gemm = node("Gemm", ["x", "w", "b"], ["y"], transB=transposed, alpha=alpha, beta=beta)
     graph = chain(tmp_path, gemm, x=(3,), constants={"w": floats(4, 3) if transposed else floats(3, 4), "b": floats(*bias)})
     assert kinds(graph) == ["Dense"]
-    written = onnx.load(tmp_path / "again.onnx")
-    assert written.graph.node[0].attribute[0].name == "transB" and tuple(written.graph.initializer[0].dims) == ((4,
-                                                                                                                 3) if transposed else (3,
-                                                                                                                                        4))
+    changed = graph.with_ops({"y": eq.Dense(2 * graph["y"].op.weight, graph["y"].op.bias)})
+    eqfact.onnx.save(tmp_path / "changed.onnx", changed)
+    feeds = small.feeds_of(graph)
+    small.close(small.run_ort(tmp_path / "changed.onnx", feeds), small.run_eq(changed, feeds))
+    written = onnx.load(tmp_path / "changed.onnx").graph
+    assert {a.name: helper.get_attribute_value(a) for a in written.node[0].attribute} == {"transB": transposed}
+    assert tuple(written.initializer[0].dims) == ((4, 3) if transposed else (3, 4))
 
 
 def test_gemm_of_a_transposed_value(tmp_path):
@@ -387,8 +390,12 @@ def test_dynamic_space_needs_input_shapes(tmp_path):
     onnx.save(model, tmp_path / "net.onnx")
     graph = eqfact.onnx.load(tmp_path / "net.onnx", input_shapes={"x": (3, 6, 5)})
     assert graph.shapes["y"] == (2, 4, 3)
-    eqfact.onnx.save(tmp_path / "again.onnx", graph)
-    assert [d.dim_value for d in onnx.load(tmp_path / "again.onnx").graph.input[0].type.tensor_type.shape.dim[1:]] == [3, 6, 5]
+    changed = graph.with_ops({"y": eq.Conv(2 * graph["y"].op.weight)})
+    eqfact.onnx.save(tmp_path / "again.onnx", changed)
+    again = onnx.load(tmp_path / "again.onnx")
+    assert [d.dim_param for d in again.graph.input[0].type.tensor_type.shape.dim[2:]] == ["H", "W"]  # sizes that are open stay open
+    wide = {"x": floats(2, 3, 9, 8)}
+    small.close(small.run_ort(tmp_path / "again.onnx", wide), {"y": 2 * small.run_ort(tmp_path / "net.onnx", wide)["y"]})
 
 
 @pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])

@@ -16,7 +16,7 @@ import test_rules
 from handmade import Maker
 
 import eqfact as eq
-from eqfact import blocks, equalization, folding, metrics, quantization, rules
+from eqfact import blocks, equalization, folding, quantization, rules, verification
 from eqfact.ops import base, grid
 from eqfact.ops.base import Weighted
 
@@ -333,22 +333,22 @@ def test_a_forgotten_value_that_engines_store_is_caught(caught):
            (quantization, "stored_values", lambda graph, outputs=False: [v for v in right(graph, outputs=outputs) if v != "act1"]))
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------------ verification
 
 
 def test_a_verify_that_always_says_yes_is_caught(caught):
-    right = metrics._Compared.agreement
+    right = verification._Compared.agreement
     caught(lambda: test_metrics.test_a_bias_forgotten_when_rescaling_is_found("float64"),
-           (metrics._Compared, "agreement", lambda *args: dataclasses.replace(right(*args), excess=0.0, near=True, sharp=True)))
+           (verification._Compared, "agreement", lambda *args: dataclasses.replace(right(*args), excess=0.0, near=True, sharp=True)))
 
 
 def test_a_verify_that_trusts_a_bare_relative_tolerance_is_caught(caught):
     """PAPER 8: through cancellation the elementwise relative error of an equivalent network reaches percents."""
     def bare(compared, near):
-        return metrics._Agreement(float(compared.error.max()), 1e-7, float(compared.error.max()) / 1e-7, near=True, sharp=True)
+        return verification._Agreement(float(compared.error.max()), 1e-7, float(compared.error.max()) / 1e-7, near=True, sharp=True)
 
     law = test_metrics.test_every_rescaled_network_is_equal_and_itself_without_error
-    caught(lambda: law(handmade.plain, "float32"), (metrics._Compared, "agreement", bare))
+    caught(lambda: law(handmade.plain, "float32"), (verification._Compared, "agreement", bare))
 
 
 @pytest.mark.parametrize(("owner", "end"), [(base.Commuting, "relu6"), (eq.Sigmoid, "sigmoid"), (eq.Softmax, "softmax")], ids=str)
@@ -364,6 +364,6 @@ def test_an_op_that_passes_magnitudes_for_errors_is_caught(owner, end, caught):
 
 def test_a_verify_that_reads_every_factor_off_the_data_and_forgets_the_weights_is_caught(caught):
     """Then the doubt about the factors grows from layer to layer, until a wrong weight hides in it."""
-    right = metrics._read_off_weights
+    right = verification._read_off_weights
     law = test_metrics.test_fifty_layers_are_still_equal_after_cross_layer_and_one_percent_in_the_middle_is_still_found
-    caught(lambda: law("float32"), (metrics, "_read_off_weights", lambda a, b: (right(a, b)[0], np.full(a.shape[1], -1.0))))
+    caught(lambda: law("float32"), (verification, "_read_off_weights", lambda a, b: (right(a, b)[0], np.full(a.shape[1], -1.0))))

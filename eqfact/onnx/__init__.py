@@ -9,10 +9,10 @@ tensor is written down, as Flatten, Permute, Slice, Transpose or Unflatten. So l
 """
 
 from eqfact.onnx.checking import check
-from eqfact.onnx.exporting import save
 from eqfact.onnx.importing import load
 from eqfact.onnx.opened import Kept, Opened, open
 from eqfact.onnx.origin import OnnxError, Origin, UnsupportedNode
+from eqfact.onnx.patching import save
 from eqfact.onnx.qdq import save_qdq
 
 __all__ = ["Kept", "OnnxError", "Opened", "Origin", "UnsupportedNode", "check", "load", "open", "save", "save_qdq"]

@@ -18,6 +18,8 @@ from eqfact.ops import Identity, Op, Permute, Shape, Slice, Take, Weighted
 
 #: Two assumed sizes of a free batch; primes, so that no product of other sizes is mistaken for one.
 BATCHES = (7919, 7907)
+#: A file of a few bytes can claim any number of channels; MobileNetV2 has some 50 thousand in all its values.
+MOST_CHANNELS = 2**24
 
 
 class Building:
@@ -38,6 +40,7 @@ class Building:
         self.reads: dict[str, int] = {}
         self._ops: dict[tuple[object, ...], list[Op]] = {}
         self._written: dict[View, str] = {}
+        self._channels = 0
         graph = source.model.graph
         self.names = {*source.initializers, *(i.name for i in graph.input), *(name for node in graph.node for name in node.output)}
         self._makers = {name: str(node.name) for node in graph.node for name in node.output}
@@ -56,15 +59,22 @@ class Building:
 
     def input(self, name: str, view: View) -> None:
         """A new input of the network, and the view of it that the tensor is."""
-        self.inputs[view.value] = self.shapes[view.value] = view.shape
+        self.inputs[view.value] = self.shapes[view.value] = self._counted(view.shape)
         self.tensors[name] = view
+
+    def _counted(self, shape: Shape) -> Shape:
+        """The shape, if there are not too many channels by now: a graph keeps a label for each."""
+        self._channels += shape[0]
+        if self._channels > MOST_CHANNELS:
+            raise ValueError(f"its {shape[0]} channels are more than a network is read with here (all values together: {MOST_CHANNELS})")
+        return shape
 
     # ------------------------------------------------------------------------------------------- nodes
 
     def add(self, name: str, op: Op, inputs: Sequence[str], origin: Origin) -> View:
         """A new node; :class:`ValueError` with the op's reason if the inputs do not fit."""
         name = self.fresh(name) if name in self.nodes or name in self.inputs else name
-        shape = op.output_shape(*(self.shapes[i] for i in inputs))
+        shape = self._counted(op.output_shape(*(self.shapes[i] for i in inputs)))
         self.nodes[name], self.shapes[name] = Node(name, op, tuple(inputs), origin), shape
         return View.whole(name, shape, self.samples)
 

@@ -109,14 +109,19 @@ class Call:
             self.refuse(f"its input {i} ('{self.node.input[i]}') depends on the size of the batch")
         return first
 
-    def parameter(self, i: int) -> AnyArray:
-        """Input ``i``, a constant of finite floating numbers."""
+    def parameter(self, i: int, *, cast: bool = False) -> AnyArray:
+        """Input ``i``, a constant of finite floating numbers in the network's type; ``cast`` to it if need be."""
         value, name = self.constant(i), self.node.input[i]
         if value.dtype not in FLOATS.values():
             self.refuse(f"initializer '{name}' holds {value.dtype}; weights must be floats: export the float network")
         if not np.isfinite(value).all():
             where = tuple(int(k) for k in np.argwhere(~np.isfinite(value))[0])
             raise ValueError(f"initializer '{name}' holds {value[where]} at index {where}; weights must be finite")
+        if cast and value.dtype != self.building.dtype:
+            with np.errstate(over="ignore"):
+                value = value.astype(self.building.dtype)
+            if not np.isfinite(value).all():
+                self.refuse(f"initializer '{name}' does not fit into {self.building.dtype}, in which the network is computed")
         if value.dtype != self.building.dtype:
             self.refuse(f"initializer '{name}' holds {value.dtype}; a network is computed in one type here, {self.building.dtype}")
         return value

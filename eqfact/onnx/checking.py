@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph, Node, forward
-from eqfact.metrics import NEAR, Verification
 from eqfact.onnx.opened import AT_ONCE, Opened, open
 from eqfact.onnx.origin import OnnxError
 from eqfact.onnx.running import Arrays, Running, runtime
 from eqfact.onnx.views import View
 from eqfact.ops import Blocking, Weighted
 from eqfact.ops.base import Array
+from eqfact.roundings import NEAR
+from eqfact.verification import Verification
 
 #: Samples that are looked at: a misreading shows on the first, or on none.
 CHECKED = 4
@@ -125,8 +126,8 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
         scale = node.op.magnitude(*map(np.abs, inputs)).max(axis=axes)
     else:  # runtimes approximate curves, by so much of the largest value that they can take
         scale = np.full(len(error), max(float(np.abs(truth).max()), float(isinstance(node.op, Blocking))))
-    u = float(np.finfo(truth.dtype).eps) / 2
-    bound = u**0.5 / NEAR * scale.astype(np.float64)
+    limits = np.finfo(truth.dtype)
+    bound = float(limits.eps / 2) ** 0.5 / NEAR * scale.astype(np.float64) + float(limits.tiny)  # engines drop what is subnormal
     channel = int(np.argmax(error - bound))
     return float(error[channel]), float(bound[channel])
 

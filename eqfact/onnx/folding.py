@@ -6,6 +6,7 @@ How much may come of it is asked before anything is made: a few bytes of a file 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ AnyArray = npt.NDArray[Any]
 
 #: Not constant, although all their inputs may be.
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+#: Before opset 13 these ran over all axes from ``axis`` on.
+TO_THE_END = ("Softmax", "LogSoftmax", "Hardmax")
 #: Nodes that run graphs of their own, as often as they like.
 NESTED = ("If", "Loop", "Scan", "SequenceMap")
 #: A node's outputs hold at most this many entries, or twice as many as it reads.
@@ -28,6 +31,8 @@ COSTLY = ("Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "De
           "Attention", "NonMaxSuppression", "TfIdfVectorizer", "Det", "DFT", "STFT", "RoiAlign", "MaxRoiPool", "GridSample", "Resize",
           "MaxPool", "AveragePool", "LpPool", "MaxUnpool", "LRN", "Col2Im")
 MOST_COSTLY = 2**20
+#: What makes no more entries than it reads, or a few times as many, though nobody knows beforehand how many.
+SHRINKING = ("NonZero", "Unique", "Compress", "NonMaxSuppression")
 #: A matrix product adds up at most this many products.
 MOST_PRODUCTS = 2**32
 #: Inputs up to this many entries may say how large an output is.
@@ -38,6 +43,8 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
     """The outputs of a node for these inputs; :class:`ValueError` if that would be too much, or onnx cannot compute it."""
     if node.op_type in NESTED:
         raise ValueError("it runs a graph of its own, which is not done while a file is read")
+    if node.op_type in TO_THE_END and opsets.get("", 0) < 13:
+        return _to_the_end(node, opsets, feeds)
     model = _alone(node, opsets, feeds)
     read = sum(a.size for a in feeds.values())
     try:
@@ -48,18 +55,33 @@ def computed(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str
         steps = made * max(a.shape[-1] for a in feeds.values() if a.ndim)
         if steps > MOST_PRODUCTS:
             raise ValueError(f"it adds up {steps} products of constants, more than are computed while a file is read")
-    elif (made is None or node.op_type in COSTLY) and read > MOST_COSTLY:
+    elif made is None and node.op_type not in SHRINKING:
+        raise ValueError("onnx does not tell how much it makes of its constants, so it is not computed while a file is read")
+    elif node.op_type in COSTLY and read > MOST_COSTLY:
         raise ValueError(f"it reads {read} constant entries; on more than {MOST_COSTLY} it is not computed while a file is read")
     if made is not None and made > max(MOST_ENTRIES, 2 * read):
         raise ValueError(f"it makes {made} entries of {read} constant ones, more than are computed while a file is read")
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a kernel of onnx finds odd is not the user's doing
             outputs: Any = ReferenceEvaluator(model).run(None, {i.name: feeds[i.name] for i in model.graph.input})
     except Exception as error:  # whatever a kernel of onnx raises
-        raise ValueError(f"onnx cannot compute it from its constants: {type(error).__name__}: {str(error)[:300]}") from error
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"onnx cannot compute it from its constants: {type(error).__name__}: {said}") from error
     if not all(isinstance(y, (np.ndarray, np.generic)) for y in outputs):
         raise ValueError("it makes no tensor of its constants")
     return [np.asarray(y) for y in outputs]
+
+
+def _to_the_end(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> list[AnyArray]:
+    """The old form of a node that runs over all axes from one on at once, which onnx's evaluator takes for the new one."""
+    ((name, x),) = feeds.items()
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    if not -x.ndim <= axis <= x.ndim:
+        raise ValueError(f"axis {axis} is none of a tensor with {x.ndim} axes")
+    flat = x.reshape(math.prod(x.shape[:axis]) if axis else 1, -1)
+    new = helper.make_node(node.op_type, [name], list(node.output), axis=1)
+    return [y.reshape(x.shape) for y in computed(new, {**opsets, "": 13}, {name: flat})]
 
 
 def _alone(node: onnx.NodeProto, opsets: Mapping[str, int], feeds: Mapping[str, AnyArray]) -> onnx.ModelProto:

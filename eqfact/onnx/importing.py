@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from eqfact.onnx import folding
 from eqfact.onnx.building import Building
 from eqfact.onnx.call import Call
 from eqfact.onnx.nodes import READERS
-from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, sizes
+from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, errors_of, sizes
 from eqfact.onnx.reading import opset, read_model
 from eqfact.onnx.views import View
 from eqfact.ops import Shape
@@ -40,24 +40,14 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
     with weights that are not finite floats, and for nodes that are not supported; :class:`OSError` if there is no file.
     """
     path = Path(path)
-    model = read_model(path)
     with errors_of(path):
-        return Importer(path, model, input_shapes or {}).graph()
-
-
-@dataclass
-class errors_of:  # reads as what it does
-    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path."""
-
-    path: Path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)) \
-                and not isinstance(error, OnnxError):
-            raise OnnxError(f"{self.path}: {type(error).__name__ if isinstance(error, LookupError) else ''}{error}") from error
+        try:
+            return Importer(path, read_model(path), input_shapes or {}).graph()
+        except OnnxError as error:
+            try:  # a free batch, but a batch of one sample baked into a node: then the network is one for single samples
+                return Importer(path, read_model(path), input_shapes or {}, samples=1).graph()
+            except OnnxError:
+                raise error from None
 
 
 class Importer:
@@ -68,7 +58,7 @@ class Importer:
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]],
-                 outside: Callable[[Foreign], tuple[Shape, np.dtype[Any], int | None]] | None = None) -> None:
+                 outside: Callable[[Foreign], tuple[Shape, np.dtype[Any], int | None]] | None = None, samples: int | None = None) -> None:
         self.path, self.model, self.outside = path, model, outside
         self.opset = opset(model)
         self.opsets = {o.domain: o.version for o in model.opset_import}
@@ -77,7 +67,7 @@ class Importer:
         initializers = folding.constant_arrays(model.graph.initializer)
         del model.graph.initializer[:]  # one copy of the weights is enough
         self.source = Source(model, initializers)
-        self.building = Building(self.source, self._samples(), self._enter)
+        self.building = Building(self.source, self._samples() if samples is None else samples, self._enter)
         for name, value in initializers.items():
             self.source.tensors[name] = Constant(name, (value,))
         self._read_inputs(input_shapes)
@@ -155,7 +145,9 @@ class Importer:
             if node.name in needed:
                 needed.update(node.inputs)
         inputs = {name: shape for name, shape in self.building.inputs.items() if self.outside is None or name in needed}
-        return Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        graph = Graph(inputs, tuple(n for n in self.building.nodes.values() if n.name in needed), tuple(dict.fromkeys(outputs)))
+        self.source.read = graph
+        return graph
 
     def walk(self) -> None:
         """Read every node in turn."""

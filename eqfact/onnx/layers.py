@@ -364,5 +364,5 @@ def batch_normalization(call: Call) -> View:
     if not call.integer("spatial", 1):
         call.refuse("it has spatial=0, one set of parameters for every pixel")
     names = {"gamma": 1, "beta": 2, "mean": 3, "var": 4}
-    op = BatchNorm(**{name: call.parameter(i) for name, i in names.items()}, eps=call.number("epsilon", 1e-5))
+    op = BatchNorm(**{name: call.parameter(i, cast=True) for name, i in names.items()}, eps=call.number("epsilon", 1e-5))
     return call.emit(op, call.value(call.view()), names=names)

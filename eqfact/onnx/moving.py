@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
 from eqfact.onnx.folding import MOST_ENTRIES
 from eqfact.onnx.layers import along, sides_of
@@ -24,26 +25,28 @@ from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take, Upsample
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
+def _bounded(count: float) -> int:
+    """How many entries are chosen along an axis, if not more than is read with here; they are listed."""
+    if not count <= MOST_CHANNELS:
+        raise ValueError(f"it chooses {count:g} entries along an axis, more than a network is read with here ({MOST_CHANNELS})")
+    return int(count)
+
+
 def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
     """Entries along one axis."""
     if not view.axes[view.axis(axis)] and len(indices) > 1:
         return _repeat(call, view, view.axis(axis), len(indices))
+    _bounded(len(indices))
     return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
 
 
 def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     """The one entry of an axis, so many times: entries of a value that has this axis."""
-    _bounded(call, count)
+    _bounded(count)
     standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
     return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value))
-
-
-def _bounded(call: Call, entries: int) -> None:
-    """A few bytes of a file can ask for terabytes."""
-    if entries > MOST_ENTRIES:
-        call.refuse(f"it asks for {entries} numbers, more than are computed while a file is read")
 
 
 def pad(call: Call) -> View:
@@ -65,6 +68,7 @@ def pad(call: Call) -> View:
             n = view.size(axis)
         before, after = max(0, before), max(0, after)
         if mode in REPEATING and before + after:
+            _bounded(n + before + after)
             if n < 2 and mode == "reflect":
                 raise ValueError(f"it reflects along axis {axis}, which has {n} entries")
             view = _choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
@@ -104,8 +108,9 @@ def resize(call: Call) -> View:
         if scale == 1 and part == (0, 1):
             continue
         n = view.size(axis)
-        count = int(n * scale + 1e-9) if count is None else count
-        _bounded(call, count * (1 if mode == "nearest" else n))
+        count = _bounded(n * scale + 1e-9 if count is None else count)
+        if mode != "nearest" and count * n > MOST_ENTRIES:
+            call.refuse(f"its matrix of {count} by {n} entries is larger than what is computed while a file is read")
         at = _coordinates(call, n, count, scale, part)
         outside = (at < 0) | (at > n - 1) if _transformation(call) == "tf_crop_and_resize" else np.zeros(count, bool)
         if outside.any() and call.number("extrapolation_value", 0.0):
@@ -445,6 +450,6 @@ def tile(call: Call) -> View:
         raise ValueError(f"it repeats {len(repeats)} axes of a tensor with {view.ndim}")
     for axis, times in enumerate(repeats):
         if times != 1:
-            _bounded(call, view.size(axis) * times)
+            _bounded(view.size(axis) * times)
             view = _choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
     return view if view != call.view() else identity(call)

@@ -24,9 +24,9 @@ from scipy.sparse import csgraph
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.exporting import write_model
-from eqfact.onnx.importing import Importer, errors_of
-from eqfact.onnx.origin import Foreign, OnnxError, Source, sizes
-from eqfact.onnx.patching import save as patched
+from eqfact.onnx.importing import Importer
+from eqfact.onnx.origin import Foreign, OnnxError, Source, errors_of, sizes
+from eqfact.onnx.patching import patch, save
 from eqfact.onnx.qdq import QdqWriter
 from eqfact.onnx.reading import read_model
 from eqfact.onnx.running import Arrays, Running
@@ -128,7 +128,10 @@ class Opened:
         Where a file that is understood whole has no place for a node of ``graph`` (BatchNorms folded across moves), the whole network is
         written anew, as :func:`eqfact.onnx.save` does. :class:`OnnxError` that names the node for any other graph of another structure.
         """
-        patched(path, graph, self.graph, self.source, whole=self.whole)
+        if self.whole:
+            save(path, graph)
+        else:
+            patch(path, graph, self.graph, self.source)
 
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
         """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is."""

@@ -6,14 +6,17 @@ files is kept in ``Node.origin``: the names of nodes and initializers, the layou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from eqfact.graph import Graph
 from eqfact.onnx.views import View
 
 
@@ -23,6 +26,23 @@ class OnnxError(ValueError):
 
 class UnsupportedNode(OnnxError):
     """A node that has no counterpart in eqfact; :func:`eqfact.onnx.open` keeps it as it is."""
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Within it, whatever a file has wrong is an :class:`OnnxError` that starts with its path; so is what the disk has wrong behind it.
+
+    That there is no such file, or that it must not be read, stays an :class:`OSError`.
+    """
+    try:
+        yield
+    except OnnxError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and str(error.filename) == str(path):
+            raise
+        what = f"{type(error).__name__}: " if isinstance(error, LookupError | AttributeError) else ""
+        raise OnnxError(f"{path}: {what}{' '.join(str(error).split())[:1000]}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +71,8 @@ class Source:
     model: onnx.ModelProto
     initializers: dict[str, npt.NDArray[Any]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    #: The graph that was read.
+    read: Graph | None = None
     #: The tensors that the file itself can show; those of an If that was resolved are not among them.
     shown: frozenset[str] = field(init=False)
 

@@ -6,6 +6,7 @@ so that nothing around it changes: sizes that the file leaves open stay open, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,28 +19,45 @@ from onnx import numpy_helper
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.exporting import Writer, write_model
+from eqfact.onnx.exporting import write_model
 from eqfact.onnx.layers import Einsum
 from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
+from eqfact.onnx.writers import GraphWriter
 from eqfact.ops import Conv, Dense, Extend
 
+#: From which opset on these take a second input as it is written here.
+OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
 #: Attributes that multiply parameters of a node.
 SCALING = ("alpha", "beta")
 
 
-def save(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, *, whole: bool) -> None:
-    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``; anew if that fits nowhere."""
-    try:
-        model = Patcher(path, graph, read, source).model()
-    except OnnxError:
-        if not whole:
-            raise
-        model = Writer(path, graph).model()
-    write_model(path, model)
+def save(path: str | os.PathLike[str], graph: Graph) -> None:
+    """Write a network as an ONNX file.
+
+    One that came from a file and has its structure (rescaled, or with BatchNorms folded) is that file with other parameters: every node
+    that did not change is as it was read, and sizes that the file leaves open stay open. Any other network is written anew, with a free
+    batch, or with the batch of the file that it came from; opset and IR version are those of that file (at least 13 and 8), or 17 and 8;
+    a newer opset is taken where an op needs one (GELU: 20). Float64 networks stay in float64, which onnxruntime does not run for every op:
+    convert the weights to float32 for deployment.
+
+    Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
+    """
+    sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
+    source = sources.popitem()[1] if len(sources) == 1 else None
+    model = None
+    if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
+        with contextlib.suppress(OnnxError):
+            model = Patcher(path, graph, source.read, source).model()
+    write_model(path, GraphWriter(path, graph).model() if model is None else model)
 
 
-class Patcher(Writer):
+def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
+    """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
+    write_model(path, Patcher(path, graph, read, source).model())
+
+
+class Patcher(GraphWriter):
     """A writer whose nodes stand among those of a file."""
 
     def __init__(self, path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
@@ -107,13 +125,13 @@ class Patcher(Writer):
             raise self._refused(node)
         if any(isinstance(part := self.before[i].origin, Origin) and part.makes == origin.makes for i in own.inputs if i in self.before):
             raise self._refused(node)  # it is the last of several that one node of the file became
-        reads = origin.reads
-        if own.inputs != node.inputs:  # another node was folded into it: what that one read
-            folded = self.before.get(own.inputs[0])
+        reads, inputs = origin.reads, own.inputs
+        while inputs != node.inputs:  # other nodes were folded into it: what those read
+            folded = self.before.get(inputs[0])
             folded_from = folded.origin if folded is not None else None
-            if folded is None or not isinstance(folded_from, Origin) or folded.inputs != node.inputs or reads != (folded_from.makes,):
+            if folded is None or not isinstance(folded_from, Origin) or reads != (folded_from.makes,):
                 raise self._refused(node)
-            reads = folded_from.reads
+            reads, inputs = folded_from.reads, folded.inputs
         return replace(node, name=makes, inputs=reads)
 
     def _makes(self, value: str) -> str:
@@ -133,6 +151,15 @@ class Patcher(Writer):
                          "understood whole")
 
     # ------------------------------------------------------------------------------------------- what writers ask
+
+    def need_opset(self, version: int, node: Node) -> None:
+        if self.standard.version < version:
+            raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} needs opset {version}, and the nodes around it "
+                            f"have {self.standard.version}; convert the file with onnx.version_converter")
+
+    def node(self, kind: str, inputs: Sequence[str], output: str, of: Node, suffix: str = "", **attributes: Any) -> str:
+        self.need_opset(OLDEST_FORM[kind] if kind in OLDEST_FORM and len(inputs) > 1 else 1, of)
+        return super().node(kind, inputs, output, of, suffix, **attributes)
 
     def vector(self, node: Node, name: str, value: AnyArray) -> str:
         assert self._view is not None

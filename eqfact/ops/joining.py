@@ -389,10 +389,10 @@ def _tied_over_space(trace: Trace, labels: Labels) -> Labels:
     shape = labels.shape
     labels = labels[tuple(slice(None if step else 1) for step in labels.strides)]  # an axis of stride 0 repeats one entry
     first = channel_vector(labels)
-    pairs = np.stack([np.repeat(first, labels[0].size), labels.reshape(-1)])
-    pairs = np.unique(pairs[:, pairs[0] != pairs[1]], axis=1)
-    if pairs.size:
-        trace.tie(pairs[0], pairs[1])
+    mates = labels.reshape(len(first), -1)
+    differ = mates != first[:, None]
+    if differ.any():
+        trace.tie(np.broadcast_to(first[:, None], mates.shape)[differ], mates[differ])
     return spread(first, shape)
 
 

@@ -248,7 +248,9 @@ class BatchNorm(Weighted):
     @property
     def weight(self) -> Array:  # type: ignore[override]
         """``gamma / sqrt(var + eps)``, the slope of every channel, ``(C, 1)``."""
-        slope: Array = self.gamma / np.sqrt(self.var + self.eps).astype(self.gamma.dtype)
+        # halves do not hold most eps; singles and doubles compute in their own precision
+        exact = np.result_type(self.gamma, self.var, np.float32)
+        slope: Array = (self.gamma / np.sqrt(self.var.astype(exact) + exact.type(self.eps))).astype(self.gamma.dtype)
         return slope[:, None]
 
     @property
@@ -269,7 +271,7 @@ class BatchNorm(Weighted):
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
-        y = x - along_channels(self.mean, x.ndim - 1)
+        y = x - along_channels(self.mean.astype(x.dtype, copy=False), x.ndim - 1)
         y *= along_channels(self.weight, x.ndim - 1)
         return _add_bias(y, self.beta)
 

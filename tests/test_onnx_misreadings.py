@@ -1,0 +1,112 @@
+"""No misreading stays silent: one is planted in every function that reads nodes, and the command line writes nothing.
+
+The planted reader does its work and then makes every number a hundredth larger; the one of a shape makes it twice as large and one more.
+What notices is another runtime, value by value: it needs no second reader of ours.
+"""
+
+import numpy as np
+import onnx
+import onnx_models as small
+import pytest
+from onnx import helper
+
+import eqfact as eq
+from eqfact.__main__ import main
+from eqfact.onnx.nodes import READERS
+from eqfact.onnx.origin import Constant
+from eqfact.onnx.views import View
+
+RNG = np.random.default_rng(5)
+
+
+def floats(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+#: What follows on h, the (N, 4, 6, 6) that a convolution makes: the inputs behind h with their constants, attributes, and the opset.
+FOUR = np.abs(floats(4)) + np.float32(0.5)
+FOLLOWS = {
+    "Conv": ([floats(3, 4, 1, 1)], {}, 17), "ConvTranspose": ([floats(4, 3, 2, 2)], {}, 17), "MatMul": ([floats(6, 5)], {}, 17),
+    "BatchNormalization": ([FOUR, floats(4), floats(4), FOUR], {}, 17),
+    "MaxPool": ([], {"kernel_shape": [2, 2]}, 17), "AveragePool": ([], {"kernel_shape": [2, 2]}, 17),
+    "GlobalAveragePool": ([], {}, 17), "GlobalMaxPool": ([], {}, 17),
+    "ReduceMean": ([], {"axes": [2, 3]}, 17), "ReduceMax": ([], {"axes": [2, 3]}, 17),
+    "Add": ([floats(4, 1, 1)], {}, 17), "Sum": (["h"], {}, 17), "Sub": ([floats(4, 1, 1)], {}, 17), "Mul": ([floats(4, 1, 1)], {}, 17),
+    "Div": ([FOUR.reshape(4, 1, 1)], {}, 17), "Neg": ([], {}, 17), "Relu": ([], {}, 17), "LeakyRelu": ([], {"alpha": 0.2}, 17),
+    "PRelu": ([FOUR.reshape(4, 1, 1)], {}, 17), "Clip": ([np.float32(-0.5), np.float32(0.5)], {}, 17),
+    "Max": ([np.float32(0.1)], {}, 17), "Min": ([np.float32(0.1)], {}, 17),
+    "Sigmoid": ([], {}, 17), "Tanh": ([], {}, 17), "Erf": ([], {}, 17),
+    "HardSigmoid": ([], {}, 17), "HardSwish": ([], {}, 17), "Gelu": ([], {}, 20), "Swish": ([], {}, 24), "Softmax": ([], {"axis": 1}, 17),
+    "Identity": ([], {}, 17), "Dropout": ([], {}, 17), "Cast": ([], {"to": 1}, 17),
+    "Pad": ([ints(0, 0, 1, 1, 0, 0, 1, 1)], {}, 17), "Resize": (["", np.float32([1, 1, 2, 2])], {}, 17),
+    "Upsample": ([np.float32([1, 1, 2, 2])], {}, 9), "Concat": (["h"], {"axis": 1}, 17), "Reshape": ([ints(0, 2, 2, 6, 6)], {}, 17),
+    "Flatten": ([], {}, 17), "Squeeze": ([], {}, 17), "Unsqueeze": ([ints(1)], {}, 17), "Transpose": ([], {"perm": [0, 2, 3, 1]}, 17),
+    "Slice": ([ints(1), ints(3), ints(1)], {}, 17), "Split": ([ints(4)], {"axis": 1}, 17), "Gather": ([ints(2, 0)], {"axis": 1}, 17),
+    "Expand": ([ints(1, 4, 1, 1)], {}, 17), "DepthToSpace": ([], {"blocksize": 2}, 17), "SpaceToDepth": ([], {"blocksize": 2}, 17),
+}
+
+
+def written(kind, path):
+    """A network in which this node reads what a convolution makes."""
+    node = helper.make_node
+    constants = {"w": floats(4, 2, 1, 1)}
+    if kind in ("Shape", "Size"):  # read to flatten
+        batch = [node("Slice", ["s", "zero", "one"], ["n"])] if kind == "Shape" else [
+            node("Div", ["s", "rest"], ["q"]), node("Reshape", ["q", "one"], ["n"])]
+        nodes = [node(kind, ["h"], ["s"]), *batch, node("Concat", ["n", "rest"], ["t"], axis=0), node("Reshape", ["h", "t"], ["y"])]
+        constants |= {"zero": ints(0), "one": ints(1), "rest": ints(144)}
+        rest, opset = nodes, 17
+    elif kind == "Gemm":
+        rest, opset = [node("Flatten", ["h"], ["f"]), node("Gemm", ["f", "v"], ["y"])], 17
+        constants["v"] = floats(144, 3)
+    else:
+        others, attributes, opset = FOLLOWS[kind]
+        names = []
+        for i, other in enumerate(others):
+            names.append(other if isinstance(other, str) else f"c{i}")
+            constants |= {} if isinstance(other, str) else {f"c{i}": other}
+        rest = [node(kind, ["h", *names], ["y"], **attributes)]
+    onnx.save(small.model([node("Conv", ["x", "w"], ["h"]), *rest], {"x": ["N", 2, 6, 6]}, ["y"], constants, opset), path)
+
+
+def misread(reader):
+    """The reader, and a mistake."""
+    def wrong(call):
+        made = reader(call)
+        several = [made] if isinstance(made, View | Constant) else list(made)
+        found = []
+        for tensor in several:
+            if isinstance(tensor, Constant):
+                found.append(Constant(tensor.name, tuple(2 * value + 1 for value in tensor.values)))
+            else:
+                one = np.ones((1,) * len(tensor.shape), call.building.dtype)
+                found.append(tensor.of(call.emit(eq.Affine(one * np.float32(1.01), 0 * one), tensor.value).value))
+        return found[0] if isinstance(made, View | Constant) else found
+    return wrong
+
+
+def test_every_reader_is_in_the_table():
+    assert {*FOLLOWS, "Shape", "Size", "Gemm"} == set(READERS)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_command_line_notices_a_misreading(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written(kind, "net.onnx")
+    line = ["equalize", "net.onnx", "-o", "out.onnx"]
+    assert main(line) == 0, capsys.readouterr().err
+    (tmp_path / "out.onnx").unlink()
+    capsys.readouterr()
+    monkeypatch.setitem(READERS, kind, misread(READERS[kind]))
+    if kind in ("Shape", "Size"):  # the shape that is computed from it fits nothing, so that the Reshape is kept: nothing is misread
+        assert main(line) in (0, 3)
+        assert not (tmp_path / "out.onnx").exists() or "1 kept (Reshape" in capsys.readouterr().out
+        return
+    assert main(line) == 3
+    error = capsys.readouterr().err
+    assert "the file was misread" in error and ("'h'" if kind == "Conv" else "'y") in error
+    assert not (tmp_path / "out.onnx").exists()
