@@ -15,10 +15,11 @@ import numpy as np
 
 from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
-from eqfact.onnx.layers import sides_of
+from eqfact.onnx.folding import MOST_ENTRIES
+from eqfact.onnx.layers import along, sides_of
 from eqfact.onnx.origin import Constant
-from eqfact.onnx.views import View
-from eqfact.ops import Concat, Identity, Pad, Shape, Upsample
+from eqfact.onnx.views import BATCH, View
+from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take, Upsample
 
 #: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
@@ -33,8 +34,19 @@ def _bounded(count: float) -> int:
 
 def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
     """Entries along one axis."""
+    if not view.axes[view.axis(axis)] and len(indices) > 1:
+        return _repeat(call, view, view.axis(axis), len(indices))
     _bounded(len(indices))
     return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
+
+
+def _repeat(call: Call, view: View, axis: int, count: int) -> View:
+    """The one entry of an axis, so many times: entries of a value that has this axis."""
+    _bounded(count)
+    standing = call.apart(view, {axis})
+    if axis not in standing.axes:
+        call.refuse("it repeats samples")
+    return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value))
 
 
 def pad(call: Call) -> View:
@@ -66,102 +78,200 @@ def pad(call: Call) -> View:
         call.refuse(f"its mode is '{mode}'")
     if not padded:
         return view if view != call.view() else identity(call)
-    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0), "pads the channels")
+    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0))
 
 
-def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any, what: str) -> View:
+def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any) -> View:
     """An op with one parameter an axis of space: on the value itself if its channels stay out of it, else on the tensor as it stands."""
-    layout = view.layout()
-    if layout is None:
-        view = call.building.settled(view, call.output)
-        layout = view.layout()
-    if layout is None or layout[0] in at:  # some other axis must be the channels
-        channel = next((a for a in range(view.ndim) if a not in at and a != view.batch and view.axes[a]), None)
-        if channel is None:
-            call.refuse(f"it {what}")
-        value, back = call.by_channel(view, channel)
-        space = [a for a in range(int(view.batch is None and not view.axes[0]), view.ndim) if a not in (channel, view.batch)]
-        return back(call.emit(make(tuple(at.get(a, neutral) for a in space)), value))
-    made = call.emit(make(tuple(at.get(a, neutral) for a in layout[1:])), view.value)
-    order = [0, *layout]
-    return made.transpose([int(i) for i in np.argsort(order)])
+    standing = call.apart(view, at)
+    space = sorted((i, axis) for axis, i in standing.axes.items() if i)
+    return standing.back(call.emit(make(tuple(at.get(axis, neutral) for _, axis in space)), standing.value))
+
+
+# ------------------------------------------------------------------------------------------------- resizing
 
 
 def resize(call: Call) -> View:
-    """Nearest neighbours, whatever mix of attributes says so: whole factors repeat entries, others choose some."""
-    if call.text("mode", "nearest") != "nearest":
-        call.refuse(f"its mode is '{call.text('mode', '')}'; only nearest neighbours are supported")
+    """Nearest neighbours, whatever mix of attributes says so: whole factors repeat entries, others choose some. Linear and cubic
+    interpolation is a matrix along each axis."""
+    mode = call.text("mode", "nearest")
+    if mode not in ("nearest", "linear", "cubic"):
+        call.refuse(f"its mode is '{mode}'")
     view = call.view()
     axes = [view.axis(a) for a in call.integers("axes", range(view.ndim))]
-    i = 1 if call.opset < 11 else 2
-    if call.node.op_type == "Upsample" and "scales" in call.attributes:
-        scales = [float(s) for s in call.attributes["scales"]]
-    elif call.has(i) and call.constant(i).size:
-        scales = call.constant(i).reshape(-1).tolist()
-    else:
-        scales = _scales_of_sizes(call, view, axes)
-    repeated, taken = {}, {}
-    for axis, scale in zip(axes, scales, strict=True):
-        if scale == 1:
+    roi = [(0.0, 1.0)] * len(axes)
+    if _transformation(call) == "tf_crop_and_resize":
+        ends = call.constant(1).reshape(2, -1).astype(float)
+        roi = list(zip(*ends.tolist(), strict=True))
+    repeated, taken, blended = {}, {}, dict[int, Any]()
+    for axis, (scale, count), part in zip(axes, _scaled(call, view, axes), roi, strict=True):
+        if scale == 1 and part == (0, 1):
             continue
         n = view.size(axis)
-        sources = _sources(call, n, scale)
+        count = _bounded(n * scale + 1e-9 if count is None else count)
+        if mode != "nearest" and count * n > MOST_ENTRIES:
+            call.refuse(f"its matrix of {count} by {n} entries is larger than what is computed while a file is read")
+        at = _coordinates(call, n, count, scale, part)
+        outside = (at < 0) | (at > n - 1) if _transformation(call) == "tf_crop_and_resize" else np.zeros(count, bool)
+        if outside.any() and call.number("extrapolation_value", 0.0):
+            call.refuse(f"what lies outside is {call.number('extrapolation_value', 0.0):g}, not 0")
+        if mode != "nearest" or outside.any():
+            matrix = _interpolation(call, n, at, scale, mode) if mode != "nearest" else np.eye(n)[_nearest(call, n, at)]
+            blended[axis] = np.where(outside[:, None], 0, matrix)
+            continue
+        sources = _nearest(call, n, at)
         if scale >= 1 and np.array_equal(sources, np.repeat(np.arange(n), round(scale))):
             repeated[axis] = round(scale)
         else:
             taken[axis] = sources
     for axis, sources in taken.items():
         view = _choose(call, view, axis, sources)
+    if blended:
+        view = along(call, view, blended)
     if not repeated:
-        return view if taken else identity(call)
-    return _over_space(call, view, repeated, Upsample, 1, "repeats channels")
+        return view if taken or blended else identity(call)
+    return _over_space(call, view, repeated, Upsample, 1)
 
 
-def _scales_of_sizes(call: Call, view: View, axes: Sequence[int]) -> list[float]:
-    """The scales of a Resize that is given the sizes of its output, which may name the batch."""
-    if call.known(3) is None or call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
+def _scaled(call: Call, view: View, axes: Sequence[int]) -> list[tuple[float, int | None]]:
+    """The scale of each axis, and its size behind it, if that is not the scale's."""
+    i = 1 if call.opset < 11 else 2
+    if call.node.op_type == "Upsample" and "scales" in call.attributes:
+        return [(float(s), None) for s in call.attributes["scales"]]
+    if call.has(i) and call.constant(i).size:
+        return [(s, None) for s in call.constant(i).reshape(-1).tolist()]
+    policy = call.text("keep_aspect_ratio_policy", "stretch")
+    if call.known(3) is None:
         call.refuse("its scales or sizes are not constant")
     found = set()
     for sizes, b in zip(call.constants(3), call.building.batches, strict=True):
-        found.add(tuple(n / view.full_shape(b)[a] for n, a in zip(sizes.reshape(-1).tolist(), axes, strict=True)))
+        full = [view.full_shape(b)[a] for a in axes]
+        scales = [n / m for n, m in zip(sizes.reshape(-1).tolist(), full, strict=True)]
+        if policy != "stretch":
+            one = min(scales) if policy == "not_larger" else max(scales)
+            found.add(tuple((one, math.floor(one * n + 0.5)) for n in full))
+        else:
+            found.add(tuple((s, None) for s in scales))
     if len(found) > 1:
         call.refuse("its scales depend on the size of the batch")
     return list(found.pop())
 
 
-def _sources(call: Call, n: int, scale: float) -> Any:
-    """Which entry each entry of a nearest Resize comes from, along one axis of ``n`` entries (ONNX, Resize)."""
-    count = _bounded(n * scale + 1e-9)
-    x = np.arange(count)
-    transformation = call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
+def _transformation(call: Call) -> str:
+    return call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
+
+
+def _coordinates(call: Call, n: int, count: int, scale: float, roi: tuple[float, float]) -> Any:
+    """Where among ``n`` entries each of ``count`` entries of a Resize lies (ONNX, Resize)."""
+    x, length, transformation = np.arange(count), n * scale, _transformation(call)
+    halves = (x + 0.5) / scale - 0.5
     at = {
         "asymmetric": x / scale,
-        "half_pixel": (x + 0.5) / scale - 0.5,
-        "half_pixel_symmetric": (x + 0.5) / scale - 0.5,
-        "pytorch_half_pixel": (x + 0.5) / scale - 0.5 if count > 1 else 0.0 * x,
-        "align_corners": x * ((n - 1) / (count - 1)) if count > 1 else 0.0 * x,
+        "half_pixel": halves,
+        "half_pixel_symmetric": n / 2 * (1 - count / length) + halves,
+        "pytorch_half_pixel": halves if count > 1 else 0.0 * x,
+        "align_corners": x * ((n - 1) / (length - 1)) if length != 1 else 0.0 * x,
+        "tf_half_pixel_for_nn": (x + 0.5) / scale,
+        "tf_crop_and_resize": roi[0] * (n - 1) + (x * (roi[1] - roi[0]) * (n - 1) / (length - 1) if length != 1
+                                                  else (roi[1] - roi[0]) * (n - 1) / 2),
     }.get(transformation)
     if at is None:
         call.refuse(f"its coordinate_transformation_mode is '{transformation}'")
+    return np.broadcast_to(at, count)
+
+
+def _nearest(call: Call, n: int, at: Any) -> Any:
+    """Which of ``n`` entries is nearest to each place."""
     rounding = call.text("nearest_mode", "floor" if call.opset < 11 else "round_prefer_floor")
     whole = {"round_prefer_floor": np.ceil(at - 0.5), "round_prefer_ceil": np.floor(at + 0.5), "floor": np.floor(at), "ceil": np.ceil(at)}
     return np.clip(whole[rounding], 0, n - 1).astype(int)
 
 
+def _interpolation(call: Call, n: int, at: Any, scale: float, mode: str) -> Any:
+    """The matrix of weights with which each place reads ``n`` entries: the kernel, wider if it is to smooth what is left out; entries
+    beyond the ends are the last ones, or left out."""
+    smooth = bool(call.integer("antialias", 0))
+    width = min(scale, 1.0) if smooth else 1.0
+    kernel, reach = (_hat, 1) if mode == "linear" else (lambda t: _cubic(t, call.number("cubic_coeff_a", -0.75)), 2)
+    near = np.floor(at).astype(int)[:, None] + np.arange(-math.ceil(reach / width), math.ceil(reach / width) + 2)
+    weights = kernel(np.abs(near - at[:, None]) * width)
+    if call.integer("exclude_outside", 0):
+        weights = np.where((near >= 0) & (near < n), weights, 0)
+    if smooth or call.integer("exclude_outside", 0):
+        weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((len(at), n))
+    np.add.at(matrix, (np.arange(len(at))[:, None], np.clip(near, 0, n - 1)), weights)
+    return matrix
+
+
+def _hat(t: Any) -> Any:
+    return np.maximum(1 - t, 0)
+
+
+def _cubic(t: Any, a: float) -> Any:
+    inner, outer = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return np.where(t <= 1, inner, np.where(t < 2, outer, 0))
+
+
+# ------------------------------------------------------------------------------------------------- joining
+
+
 def concat(call: Call) -> View:
-    views = call.views()
+    """Values beside each other; a constant is beside the value before it, or the first."""
+    views = [call.view(i) for i, t in enumerate(call.inputs) if not isinstance(t, Constant)]
     axis = views[0].axis(call.integer("axis", 1))
     if any(v.ndim != views[0].ndim for v in views):
         raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}")
     for v in views:
         v.size(axis)
-    layouts = {v.layout() for v in views}
-    layout = layouts.pop() if len(layouts) == 1 else None
-    if layout is not None and axis in layout[1:]:  # along space
-        made = call.emit(Concat(layout.index(axis)), *(v.value for v in views))
-        return made.transpose([int(i) for i in np.argsort([0, *layout])])
-    turned = [call.by_channel(v, axis) for v in views]
-    return turned[0][1](call.emit(Concat(), *(value for value, _ in turned)))
+    homes = {v.home for v in views}
+    home = homes.pop() if len(homes) == 1 else None
+    alike = len({v.layout() for v in views}) == 1
+    standings = [call.standing(v, axis if home is None else home, as_is=alike) for v in views]
+    place, back = standings[0].axes.get(axis), standings[0].back
+    if place is None:
+        call.refuse("it joins samples")
+    front, behind = _constants_beside(call, axis, views[0], standings[0].axes)
+    extensions = [(i, constant, early) for i, constants in enumerate(behind)
+                  for constant, early in ((front if i == 0 else None, True), (constants, False)) if constant is not None]
+    constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    names = {"constant": constants[0]} if len(constants) == 1 else {}
+    values = [s.value for s in standings]
+    for k, (i, constant, early) in enumerate(extensions):
+        last = len(values) == 1 and k == len(extensions) - 1
+        op = Extend(constant, place, front=early)
+        values[i] = call.emit(op, values[i], names=names, suffix="" if last else f".extended{k}").value
+        if last:
+            return back(View.whole(values[i], call.building.shapes[values[i]], call.building.samples))
+    return back(call.emit(Concat(place), *values))
+
+
+def _constants_beside(call: Call, axis: int, view: View, axes: dict[int, int]) -> tuple[Any, list[Any]]:
+    """What stands in front of the first value, and behind each; constants as ``(C, *spatial)``, or None."""
+    found: list[list[Any]] = [[]]
+    for i, tensor in enumerate(call.inputs):
+        if not isinstance(tensor, Constant):
+            found.append([])
+            continue
+        arrays = call.constants(i)
+        for array, b in zip(arrays, call.building.batches, strict=True):
+            shape = view.full_shape(b)
+            if array.shape != (*shape[:axis], *array.shape[axis:axis + 1], *shape[axis + 1:]):
+                raise ValueError(f"it joins a constant of shape {array.shape} to {view.described()} along axis {axis}")
+        first = arrays[0]
+        if first.dtype != call.building.dtype:
+            call.refuse(f"it joins a constant of {first.dtype}; a network is computed in one type here, {call.building.dtype}")
+        if view.batch is not None:
+            one = first.take([0], view.batch)
+            if view.axes[view.batch] != (BATCH,) or any((array != one).any() for array in arrays):
+                call.refuse("its constant differs between samples")
+            first = one
+        order = sorted(axes, key=lambda a: axes[a])
+        rest = [a for a in range(view.ndim) if a not in axes]
+        moved = first.transpose([*order, *rest])
+        found[-1].append(moved.reshape(moved.shape[:len(order)]))
+    joined = [np.concatenate(parts, axis=axes[axis]) if parts else None for parts in found]
+    return joined[0], joined[1:]
 
 
 # ------------------------------------------------------------------------------------------------- views only
@@ -317,9 +427,29 @@ def space_to_depth(call: Call) -> View:
 
 
 def expand(call: Call) -> View:
+    """Entries of axes of size 1, repeated; new axes stand in front."""
+    view, given = call.view(), [tuple(wanted.reshape(-1).tolist()) for wanted in call.constants(1)]
+    same = view
+    view = view.with_axes(*((),) * (len(given[0]) - view.ndim), *view.axes)
+    for axis in range(view.ndim):
+        sizes = [(view.full_shape(b)[axis], np.broadcast_shapes(view.full_shape(b), wanted)[axis])
+                 for b, wanted in zip(call.building.batches, given, strict=True)]
+        if all(n == m for n, m in sizes):
+            continue
+        if len({m for _, m in sizes}) > 1:
+            call.refuse("it repeats what is the same for all samples")
+        view = _repeat(call, view, axis, int(sizes[0][1]))
+    return view if view != same else identity(call)
+
+
+def tile(call: Call) -> View:
+    """All entries of an axis, again and again."""
     view = call.view()
-    for b, given in zip(call.building.batches, call.constants(1), strict=True):
-        full, wanted = view.full_shape(b), tuple(given.reshape(-1).tolist())
-        if np.broadcast_shapes(full, wanted) != full:
-            call.refuse(f"it repeats entries, from shape {full} to {wanted}")
-    return identity(call)
+    repeats = call.constant(1).reshape(-1).tolist()
+    if len(repeats) != view.ndim:
+        raise ValueError(f"it repeats {len(repeats)} axes of a tensor with {view.ndim}")
+    for axis, times in enumerate(repeats):
+        if times != 1:
+            _bounded(view.size(axis) * times)
+            view = _choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
+    return view if view != call.view() else identity(call)

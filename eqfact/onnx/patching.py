@@ -20,13 +20,14 @@ from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import write_model
-from eqfact.onnx.origin import OnnxError, Origin, Source
+from eqfact.onnx.layers import Einsum
+from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Conv, Dense
+from eqfact.ops import Conv, Dense, Extend
 
 #: From which opset on these take a second input as it is written here.
-OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Clip": 11}
+OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
 #: Attributes that multiply parameters of a node.
 SCALING = ("alpha", "beta")
 
@@ -129,6 +130,8 @@ class Patcher(GraphWriter):
         own = next((n for n in self.before.values() if n.origin is origin), None)
         if own is None or not self._makes(own.name):
             raise self._refused(node)
+        if any(isinstance(part := self.before[i].origin, Origin) and part.makes == origin.makes for i in own.inputs if i in self.before):
+            raise self._refused(node)  # it is the last of several that one node of the file became
         if self._tensor(makes).axes != self._tensor(origin.makes).axes:
             makes = origin.makes
         reads, inputs = origin.reads, own.inputs
@@ -186,8 +189,23 @@ class Patcher(GraphWriter):
         assert self._view is not None
         return self.parameter(node, name, self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None]))
 
+    def beside(self, node: Node, op: Extend) -> tuple[AnyArray, int]:
+        assert self._view is not None
+        layout = self._view.layout()
+        if layout is None:
+            raise self._refused(node)
+        return op.constant.transpose([int(i) for i in np.argsort(layout)])[None], layout[op.axis]
+
+    def samples(self, node: Node) -> int | None:
+        assert self._view is not None
+        return 1 if self._view.batch is None else None
+
     def write(self, node: Node) -> None:
         origin = node.origin
+        if isinstance(node.op, (Conv, Dense)) and isinstance(origin, Origin) and not origin.transposed and (
+                self._kinds[origin.makes] in ("MatMul", "Einsum")):
+            self._product(node, node.op, origin.makes)
+            return
         if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
             self._matmul(node, node.op)
         elif isinstance(node.op, Dense) and isinstance(origin, Origin) and self._kinds[origin.makes] == "Gemm":
@@ -196,6 +214,27 @@ class Patcher(GraphWriter):
             self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
         else:
             super().write(node)
+
+    def _product(self, node: Node, op: Conv | Dense, makes: str) -> None:
+        """A product with the constant on either side, as it was, and a sum if there is a bias."""
+        proto = next(p for p in self.source.model.graph.node if makes in p.output)
+        rows = op.weight.reshape(op.weight.shape[:2])
+        at = next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
+        if proto.op_type == "Einsum":
+            value = self.source.tensors[proto.input[1 - at]]
+            constant = self.source.tensors[proto.input[at]]
+            assert isinstance(value, View) and isinstance(constant, Constant)
+            terms = Einsum.of(options["equation"].decode(), at, value.ndim)
+            assert terms is not None
+            rows = terms.back(rows, constant.values[0].shape)
+        inputs = list(node.inputs)
+        inputs.insert(at, self.parameter(node, "weight", rows, key=op.weight))
+        if op.bias is None:
+            self.node(proto.op_type, inputs, node.name, node, **options)
+            return
+        made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
+        self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
 
     def _matmul(self, node: Node, op: Conv) -> None:
         """A product over the last axis, and a sum if there is a bias."""
