@@ -15,34 +15,33 @@ import numpy as np
 
 from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
-from eqfact.onnx.folding import MOST_ENTRIES
-from eqfact.onnx.layers import along, sides_of
+from eqfact.onnx.layers import sides_of
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import BATCH, View
-from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take, Upsample
+from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take
 
 #: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
-def _bounded(count: float) -> int:
+def bounded(count: float) -> int:
     """How many entries are chosen along an axis, if not more than is read with here; they are listed."""
     if not count <= MOST_CHANNELS:
         raise ValueError(f"it chooses {count:g} entries along an axis, more than a network is read with here ({MOST_CHANNELS})")
     return int(count)
 
 
-def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
+def choose(call: Call, view: View, axis: int, indices: Any) -> View:
     """Entries along one axis."""
     if not view.axes[view.axis(axis)] and len(indices) > 1:
         return _repeat(call, view, view.axis(axis), len(indices))
-    _bounded(len(indices))
+    bounded(len(indices))
     return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
 
 
 def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     """The one entry of an axis, so many times: entries of a value that has this axis."""
-    _bounded(count)
+    bounded(count)
     standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
@@ -64,153 +63,28 @@ def pad(call: Call) -> View:
             continue
         n = view.size(axis)
         if min(before, after) < 0:  # first what is cut off
-            view = _choose(call, view, axis, range(max(0, -before), n + min(0, after)))
+            view = choose(call, view, axis, range(max(0, -before), n + min(0, after)))
             n = view.size(axis)
         before, after = max(0, before), max(0, after)
         if mode in REPEATING and before + after:
-            _bounded(n + before + after)
+            bounded(n + before + after)
             if n < 2 and mode == "reflect":
                 raise ValueError(f"it reflects along axis {axis}, which has {n} entries")
-            view = _choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
+            view = choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
         elif before + after:
             padded[axis] = (before, after)
     if mode not in (*REPEATING, "constant"):
         call.refuse(f"its mode is '{mode}'")
     if not padded:
         return view if view != call.view() else identity(call)
-    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0))
+    return over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0))
 
 
-def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any) -> View:
+def over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any) -> View:
     """An op with one parameter an axis of space: on the value itself if its channels stay out of it, else on the tensor as it stands."""
     standing = call.apart(view, at)
     space = sorted((i, axis) for axis, i in standing.axes.items() if i)
     return standing.back(call.emit(make(tuple(at.get(axis, neutral) for _, axis in space)), standing.value))
-
-
-# ------------------------------------------------------------------------------------------------- resizing
-
-
-def resize(call: Call) -> View:
-    """Nearest neighbours, whatever mix of attributes says so: whole factors repeat entries, others choose some. Linear and cubic
-    interpolation is a matrix along each axis."""
-    mode = call.text("mode", "nearest")
-    if mode not in ("nearest", "linear", "cubic"):
-        call.refuse(f"its mode is '{mode}'")
-    view = call.view()
-    axes = [view.axis(a) for a in call.integers("axes", range(view.ndim))]
-    roi = [(0.0, 1.0)] * len(axes)
-    if _transformation(call) == "tf_crop_and_resize":
-        ends = call.constant(1).reshape(2, -1).astype(float)
-        roi = list(zip(*ends.tolist(), strict=True))
-    repeated, taken, blended = {}, {}, dict[int, Any]()
-    for axis, (scale, count), part in zip(axes, _scaled(call, view, axes), roi, strict=True):
-        if scale == 1 and part == (0, 1):
-            continue
-        n = view.size(axis)
-        count = _bounded(n * scale + 1e-9 if count is None else count)
-        if mode != "nearest" and count * n > MOST_ENTRIES:
-            call.refuse(f"its matrix of {count} by {n} entries is larger than what is computed while a file is read")
-        at = _coordinates(call, n, count, scale, part)
-        outside = (at < 0) | (at > n - 1) if _transformation(call) == "tf_crop_and_resize" else np.zeros(count, bool)
-        if outside.any() and call.number("extrapolation_value", 0.0):
-            call.refuse(f"what lies outside is {call.number('extrapolation_value', 0.0):g}, not 0")
-        if mode != "nearest" or outside.any():
-            matrix = _interpolation(call, n, at, scale, mode) if mode != "nearest" else np.eye(n)[_nearest(call, n, at)]
-            blended[axis] = np.where(outside[:, None], 0, matrix)
-            continue
-        sources = _nearest(call, n, at)
-        if scale >= 1 and np.array_equal(sources, np.repeat(np.arange(n), round(scale))):
-            repeated[axis] = round(scale)
-        else:
-            taken[axis] = sources
-    for axis, sources in taken.items():
-        view = _choose(call, view, axis, sources)
-    if blended:
-        view = along(call, view, blended)
-    if not repeated:
-        return view if taken or blended else identity(call)
-    return _over_space(call, view, repeated, Upsample, 1)
-
-
-def _scaled(call: Call, view: View, axes: Sequence[int]) -> list[tuple[float, int | None]]:
-    """The scale of each axis, and its size behind it, if that is not the scale's."""
-    i = 1 if call.opset < 11 else 2
-    if call.node.op_type == "Upsample" and "scales" in call.attributes:
-        return [(float(s), None) for s in call.attributes["scales"]]
-    if call.has(i) and call.constant(i).size:
-        return [(s, None) for s in call.constant(i).reshape(-1).tolist()]
-    policy = call.text("keep_aspect_ratio_policy", "stretch")
-    if call.known(3) is None:
-        call.refuse("its scales or sizes are not constant")
-    found = set()
-    for sizes, b in zip(call.constants(3), call.building.batches, strict=True):
-        full = [view.full_shape(b)[a] for a in axes]
-        scales = [n / m for n, m in zip(sizes.reshape(-1).tolist(), full, strict=True)]
-        if policy != "stretch":
-            one = min(scales) if policy == "not_larger" else max(scales)
-            found.add(tuple((one, math.floor(one * n + 0.5)) for n in full))
-        else:
-            found.add(tuple((s, None) for s in scales))
-    if len(found) > 1:
-        call.refuse("its scales depend on the size of the batch")
-    return list(found.pop())
-
-
-def _transformation(call: Call) -> str:
-    return call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
-
-
-def _coordinates(call: Call, n: int, count: int, scale: float, roi: tuple[float, float]) -> Any:
-    """Where among ``n`` entries each of ``count`` entries of a Resize lies (ONNX, Resize)."""
-    x, length, transformation = np.arange(count), n * scale, _transformation(call)
-    halves = (x + 0.5) / scale - 0.5
-    at = {
-        "asymmetric": x / scale,
-        "half_pixel": halves,
-        "half_pixel_symmetric": n / 2 * (1 - count / length) + halves,
-        "pytorch_half_pixel": halves if count > 1 else 0.0 * x,
-        "align_corners": x * ((n - 1) / (length - 1)) if length != 1 else 0.0 * x,
-        "tf_half_pixel_for_nn": (x + 0.5) / scale,
-        "tf_crop_and_resize": roi[0] * (n - 1) + (x * (roi[1] - roi[0]) * (n - 1) / (length - 1) if length != 1
-                                                  else (roi[1] - roi[0]) * (n - 1) / 2),
-    }.get(transformation)
-    if at is None:
-        call.refuse(f"its coordinate_transformation_mode is '{transformation}'")
-    return np.broadcast_to(at, count)
-
-
-def _nearest(call: Call, n: int, at: Any) -> Any:
-    """Which of ``n`` entries is nearest to each place."""
-    rounding = call.text("nearest_mode", "floor" if call.opset < 11 else "round_prefer_floor")
-    whole = {"round_prefer_floor": np.ceil(at - 0.5), "round_prefer_ceil": np.floor(at + 0.5), "floor": np.floor(at), "ceil": np.ceil(at)}
-    return np.clip(whole[rounding], 0, n - 1).astype(int)
-
-
-def _interpolation(call: Call, n: int, at: Any, scale: float, mode: str) -> Any:
-    """The matrix of weights with which each place reads ``n`` entries: the kernel, wider if it is to smooth what is left out; entries
-    beyond the ends are the last ones, or left out."""
-    smooth = bool(call.integer("antialias", 0))
-    width = min(scale, 1.0) if smooth else 1.0
-    kernel, reach = (_hat, 1) if mode == "linear" else (lambda t: _cubic(t, call.number("cubic_coeff_a", -0.75)), 2)
-    near = np.floor(at).astype(int)[:, None] + np.arange(-math.ceil(reach / width), math.ceil(reach / width) + 2)
-    weights = kernel(np.abs(near - at[:, None]) * width)
-    if call.integer("exclude_outside", 0):
-        weights = np.where((near >= 0) & (near < n), weights, 0)
-    if smooth or call.integer("exclude_outside", 0):
-        weights /= weights.sum(axis=1, keepdims=True)
-    matrix = np.zeros((len(at), n))
-    np.add.at(matrix, (np.arange(len(at))[:, None], np.clip(near, 0, n - 1)), weights)
-    return matrix
-
-
-def _hat(t: Any) -> Any:
-    return np.maximum(1 - t, 0)
-
-
-def _cubic(t: Any, a: float) -> Any:
-    inner, outer = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    return np.where(t <= 1, inner, np.where(t < 2, outer, 0))
 
 
 # ------------------------------------------------------------------------------------------------- joining
@@ -375,7 +249,7 @@ def slice_(call: Call) -> View:
         stop: int | None = end
         if step < 0 and end < -n:  # down to the first entry and with it
             stop = None
-        view = _choose(call, view, axis, range(n)[start:stop:step])
+        view = choose(call, view, axis, range(n)[start:stop:step])
     return view
 
 
@@ -397,7 +271,7 @@ def gather(call: Call) -> View:
     n = view.size(axis)
     if chosen.size and not -n <= chosen.min() <= chosen.max() < n:
         raise ValueError(f"it takes entries {chosen.min()} to {chosen.max()} of {n}")
-    view = _choose(call, view, axis, np.where(chosen < 0, chosen + n, chosen).reshape(-1))
+    view = choose(call, view, axis, np.where(chosen < 0, chosen + n, chosen).reshape(-1))
     if chosen.ndim == 0:
         return view.with_axes(*view.axes[:axis], *view.axes[axis + 1:])
     batches = call.building.batches
@@ -450,6 +324,6 @@ def tile(call: Call) -> View:
         raise ValueError(f"it repeats {len(repeats)} axes of a tensor with {view.ndim}")
     for axis, times in enumerate(repeats):
         if times != 1:
-            _bounded(view.size(axis) * times)
-            view = _choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
+            bounded(view.size(axis) * times)
+            view = choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
     return view if view != call.view() else identity(call)

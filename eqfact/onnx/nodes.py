@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from eqfact.onnx import arithmetic, layers, moving
+from eqfact.onnx import arithmetic, layers, moving, resizing
 from eqfact.onnx.call import Reader
 from eqfact.ops import Abs, AvgPool, Erf, HardSigmoid, HardSwish, LeakyReLU, LpPool, MaxPool, MinPool, ReLU, Sigmoid, Tanh
 
@@ -30,7 +30,7 @@ READERS: dict[str, Reader] = {
     "HardSigmoid": arithmetic.plain(lambda call: HardSigmoid(call.number("alpha", 0.2), call.number("beta", 0.5))),
     "HardSwish": arithmetic.plain(lambda _: HardSwish()), "Gelu": arithmetic.gelu, "Swish": arithmetic.swish, "Softmax": arithmetic.softmax,
     "Identity": moving.identity, "Dropout": arithmetic.dropout, "Cast": arithmetic.cast,
-    "Pad": moving.pad, "Resize": moving.resize, "Upsample": moving.resize, "Concat": moving.concat,
+    "Pad": moving.pad, "Resize": resizing.resize, "Upsample": resizing.resize, "Concat": moving.concat,
     "Shape": moving.shape_of, "Size": moving.size_of, "Reshape": moving.reshape, "Flatten": moving.flatten,
     "Squeeze": moving.squeeze, "Unsqueeze": moving.unsqueeze,
     "Transpose": moving.transpose, "Slice": moving.slice_, "Split": moving.split, "Gather": moving.gather,
