@@ -23,7 +23,7 @@ from eqfact.onnx.call import Call
 from eqfact.onnx.nodes import READERS
 from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, errors_of, sizes
 from eqfact.onnx.reading import opset, read_model
-from eqfact.onnx.views import View
+from eqfact.onnx.views import OneSample, View
 from eqfact.ops import Shape
 
 Path_ = str | os.PathLike[str]
@@ -44,6 +44,8 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
         try:
             return Importer(path, read_model(path), input_shapes or {}).graph()
         except OnnxError as error:
+            if not isinstance(error.__cause__, OneSample):
+                raise
             try:  # a free batch, but a batch of one sample baked into a node: then the network is one for single samples
                 return Importer(path, read_model(path), input_shapes or {}, samples=1).graph()
             except OnnxError:
