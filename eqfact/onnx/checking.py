@@ -126,8 +126,8 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
         scale = node.op.magnitude(*map(np.abs, inputs)).max(axis=axes)
     else:  # runtimes approximate curves, by so much of the largest value that they can take
         scale = np.full(len(error), max(float(np.abs(truth).max()), float(isinstance(node.op, Blocking))))
-    u = float(np.finfo(truth.dtype).eps) / 2
-    bound = u**0.5 / NEAR * scale.astype(np.float64)
+    limits = np.finfo(truth.dtype)
+    bound = float(limits.eps / 2) ** 0.5 / NEAR * scale.astype(np.float64) + float(limits.tiny)  # engines drop what is subnormal
     channel = int(np.argmax(error - bound))
     return float(error[channel]), float(bound[channel])
 

@@ -121,13 +121,13 @@ class Patcher(Writer):
         own = next((n for n in self.before.values() if n.origin is origin), None)
         if own is None or self._tensor(makes).axes != self._tensor(origin.makes).axes:
             raise self._refused(node)
-        reads = origin.reads
-        if own.inputs != node.inputs:  # another node was folded into it: what that one read
-            folded = self.before.get(own.inputs[0])
+        reads, inputs = origin.reads, own.inputs
+        while inputs != node.inputs:  # other nodes were folded into it: what those read
+            folded = self.before.get(inputs[0])
             folded_from = folded.origin if folded is not None else None
-            if folded is None or not isinstance(folded_from, Origin) or folded.inputs != node.inputs or reads != (folded_from.makes,):
+            if folded is None or not isinstance(folded_from, Origin) or reads != (folded_from.makes,):
                 raise self._refused(node)
-            reads = folded_from.reads
+            reads, inputs = folded_from.reads, folded.inputs
         return replace(node, name=makes, inputs=reads)
 
     def _makes(self, value: str) -> str:
