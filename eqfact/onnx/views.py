@@ -112,8 +112,9 @@ class View:
         made = View(self.value, self.shape, tuple(axes))
         if todo or any(made.full_shape(b) != tuple(t) for b, t in zip(batches, targets, strict=True)):
             single = all(math.prod(t) == math.prod(self.full_shape(1)) for t in targets)
-            raise (OneSample if single else ValueError)(f"it reshapes {self.described()} to {list(targets[0])}, which mixes samples of the batch or loses its axis "
-                             f"(assumed size {batches[0]})")
+            raise (OneSample if single else ValueError)(
+                f"it reshapes {self.described()} to {list(targets[0])}, which mixes samples of the batch or loses its axis "
+                f"(assumed size {batches[0]})")
         return made
 
     def transpose(self, axes: Sequence[int]) -> View:
