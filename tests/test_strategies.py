@@ -174,7 +174,6 @@ RANGES = {
     "transposed kernels": (lambda g: [n for node in uses(g, eq.ConvTranspose) for n in node.op.weight.shape[2:]], {1, 2}),
     "transposed strides": (parameters(eq.ConvTranspose, "stride"), {1, 2}),
     "transposed dilations": (parameters(eq.ConvTranspose, "dilation"), {1, 2}),
-    "transposed groups": (parameters(eq.ConvTranspose, "groups"), {1, 2, 3, 4}),
     "transposed padding": (parameters(eq.ConvTranspose, "padding"), {0, 1}),
     "output padding": (parameters(eq.ConvTranspose, "output_padding"), {0, 1}),
     "eps": (parameters(eq.BatchNorm, "eps"), {1e-5, 1e-3}),
@@ -199,8 +198,11 @@ RANGES = {
 
 @pytest.mark.parametrize("what", RANGES)
 def test_networks_cover_their_ranges_and_no_more(what, found):
-    drawn, expected = RANGES[what]
-    assert {n for graph, _, _ in found for n in drawn(graph)} == expected
+    """Rare ops need not show every corner."""
+    numbers, expected = RANGES[what]
+    drawn = [n for graph, _, _ in found for n in numbers(graph)]
+    assert set(drawn) <= expected
+    assert len(drawn) < 10 * len(expected) or set(drawn) == expected
 
 
 #: What builds a network step by step, and what only helps.
