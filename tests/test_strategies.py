@@ -186,7 +186,6 @@ RANGES = {
     "padded with": (parameters(eq.Pad, "value"), {0.0, 1.5}),
     "repetitions": (parameters(eq.Upsample, "factor"), {1, 2}),
     "entries taken": (lambda g: [len(node.op.indices) for node in uses(g, eq.ops.Take)], {1, 2, 3, 4, 5, 6}),
-    "axes taken along": (parameters(eq.ops.Take, "axis"), {0, 1, 2, 3}),
     "parts of axes": (lambda g: [split[1] for node in uses(g, eq.ops.Rearrange) for split in node.op.split], {1, 2, 3}),
     "axes joined along": (parameters(eq.Concat, "axis"), {0, 1, 2, 3}),
     "axes of softmax": (parameters(eq.Softmax, "axis"), {1, 2, 3, 4}),
