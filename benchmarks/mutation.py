@@ -149,6 +149,8 @@ class Changes:
                 continue
             if isinstance(node, ast.Assign) and "__all__" in self.text(node.targets[0]):
                 continue
+            if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
+                continue
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from self.of(child, function)
@@ -190,7 +192,7 @@ class Changes:
                     yield self.span(node.func)[1] - len(name), self.span(node.func)[1], CALLED[name]
                 arguments = sorted([*node.args, *node.keywords], key=lambda a: self.span(a))
                 for last, argument in zip([None, *arguments], arguments, strict=False):
-                    if isinstance(argument, ast.keyword) and argument.arg:
+                    if isinstance(argument, ast.keyword) and argument.arg not in (None, "strict"):
                         yield self.span(last)[1] if last else self.span(argument)[0], self.span(argument)[1], ""
             case ast.Return(value=ast.Call(args=[first, *_])) if not isinstance(first, ast.Starred):
                 yield *self.span(node.value), self.text(first)  # type: ignore[arg-type]
