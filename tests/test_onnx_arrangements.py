@@ -54,6 +54,12 @@ ARRANGEMENTS = {
     "samples and pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[0, 2, 3, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
                                        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[0, 3, 1, 2])],
                                        {"to": ints(-1, 4), "last": ints(-1, 2, 3, 4)}),
+    "pixels and samples in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 3, 0, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
+                                       [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[2, 3, 0, 1])],
+                                       {"to": ints(-1, 4), "last": ints(2, 3, -1, 4)}),
+    "samples between pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 0, 3, 1]), node("Reshape", ["s", "to"], ["t"])],
+                                           (0, 4), [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
+                                           {"to": ints(-1, 4), "last": ints(2, -1, 3, 4)}),
 }
 #: Nodes that make a tensor u of the shape of t. They are given its shape, in which only what is not the batch has a size.
 KEEPING = {
@@ -89,7 +95,11 @@ REFUSED = {
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
         "Pad that reflects, and Slice", "MatMul", "Split and Concat of the last axis")},
-    **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ("one axis", "samples and pixels in one axis")},
+    **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
+        "one axis", "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
+    **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
+        "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul",
+        "Split and Concat of the last axis")},
     ("an axis of one behind", "Pad that reflects, and Slice"): "reflects along axis 3, which has 1 entries",
     ("an axis of one behind", "Split and Concat of the last axis"): "splits 1 entries",
 }
