@@ -58,7 +58,8 @@ ARRANGEMENTS = {
                                        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[2, 3, 0, 1])],
                                        {"to": ints(-1, 4), "last": ints(2, 3, -1, 4)}),
     "samples between pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 0, 3, 1]), node("Reshape", ["s", "to"], ["t"])],
-                                           (0, 4), [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
+                                           (0, 4), [node("Reshape", ["u", "last"], ["v"]),
+                                                    node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
                                            {"to": ints(-1, 4), "last": ints(2, -1, 3, 4)}),
 }
 #: Nodes that make a tensor u of the shape of t. They are given its shape, in which only what is not the batch has a size.

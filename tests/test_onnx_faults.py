@@ -179,7 +179,8 @@ def test_halves_with_single_parameters_and_eps(tmp_path):
 def test_parameters_that_do_not_fit_into_halves_are_refused(tmp_path):
     half = np.ones(4, np.float16)
     proto = small.model([node("BatchNormalization", ["x", *"gbmv"], ["y"])], {"x": ["N", 4, 3]}, ["y"],
-                        {"g": half, "b": half, "m": np.full(4, 1e6, np.float32), "v": half.astype(np.float32)}, elem_type=TensorProto.FLOAT16)
+                        {"g": half, "b": half, "m": np.full(4, 1e6, np.float32), "v": half.astype(np.float32)},
+                        elem_type=TensorProto.FLOAT16)
     onnx.save(proto, tmp_path / "net.onnx")
     with pytest.raises(OnnxError, match="initializer 'm' does not fit into float16"):
         eqfact.onnx.load(tmp_path / "net.onnx")
