@@ -14,8 +14,8 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -253,12 +253,12 @@ def measure(names: Sequence[str]) -> None:
 
 HEAD = """# Files that people ship
 
-ONNX files out of published packages, as `python -m benchmarks files` finds them: read by `eqfact.onnx.open`, equalized (cross-layer), written,
-and run by onnxruntime before and after. *Kept*: nodes that eqfact has no layer for, or that stand among such nodes without a layer of weights;
-they are written byte for byte as they were read. *Free*: the share of the weights that stand in layers with a free factor on either side.
-*Equal*: what eqfact computes is what onnxruntime computes, value by value; and the outputs of the file written against those of the file read.
-*W8A8*: outputs of the quantized file in onnxruntime's integer kernels against the float file's, one step per tensor, min-max ranges of the
-same data; not equalized, and equalized.
+ONNX files out of published packages, as `python -m benchmarks files` finds them: read by `eqfact.onnx.open`, equalized (cross-layer),
+written, and run by onnxruntime before and after. *Kept*: nodes that eqfact has no layer for, or that stand among such nodes without a layer
+of weights; they are written byte for byte as they were read. *Free*: the share of the weights that stand in layers with a free factor on
+either side. *Equal*: what eqfact computes is what onnxruntime computes, value by value; and the outputs of the file written against those
+of the file read. *W8A8*: outputs of the quantized file in onnxruntime's integer kernels against the float file's, one step per tensor,
+min-max ranges of the same data; not equalized, and equalized.
 
 """
 

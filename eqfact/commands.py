@@ -13,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -95,7 +95,7 @@ def run_equalize(args: Args) -> Facts:
     _proven(network, images)
     start = fold_batchnorm(graph) if args.fold else graph
     stats = _calibrated(args, start, images)
-    result = _equalized(args, graph, start, stats, images)
+    result = _equalized(args, graph, start, stats, images, network.partly is not None)
     facts = {**_file(network), "method": "apply" if args.apply else args.method, "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
@@ -213,7 +213,7 @@ def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | 
     return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
 
 
-def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | None, images: files.Images) -> EqualizeResult:
+def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | None, images: files.Images, partly: bool) -> EqualizeResult:
     given = {name: getattr(args, name) for name in ("max_factor", "tol", "max_iter", "include", "exclude")}
     options = {name: value for name, value in given.items() if value is not None} | (
         {name: True for name in ("preactivation", "harmless") if getattr(args, name)})
@@ -228,16 +228,20 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
         args.refuse(f"--method {args.method} needs the ranges of activations: give --data FILE.npz")
     if stats is not None and args.weight_granularity != "per_group":
         weights, activations = _quantizers(args)
-        options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images)}
+        options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images, partly)}
     if stats is not None and args.method == "optimal":
         options["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
-    return equalize(graph, args.method, stats=stats, exact=args.exact, **options)
+    result = equalize(graph, args.method, stats=stats, exact=args.exact, **options)
+    if partly and "sensitivities" in options:
+        result = replace(result, message=f"{result.message}; noise is weighed at the {len(graph.outputs)} outputs of what is understood, "
+                                         "relative to the power of each")
+    return result
 
 
-def _sensitivities(graph: Graph, stats: Statistics, images: files.Images) -> Sensitivities:
+def _sensitivities(graph: Graph, stats: Statistics, images: files.Images, partly: bool) -> Sensitivities:
     """By gradients on some of the images; from the statistics alone if an op has no gradient."""
     try:
-        return gradient_sensitivities(graph, _progress(images.first(SENSED).batches(), "gradients"))
+        return gradient_sensitivities(graph, _progress(images.first(SENSED).batches(), "gradients"), relative_to=stats if partly else None)
     except TypeError:
         return forward_sensitivities(graph, stats)
 

@@ -46,17 +46,19 @@ class Sensitivities:
 
 
 def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, projections: int = 4, seed: int = 0,
-                           means: Statistics | None = None) -> Sensitivities:
+                           means: Statistics | None = None, relative_to: Statistics | None = None) -> Sensitivities:
     """Squared gradients of random projections of the output (PAPER 9): ``E (d v.y / d w)**2`` over images and ``v`` of +-1.
 
     ``batches`` is one batch ``(N, C, *spatial)`` (arrays by name for several inputs), or any iterable of batches.
     A weight that is 0 and an activation entry that is 0 are on every grid exactly; they make no noise and do not count. With
     ``means`` (statistics of the same graph) weights are measured against inputs with their channel mean taken off: that is the noise
-    which is left when a bias correction removes its mean.
+    which is left when a bias correction removes its mean. With ``relative_to`` (likewise) each output counts relative to its own power
+    there: for networks whose outputs go on into something else, where none is worth more for being larger.
     """
     if projections < 1:
         raise ValueError(f"projections must be at least 1, got {projections}")
     rng = np.random.default_rng(seed)
+    power = {name: _power(graph, relative_to, name) for name in graph.outputs}
     of_weights: dict[str, Vector] = {}
     of_values: dict[str, Vector] = {}
     signal, images = 0.0, 0
@@ -64,9 +66,9 @@ def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, proj
         for x in _single_images(graph, batch):
             env = values(graph, x)
             images += 1
-            signal += sum(float((env[name].astype(np.float64) ** 2).sum()) for name in graph.outputs)
+            signal += sum(float((env[name].astype(np.float64) ** 2).sum()) / power[name] for name in graph.outputs)
             for _ in range(projections):
-                v = {name: rng.choice((-1.0, 1.0), size=env[name].shape) for name in graph.outputs}
+                v = {name: rng.choice((-1.0, 1.0), size=env[name].shape) / power[name]**0.5 for name in graph.outputs}
                 seen: dict[str, Array] = {}
                 for node, inputs, g in reverse_walk(graph, env, v, seen):
                     if isinstance(node.op, Weighted):
@@ -83,6 +85,13 @@ def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, proj
         raise ValueError("sensitivities need at least one image, got none")
     count = images * projections
     return Sensitivities({n: s / count for n, s in of_weights.items()}, {n: s / count for n, s in of_values.items()}, signal / images)
+
+
+def _power(graph: Graph, stats: Statistics | None, output: str) -> float:
+    """The power of an output of one image, the sum of its squares; 1 without statistics, or if it is 0."""
+    if stats is None:
+        return 1.0
+    return float(stats[output].mean_square.sum()) * math.prod(graph.shapes[output][1:]) or 1.0
 
 
 def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:

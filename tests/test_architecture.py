@@ -1,6 +1,7 @@
 """The shape of the house (DESIGN section 3): modules import downwards only, the library does not print, pickle or drag in extras."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_modules_do_not_import_each_other_in_a_circle():
         ready = {module for module, needs in below.items() if module not in placed and needs <= placed}
         assert ready, f"a circle among {sorted(set(below) - placed)}"
         placed |= ready
+
+
+def test_no_two_files_of_the_largest_package_need_each_other():
+    """Not even for their types: a reader of one file of onnx/ never has to know another that builds on it."""
+    needs = {}
+    for path in (path for path in SOURCES if module_of(path) == "onnx" and path.name != "__init__.py"):
+        module = ".".join(("eqfact", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        needs[module] = {n for n in imports(path) if n != module}
+    needs = {module: {n for n in names if n in needs} for module, names in needs.items()}
+    sorter = graphlib.TopologicalSorter(needs)
+    sorter.prepare()
 
 
 @any_source

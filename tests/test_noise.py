@@ -454,3 +454,21 @@ def test_outputs_make_noise_only_where_they_are_to_be_rounded():
     assert loud - silent == {"fc", "other"}
     assert silent == set(stored_values(net)) == loud - set(net.outputs)
     assert "fc.float" not in eq.quantize(net, activations=A8, stats=stats).shapes
+
+
+def test_relative_sensitivities_do_not_depend_on_how_large_an_output_is():
+    """Each output counts relative to its own power: one that is a thousand times larger weighs no more; the signal is their number."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 4))
+
+    def net(scale):
+        return eq.Graph({"x": (4,)}, [
+            eq.Node("a", eq.Dense(np.random.default_rng(1).normal(size=(5, 4))), ["x"]), eq.Node("r", eq.ReLU(), ["a"]),
+            eq.Node("y", eq.Dense(np.random.default_rng(2).normal(size=(3, 5))), ["r"]),
+            eq.Node("z", eq.Dense(scale * np.random.default_rng(4).normal(size=(2, 5))), ["r"])], ["y", "z"])
+    found = [eq.gradient_sensitivities(g, x, relative_to=eq.calibrate(g, x)) for g in (net(1.0), net(1000.0))]
+    np.testing.assert_allclose(found[0].weights["a"], found[1].weights["a"])
+    np.testing.assert_allclose(found[0].activations["r"], found[1].activations["r"])
+    np.testing.assert_allclose([f.signal for f in found], 2)
+    plain = [eq.gradient_sensitivities(g, x).weights["a"] for g in (net(1.0), net(1000.0))]
+    assert (plain[1] > 1000 * plain[0]).any()

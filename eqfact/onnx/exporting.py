@@ -1,13 +1,15 @@
-"""How is a graph written as ONNX anew? Node by node, each by the function that its op class has in :data:`writers.WRITERS`.
+"""What does the writer of an op need? The ONNX nodes and initializers so far, names that are taken, and what the file was called before.
 
-The file computes what ``eqfact.forward`` computes, in the network's own floating type, under the names that an imported network
-brought along. It is checked by onnx, with shapes, before anything is written, and it appears whole or not at all.
+How a node is written stands in :mod:`eqfact.onnx.writers`, on which tensors in :mod:`eqfact.onnx.patching`. The file computes what
+``eqfact.forward`` computes, in the network's own floating type, under the names that an imported network brought along. It is checked by
+onnx, with shapes, before anything is written, and it appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,7 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN, check_model
-from eqfact.onnx.writers import WRITERS
 from eqfact.ops import Weighted
-from eqfact.quantization import FakeQuantize
 
 Path_ = str | os.PathLike[str]
 
@@ -51,7 +51,7 @@ def write_model(path: Path_, model: onnx.ModelProto) -> None:
         raise
 
 
-class Writer:
+class Writer(ABC):
     """The state of one export: the ONNX nodes and initializers written so far, and the names that are taken."""
 
     def __init__(self, path: Path_, graph: Graph) -> None:
@@ -79,14 +79,9 @@ class Writer:
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.initializers.items())
         return model
 
+    @abstractmethod
     def write(self, node: Node) -> None:
         """The ONNX nodes of one eqfact node."""
-        writer = WRITERS.get(type(node.op))
-        if writer is None:
-            remedy = ("use eqfact.onnx.save_qdq for a quantized network" if isinstance(node.op, FakeQuantize)
-                      else "replace it, or remove it from the network")
-            raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} has no ONNX counterpart here; {remedy}")
-        writer(self, node, node.op)
 
     def _header(self) -> onnx.ModelProto:
         """The model without nodes: as in the file that the network came from, or a new one."""

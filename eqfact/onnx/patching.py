@@ -19,9 +19,10 @@ from onnx import numpy_helper
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.exporting import Writer, write_model
+from eqfact.onnx.exporting import write_model
 from eqfact.onnx.origin import OnnxError, Origin, Source
 from eqfact.onnx.views import View
+from eqfact.onnx.writers import GraphWriter
 from eqfact.ops import Conv, Dense
 
 #: From which opset on these take a second input as it is written here.
@@ -47,7 +48,7 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
         with contextlib.suppress(OnnxError):
             model = Patcher(path, graph, source.read, source).model()
-    write_model(path, Writer(path, graph).model() if model is None else model)
+    write_model(path, GraphWriter(path, graph).model() if model is None else model)
 
 
 def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
@@ -55,7 +56,7 @@ def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sourc
     write_model(path, Patcher(path, graph, read, source).model())
 
 
-class Patcher(Writer):
+class Patcher(GraphWriter):
     """A writer whose nodes stand among those of a file."""
 
     def __init__(self, path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:

@@ -20,8 +20,9 @@ from onnx import helper
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.exporting import Path_, Writer, write_model
+from eqfact.onnx.exporting import Path_, write_model
 from eqfact.onnx.origin import OnnxError, Origin
+from eqfact.onnx.writers import GraphWriter
 from eqfact.ops import Add, AvgPool, BatchNorm, Dense, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
@@ -58,7 +59,7 @@ def save_qdq(path: Path_, graph: Graph) -> None:
     write_model(path, QdqWriter(path, graph).model())
 
 
-class QdqWriter(Writer):
+class QdqWriter(GraphWriter):
     """A writer that writes what lies on a grid as whole numbers."""
 
     def __init__(self, path: Path_, graph: Graph) -> None:

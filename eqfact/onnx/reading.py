@@ -69,18 +69,25 @@ def _model(path: Path, data: bytes) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, *, full: bool = False) -> None:
-    """onnx's own check, with its shapes if ``full``; inputs and outputs may leave theirs out, though the checker wants one."""
-    infos = [info for info in (*model.graph.input, *model.graph.output)
-             if info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape")]
-    for info in infos:
+    """onnx's own check, with its shapes if ``full``; what files leave open in ways that it does not like is looked over."""
+    infos = [info for info in (*model.graph.input, *model.graph.output, *model.graph.value_info) if info.type.HasField("tensor_type")]
+    shapeless = [info for info in infos[:len(model.graph.input) + len(model.graph.output)] if not info.type.tensor_type.HasField("shape")]
+    negative = [(dim, dim.dim_value) for info in infos for dim in info.type.tensor_type.shape.dim if dim.dim_value < 0]
+    for dim, _ in negative:
+        dim.ClearField("dim_value")
+    for info in shapeless:
         info.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
-    finally:
-        for info in infos:
+        for info in shapeless:
             info.type.tensor_type.ClearField("shape")
-    if full:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        if full:
+            onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    finally:
+        for info in shapeless:
+            info.type.tensor_type.ClearField("shape")
+        for dim, value in negative:
+            dim.dim_value = value
 
 
 def input_names(path: Path | str) -> list[str]:

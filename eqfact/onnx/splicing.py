@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, version_converter
 
 from eqfact.graph import Graph
 from eqfact.onnx.building import names_read
@@ -29,17 +29,17 @@ SIZED = (AvgPool, MaxPool, Rearrange, Take, Unflatten)
 
 def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, kind: type[Writer]) -> onnx.ModelProto:
     """The file of ``source``, of which ``read`` was understood, with ``graph`` as ``kind`` writes it in the place of that."""
-    if opset(source.model) < OLDEST_WRITTEN:
-        raise OnnxError(f"{path}: the file has opset {opset(source.model)}, and what is written into it needs {OLDEST_WRITTEN} at least; "
-                        "convert it with onnx.version_converter")
-    protos = source.model.graph.node
+    file = _recent(path, source)
+    protos = file.graph.node
     views = {name: tensor for name, tensor in source.tensors.items() if isinstance(tensor, View)}
     made = {node.origin.makes: node.name for node in read.nodes if isinstance(node.origin, Origin) and node.origin.makes in views
             and views[node.origin.makes].value == node.name}
-    taken = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(source.initializers) | set(graph.shapes)
+    taken = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(graph.shapes) | set(source.initializers)
     away = {value for tensor, value in made.items() if tensor != value or not views[tensor].plain}
     types = [helper.np_dtype_to_tensor_dtype(dtype) for dtype in (source.dtype(), kind(path, graph).dtype)]
-    if types[0] != types[1]:  # what is written computes in another type than the file
+    # onnxruntime moves roundings on to readers, and crashes where these are graphs within nodes: a sum of one hides them
+    hidden = any(len(names_read(proto)) > sum(map(bool, proto.input)) for proto in protos)
+    if types[0] != types[1] or hidden:
         away |= {*made.values(), *graph.inputs}
     names = {value: _fresh(f"{value}.samples", taken) for value in sorted(away)}
     writer = kind(path, _renamed(graph, names))
@@ -52,21 +52,23 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     extra: dict[str, onnx.TensorProto] = {}
     for tensor, value in made.items():
         if names.get(value, value) != tensor:
-            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], types[0] if types[0] != types[1] else None, extra, taken)
+            cast = types[0] if types[0] != types[1] else None
+            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], cast, extra, taken, hidden)
     for value in graph.inputs:
         tensor = next(name for name, view in views.items() if view.value == value)
         if names.get(value, value) != tensor:
             nodes += _value_from(tensor, names.get(value, value), views[tensor], types[1] if types[0] != types[1] else None, extra, taken)
-    nodes = _ordered(nodes, {str(info.name) for info in source.model.graph.output})
+    nodes = _ordered(nodes, {str(info.name) for info in file.graph.output})
     model = onnx.ModelProto()
-    model.CopyFrom(source.model)
+    model.CopyFrom(file)
+    del model.graph.initializer[:]
     model.ir_version = max(model.ir_version, inner.ir_version)
     for standard in model.opset_import:
         if standard.domain in ("", "ai.onnx"):
             standard.version = max(standard.version, opset(inner))
-    if opset(inner) != opset(source.model) and any(proto.output[0] not in ops for proto in protos if proto.output):
+    if opset(inner) > opset(file) and any(proto.output[0] not in ops for proto in protos if proto.output):
         raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have "
-                        f"{opset(source.model)}; convert the file with onnx.version_converter")
+                        f"{opset(file)}; convert the file with onnx.version_converter")
     if any(isinstance(node.op, SIZED) for node in graph.nodes):
         _fix_sizes(model, views, source)
     del model.graph.node[:], model.graph.value_info[:]
@@ -74,9 +76,23 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     wanted = {name for node in nodes for name in names_read(node)} | {info.name for info in model.graph.output}
     own = {tensor.name: tensor for tensor in inner.graph.initializer}
     model.graph.initializer.extend(tensor for name, tensor in {**own, **extra}.items() if name in wanted)
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in source.initializers.items()
-                                   if name in wanted and name not in own)
+    model.graph.initializer.extend(tensor for tensor in file.graph.initializer if tensor.name in wanted and tensor.name not in own)
     return model
+
+
+def _recent(path: str | os.PathLike[str], source: Source) -> onnx.ModelProto:
+    """The whole file, of an opset that can be written into; onnx itself converts an older one."""
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in source.initializers.items())
+    if opset(model) >= OLDEST_WRITTEN:
+        return model
+    try:
+        recent: onnx.ModelProto = version_converter.convert_version(model, OLDEST_WRITTEN)
+    except RuntimeError as error:
+        raise OnnxError(f"{path}: the file has opset {opset(model)}, what is written into it needs {OLDEST_WRITTEN} at least, and onnx "
+                        f"does not convert it: {' '.join(str(error).split())[:300]}") from error
+    return recent
 
 
 def _fresh(name: str, taken: set[str]) -> str:
@@ -99,12 +115,14 @@ def _shape(name: str, dims: list[int], extra: dict[str, onnx.TensorProto], taken
     return name
 
 
-def _tensor_from(tensor: str, value: str, view: View, cast: int | None, extra: dict[str, onnx.TensorProto],
-                 taken: set[str]) -> list[onnx.NodeProto]:
+def _tensor_from(tensor: str, value: str, view: View, cast: int | None, extra: dict[str, onnx.TensorProto], taken: set[str],
+                 hidden: bool) -> list[onnx.NodeProto]:
     """Nodes that make a tensor of its value: split into atoms, ordered, joined."""
     split, order = view.atoms()
     target = [-1 if BATCH in axis else math.prod(a.size for a in axis) for axis in view.axes]
-    return _moved(value, tensor, [-1 if a.is_batch else a.size for a in split], order, target, cast, extra, taken)
+    last = _fresh(f"{tensor}.shown", taken) if hidden else tensor
+    nodes = _moved(value, last, [-1 if a.is_batch else a.size for a in split], order, target, cast, extra, taken)
+    return [*nodes, helper.make_node("Sum", [last], [tensor])] if hidden else nodes
 
 
 def _value_from(tensor: str, value: str, view: View, cast: int | None, extra: dict[str, onnx.TensorProto],

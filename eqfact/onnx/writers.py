@@ -7,13 +7,14 @@ the same. The value has the name of the node; what stands between several ONNX n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from eqfact.graph import Node
 from eqfact.onnx.call import AnyArray
-from eqfact.onnx.origin import Origin
+from eqfact.onnx.exporting import Writer
+from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.ops import (
     GELU,
     Add,
@@ -51,9 +52,7 @@ from eqfact.ops import (
     Upsample,
 )
 from eqfact.ops.base import Padding, per_axis, per_side
-
-if TYPE_CHECKING:
-    from eqfact.onnx.exporting import Writer
+from eqfact.quantization import FakeQuantize
 
 
 def _plain(kind: str, **attributes: Callable[[Any], Any]) -> Callable[[Writer, Node, Any], None]:
@@ -246,3 +245,15 @@ WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
     Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Affine: affine,
 }
+
+
+class GraphWriter(Writer):
+    """A writer of whole graphs, every value batch and channels first."""
+
+    def write(self, node: Node) -> None:
+        writer = WRITERS.get(type(node.op))
+        if writer is None:
+            remedy = ("use eqfact.onnx.save_qdq for a quantized network" if isinstance(node.op, FakeQuantize)
+                      else "replace it, or remove it from the network")
+            raise OnnxError(f"{self.path}: node '{node.name}': {type(node.op).__name__} has no ONNX counterpart here; {remedy}")
+        writer(self, node, node.op)
