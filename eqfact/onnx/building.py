@@ -53,8 +53,7 @@ class Building:
         if isinstance(tensor, Foreign):
             tensor = self._enter(tensor)
             self.tensors[name] = tensor
-        if isinstance(tensor, Constant):
-            raise ValueError(f"'{name}' is a constant, where a value of the network is read")
+        assert isinstance(tensor, View)
         return tensor
 
     def input(self, name: str, view: View) -> None:
