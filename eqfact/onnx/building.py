@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from eqfact.graph import Node
-from eqfact.onnx.origin import Constant, Foreign, Origin, Source, Tensor
+from eqfact.onnx.origin import Foreign, Origin, Source, Tensor
 from eqfact.onnx.views import BATCH, Axis, View, chosen, moves
 from eqfact.ops import Identity, Op, Permute, Shape, Slice, Take, Weighted
 
