@@ -222,12 +222,12 @@ def modules() -> dict[str, bytes]:
 
 
 def sample(pools: dict[str, list[Change]], count: int, seed: int) -> list[Change]:
-    """About so many changes, spread over modules by the square root of their sizes: small ones are seen, too."""
-    total, chosen = sum(len(pool)**0.5 for pool in pools.values()), list[Change]()
+    """About so many changes, of the modules in turn, more of large ones by the square root of their sizes: small ones are seen, too."""
+    total, chosen = sum(len(pool)**0.5 for pool in pools.values()), list[tuple[float, Change]]()
     for module, pool in pools.items():
         share = min(len(pool), math.ceil(count * len(pool)**0.5 / total))
-        chosen += sorted(random.Random(f"{seed} {module}").sample(pool, share), key=lambda change: change.start)
-    return chosen
+        chosen += [((i + 1) / share, change) for i, change in enumerate(random.Random(f"{seed} {module}").sample(pool, share))]
+    return [change for _, change in sorted(chosen, key=lambda pair: pair[0])]
 
 
 def _child(copy: Path, test: str) -> None:
@@ -298,8 +298,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="modules, as paths below eqfact/")
     parser.add_argument("--sample", type=int, default=600, metavar="N", help="about how many changes of all modules together, at the most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the rest of the sample is left out then")
     parser.add_argument("--all", action="store_true", help="all other tests, too, for what survives the nearest ones")
-    args = parser.parse_args(argv)
+    args, start = parser.parse_args(argv), time.monotonic()
     sources = modules()
     if set(args.only or ()) - set(sources):
         parser.error(f"no modules: {', '.join(sorted(set(args.only) - set(sources)))}")
@@ -313,6 +314,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(Path(folder))
         for change in sample(pools, args.sample, args.seed):
+            if time.monotonic() > start + 60 * args.minutes:
+                break
             if change.key in equivalent:
                 counts[change.module][2] += 1
                 continue
