@@ -86,6 +86,9 @@ KEEPING = {
     "Pad that reflects, and Slice": lambda s: (
         [node("Pad", ["t", "p"], ["c"], mode="reflect"), node("Slice", ["c", "a", "b", "axis"], ["u"])], {
             "p": ints(*[0] * (len(s) - 1), 1, *[0] * len(s)), "a": ints(0), "b": ints(s[-1]), "axis": ints(-1)}),
+    "Reshape to the shape of a MatMul": lambda s: (
+        [node("MatMul", ["t", "c"], ["m"]), node("Shape", ["m"], ["to_m"]), node("Relu", ["t"], ["r"]), node("Reshape", ["r", "to_m"], ["q"]),
+         node("Add", ["m", "q"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
     "MatMul": lambda s: ([node("MatMul", ["t", "c"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
     "Split and Concat of the last axis": lambda s: (
         [node("Split", ["t", "p"], ["a", "b"], axis=-1), node("Concat", ["b", "a"], ["u"], axis=-1)], {"p": ints(1, s[-1] - 1)}),
@@ -95,12 +98,12 @@ REFUSED = {
     **{("batch second", kind): "axis 1 is the batch" for kind in ("Softmax of the second axis", "Gather of the second axis")},
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
-        "Pad that reflects, and Slice", "MatMul", "Split and Concat of the last axis")},
+        "Pad that reflects, and Slice", "MatMul", "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},
     **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
         "one axis", "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
         "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul",
-        "Split and Concat of the last axis")},
+        "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},
     ("an axis of one behind", "Pad that reflects, and Slice"): "reflects along axis 3, which has 1 entries",
     ("an axis of one behind", "Split and Concat of the last axis"): "splits 1 entries",
 }
