@@ -8,8 +8,10 @@ import onnx_models as small
 import pytest
 from onnx import helper
 
+import eqfact as eq
 import eqfact.onnx
 from eqfact.onnx import OnnxError
+from eqfact.onnx.views import View
 
 node = helper.make_node
 RNG = np.random.default_rng(2)
@@ -98,7 +100,8 @@ REFUSED = {
     **{("batch second", kind): "axis 1 is the batch" for kind in ("Softmax of the second axis", "Gather of the second axis")},
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
-        "Pad that reflects, and Slice", "MatMul", "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},
+        "Pad that reflects, and Slice", "MatMul", "Reshape to the shape of a MatMul",
+        "Split and Concat of the last axis")},
     **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
         "one axis", "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
@@ -118,5 +121,13 @@ def test_nodes_do_the_same_in_every_arrangement(arrangement, kind, tmp_path):
         onnx.save(proto, tmp_path / "net.onnx")
         with pytest.raises(OnnxError, match=REFUSED[arrangement, kind]):
             eqfact.onnx.load(tmp_path / "net.onnx")
-    else:
-        small.imported(tmp_path, proto, batch=3)
+        return
+    graph = small.imported(tmp_path, proto, batch=3)
+    # and so is every tensor within
+    feeds = small.feeds_of(graph, 3)
+    held, (source,) = eq.values(graph, feeds), {n.origin.source for n in graph.nodes}
+    views = {name: view for name, view in source.tensors.items() if isinstance(view, View) and view.value in held and name not in feeds}
+    del proto.graph.output[:]
+    proto.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in views)
+    onnx.save(proto, tmp_path / "net.onnx")
+    small.close({name: view.tensor_of(held[view.value]) for name, view in views.items()}, small.run_ort(tmp_path / "net.onnx", feeds))
