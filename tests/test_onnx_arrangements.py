@@ -89,8 +89,8 @@ KEEPING = {
         [node("Pad", ["t", "p"], ["c"], mode="reflect"), node("Slice", ["c", "a", "b", "axis"], ["u"])], {
             "p": ints(*[0] * (len(s) - 1), 1, *[0] * len(s)), "a": ints(0), "b": ints(s[-1]), "axis": ints(-1)}),
     "Reshape to the shape of a MatMul": lambda s: (
-        [node("MatMul", ["t", "c"], ["m"]), node("Shape", ["m"], ["to_m"]), node("Relu", ["t"], ["r"]), node("Reshape", ["r", "to_m"], ["q"]),
-         node("Add", ["m", "q"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
+        [node("MatMul", ["t", "c"], ["m"]), node("Shape", ["m"], ["to_m"]), node("Relu", ["t"], ["r"]),
+         node("Reshape", ["r", "to_m"], ["q"]), node("Add", ["m", "q"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
     "MatMul": lambda s: ([node("MatMul", ["t", "c"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
     "Split and Concat of the last axis": lambda s: (
         [node("Split", ["t", "p"], ["a", "b"], axis=-1), node("Concat", ["b", "a"], ["u"], axis=-1)], {"p": ints(1, s[-1] - 1)}),
