@@ -66,8 +66,9 @@ def test_sqnr_refuses_what_cannot_be_compared():
     with pytest.raises(TypeError, match="sqnr compares two arrays or two dicts of arrays"):
         eq.sqnr({"a": np.ones(1)}, np.ones(1))
     for bad in (np.nan, np.inf):
-        with pytest.raises(ValueError, match="sqnr needs finite arrays"):
-            eq.sqnr(np.ones(2), np.array([1.0, bad]))
+        for sides in ((np.ones(2), np.array([1.0, bad])), (np.array([1.0, bad]), np.ones(2))):
+            with pytest.raises(ValueError, match="sqnr needs finite arrays"):
+                eq.sqnr(*sides)
 
 
 # ------------------------------------------------------------------------------------------------ equivalent networks are equal

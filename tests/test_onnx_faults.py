@@ -176,6 +176,16 @@ def test_halves_with_single_parameters_and_eps(tmp_path):
     np.testing.assert_allclose(graph["y"].op.weight[:, 0], constants["g"].astype(float) / np.sqrt(2e-6), rtol=5e-2)
 
 
+def test_parameters_that_do_not_fit_into_halves_are_refused(tmp_path):
+    half = np.ones(4, np.float16)
+    proto = small.model([node("BatchNormalization", ["x", *"gbmv"], ["y"])], {"x": ["N", 4, 3]}, ["y"],
+                        {"g": half, "b": half, "m": np.full(4, 1e6, np.float32), "v": half.astype(np.float32)},
+                        elem_type=TensorProto.FLOAT16)
+    onnx.save(proto, tmp_path / "net.onnx")
+    with pytest.raises(OnnxError, match="initializer 'm' does not fit into float16"):
+        eqfact.onnx.load(tmp_path / "net.onnx")
+
+
 def test_eps_that_halves_do_not_hold():
     one = np.ones(1, np.float16)
     assert float(eq.BatchNorm(one, one, one, 0 * one, eps=1e-5).weight[0, 0]) == np.float16(1 / np.sqrt(1e-5))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import eqfact as eq
 from eqfact.ops.grid import ROUNDINGS, rounded
-from eqfact.quantization import effective_bits, grid_of, stored_values
+from eqfact.quantization import accumulator_step, effective_bits, grid_of, stored_values
 from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
 
@@ -895,3 +895,12 @@ def test_every_group_of_weights_has_its_own_zero_point(group_size):
         assert scale[o, i, tap] == pytest.approx(step, rel=1e-12)
         assert zero_point[o, i, tap] == min(max(round(grid.qmin - low / step), grid.qmin), grid.qmax)
     assert len(np.unique(grid.zero_point)) >= 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_smallest_step_of_sums_is_the_smallest_normal_number(dtype):
+    tiny = float(np.finfo(dtype).tiny)
+    grid = eq.ops.grid.Grid(np.float64(1.0), np.float64(0.0), -127, 127)
+    op = eq.Dense(np.ones((1, 1)), grid=grid)
+    assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny)), dtype).tolist() == [tiny]
+    assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny / 2)), dtype) is None

@@ -162,6 +162,53 @@ def test_networks_show(feature, found):
     assert any(FEATURES[feature](graph) for graph, _, _ in found)
 
 
+def parameters(kind, name):
+    """All numbers that a parameter of a kind of op has in a network."""
+    return lambda g: [n for node in uses(g, kind) for n in np.ravel(getattr(node.op, name)).tolist()]
+
+
+#: What is drawn, and all that it may be: wider draws would be slow or overflow, narrower ones miss corners.
+RANGES = {
+    "channels of inputs": (lambda g: [shape[0] for shape in g.inputs.values()], {1, 2, 3, 4}),
+    "pixels of one and two axes": (lambda g: [n for shape in g.inputs.values() for n in shape[1:] if len(shape) < 4], {1, 2, 3, 4, 5, 6}),
+    "pixels of three axes": (lambda g: [n for shape in g.inputs.values() for n in shape[1:] if len(shape) == 4], {1, 2, 3}),
+    "kernels": (lambda g: [n for node in uses(g, eq.Conv) for n in node.op.weight.shape[2:]], {1, 2, 3}),
+    "strides": (parameters(eq.Conv, "stride"), {1, 2}),
+    "dilations": (parameters(eq.Conv, "dilation"), {1, 2}),
+    "padding": (parameters(eq.Conv, "padding"), {0, 1, 2}),
+    "transposed kernels": (lambda g: [n for node in uses(g, eq.ConvTranspose) for n in node.op.weight.shape[2:]], {1, 2}),
+    "transposed strides": (parameters(eq.ConvTranspose, "stride"), {1, 2}),
+    "transposed dilations": (parameters(eq.ConvTranspose, "dilation"), {1, 2}),
+    "transposed padding": (parameters(eq.ConvTranspose, "padding"), {0, 1}),
+    "output padding": (parameters(eq.ConvTranspose, "output_padding"), {0, 1}),
+    "eps": (parameters(eq.BatchNorm, "eps"), {1e-5, 1e-3}),
+    "windows of maxima": (parameters(eq.MaxPool, "kernel"), {1, 2, 3}),
+    "windows of means": (parameters(eq.AvgPool, "kernel"), {1, 2, 3}),
+    "padding of windows": (parameters(eq.AvgPool, "padding"), {0, 1, 2}),
+    "strides of windows": (parameters(eq.AvgPool, "stride"), {None, 1, 2}),
+    "means that count padding": (parameters(eq.AvgPool, "count_include_pad"), {False, True}),
+    "pads": (parameters(eq.Pad, "padding"), {0, 1}),
+    "padded with": (parameters(eq.Pad, "value"), {0.0, 1.5}),
+    "repetitions": (parameters(eq.Upsample, "factor"), {1, 2}),
+    "entries taken": (lambda g: [len(node.op.indices) for node in uses(g, eq.ops.Take)], {1, 2, 3, 4, 5, 6}),
+    "parts of axes": (lambda g: [split[1] for node in uses(g, eq.ops.Rearrange) for split in node.op.split], {1, 2, 3}),
+    "axes joined along": (parameters(eq.Concat, "axis"), {0, 1, 2, 3}),
+    "axes of softmax": (parameters(eq.Softmax, "axis"), {1, 2, 3, 4}),
+    "small slopes": (parameters(eq.LeakyReLU, "slope"), {0.1}),
+    "curves by approximation": (parameters(eq.GELU, "approximate"), {False, True}),
+    "values added": (lambda g: [len(node.inputs) for node in uses(g, eq.Add)], {2, 3}),
+}
+
+
+@pytest.mark.parametrize("what", RANGES)
+def test_networks_cover_their_ranges_and_no_more(what, found):
+    """Rare ops need not show every corner."""
+    numbers, expected = RANGES[what]
+    drawn = [n for graph, _, _ in found for n in numbers(graph)]
+    assert set(drawn) <= expected
+    assert len(drawn) < 10 * len(expected) or set(drawn) == expected
+
+
 #: What builds a network step by step, and what only helps.
 PRODUCERS = [name for name, member in vars(strategies._Builder).items()
              if callable(member) and not name.startswith("_") and list(inspect.signature(member).parameters)[1:2] == ["value"]

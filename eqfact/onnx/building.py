@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from eqfact.graph import Node
-from eqfact.onnx.origin import Constant, Foreign, Origin, Source, Tensor
+from eqfact.onnx.origin import Foreign, Origin, Source, Tensor
 from eqfact.onnx.views import BATCH, Axis, View, chosen, moves
 from eqfact.ops import Identity, Op, Permute, Shape, Slice, Take, Weighted
 
@@ -53,8 +53,7 @@ class Building:
         if isinstance(tensor, Foreign):
             tensor = self._enter(tensor)
             self.tensors[name] = tensor
-        if isinstance(tensor, Constant):
-            raise ValueError(f"'{name}' is a constant, where a value of the network is read")
+        assert isinstance(tensor, View)
         return tensor
 
     def input(self, name: str, view: View) -> None:
