@@ -80,8 +80,10 @@ class Importer:
         return [i for i in self.model.graph.input if i.name not in self.source.initializers]
 
     def _samples(self) -> int | None:
-        """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch."""
-        firsts = {dims[0] if (dims := sizes(info)) else None for info in self._inputs()}
+        """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch. Inputs of a
+        single number have no axis that could be one."""
+        firsts = {dims[0] if dims else None for info in self._inputs()
+                  if (dims := sizes(info)) or not info.type.tensor_type.HasField("shape")}
         return firsts.pop() if len(firsts) == 1 else None if None in firsts or self.outside is None else 1
 
     def _read_inputs(self, given: Mapping[str, Sequence[int]]) -> None:
