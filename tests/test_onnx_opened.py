@@ -292,6 +292,36 @@ def test_inputs_of_one_number_are_no_free_batch(shape, tmp_path):
     small.close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds))
 
 
+SUMS = {"MatMul": (lambda x, y, w: node("MatMul", [x, w], [y]), (5, 6), (6, 6), (6,)),
+        "MatMul from the left": (lambda x, y, w: node("MatMul", [w, x], [y]), (6, 5), (6, 6), (6, 1)),
+        "MatMul of rows": (lambda x, y, w: node("MatMul", [x, w], [y]), (6,), (6, 6), (1, 6)),
+        "Gemm": (lambda x, y, w: node("Gemm", [x, w], [y], transB=1, alpha=0.5), (6,), (6, 6), (6,)),
+        "Einsum": (lambda x, y, w: node("Einsum", [x, w], [y], equation="ntc,cd->ntd"), (5, 6), (6, 6), (1, 1, 6)),
+        "Conv": (lambda x, y, w: node("Conv", [x, w], [y], pads=[1, 1]), (6, 5), (6, 6, 3), (6, 1)),
+        "ConvTranspose": (lambda x, y, w: node("ConvTranspose", [x, w], [y]), (6, 5), (6, 6, 1), (1, 6, 1))}
+
+
+@pytest.mark.parametrize("bias_first", [False, True])
+@pytest.mark.parametrize("product, x, w, b", SUMS.values(), ids=SUMS)
+def test_a_layer_and_the_sum_that_is_its_bias_stay_two_nodes(product, x, w, b, bias_first, tmp_path):
+    """They are one layer of the graph; with other factors nothing in the file changes but numbers."""
+    def summed(made, y):
+        return node("Add", ["b", made] if bias_first else [made, "b"], [y], name=f"sum_{y}")
+    nodes = [product("x", "p", "w1"), summed("p", "s"), node("Relu", ["s"], ["r"]), product("r", "q", "w2"), summed("q", "t"),
+             node("Cos", ["t"], ["y"])]
+    path = tmp_path / "net.onnx"
+    constants = {"w1": floats(*w), "w2": floats(*w, seed=5), "b": floats(*b)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", *x])}, {"y": (FLOAT, ["N", *x])}, constants), path)
+    feeds = {"x": floats(3, *x, seed=1)}
+    opened = eqfact.onnx.open(path, feeds)
+    assert not {"BatchNorm", "Affine"} & {type(n.op).__name__ for n in opened.graph.nodes}
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    small.close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds))
+    before, after = (onnx.load(p).graph.node for p in (path, tmp_path / "out.onnx"))
+    assert [(n.op_type, n.name, n.output) for n in before] == [(n.op_type, n.name, n.output) for n in after]
+    assert [len(n.input) for n in before] == [len(n.input) for n in after]
+
+
 def test_folded_batchnorms_go_into_the_file(tmp_path):
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
              node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),
@@ -303,7 +333,7 @@ def test_folded_batchnorms_go_into_the_file(tmp_path):
     feeds = {"x": floats(2, 2, 6, 6, seed=1)}
     opened = eqfact.onnx.open(path, feeds)
     folded = eq.fold_batchnorm(opened.graph)
-    assert len(opened.graph) - len(folded) == 2
+    assert len(opened.graph) - len(folded) == 1
     opened.save(tmp_path / "out.onnx", folded)
     assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == ["Conv", "Relu", "Transpose", "MatMul", "Add", "Cos"]
     close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path)

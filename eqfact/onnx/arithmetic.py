@@ -15,11 +15,31 @@ import numpy as np
 import onnx
 
 from eqfact.onnx.call import Call, Reader
-from eqfact.onnx.layers import bias_row
 from eqfact.onnx.moving import identity
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import View
-from eqfact.ops import GELU, Add, Affine, BatchNorm, Clip, Dense, Identity, Max, Min, Mul, Op, PReLU, SiLU, Softmax, Sub
+from eqfact.ops import (
+    GELU,
+    Add,
+    Affine,
+    BatchNorm,
+    Clip,
+    Conv,
+    ConvTranspose,
+    Dense,
+    Identity,
+    Max,
+    Min,
+    Mul,
+    Op,
+    PReLU,
+    SiLU,
+    Softmax,
+    Sub,
+)
+
+#: Layers whose bias may be a node of its own.
+LAYERS = (Dense, Conv, ConvTranspose)
 
 
 def plain(make: Callable[[Call], Op]) -> Reader:
@@ -56,16 +76,15 @@ def add(call: Call) -> View:
     if pair is None:
         return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
     x, c = pair
-    constant = call.parameter(c)
-    view = call.view(x)
-    if view.plain and len(view.shape) == 1 and constant.size in (1, view.shape[0]) and constant.ndim < 3:
-        product = call.absorbed(x, Dense)
-        if product is not None and isinstance(product.op, Dense) and product.op.bias is None:
-            merged = call.emit(replace(product.op, bias=bias_row(call, constant, view.shape[0])), *product.inputs, names={"bias": c})
+    view, constant = call.view(x), call.parameter(c)
+    product = None if "axis" in call.attributes else call.alone(x, LAYERS)
+    if product is not None and isinstance(product.op, LAYERS) and product.op.bias is None:  # a layer, and its bias as a node of its own
+        bias = call.constants_on(view, {"bias": constant})["bias"]
+        if math.prod(bias.shape[1:]) == 1:
+            vector = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (view.shape[0],)))
+            merged = call.emit(replace(product.op, bias=vector), *product.inputs, names={"bias": c})
             call.building.inherit(merged.value, product)
-            return merged
-        if product is not None:
-            call.building.restore(product)
+            return view.of(merged.value)
     return _affine(call, 1, constant, beta=c)
 
 
@@ -131,16 +150,14 @@ def bound(name: str) -> Reader:
             call.channelwise(view, {name: given}, make, {name: c})
         # Min(Max(x, low), high): one Clip, if the value between the two is read here only
         node = call.building.nodes.get(made.value)
-        before = call.absorbed(x, Clip)
-        if before is not None:
-            first, second = before.op, node.op if node is not None else None
-            if node is not None and isinstance(first, Clip) and isinstance(second, Clip) and np.all(np.isinf(getattr(first, name))):
+        before = call.alone(x, (Clip,)) if view.plain else None
+        if before is not None and node is not None:
+            first, second = before.op, node.op
+            if isinstance(first, Clip) and isinstance(second, Clip) and np.all(np.isinf(getattr(first, name))):
                 both = {other: getattr(first, other), name: getattr(second, name)}
                 if np.all(np.asarray(both["low"]) <= np.asarray(both["high"])):
                     call.building.nodes[node.name] = replace(node, op=Clip(**both), inputs=before.inputs)
                     call.building.inherit(node.name, before)
-                    return made
-            call.building.restore(before)
         return made
     return read
 

@@ -93,20 +93,10 @@ class Building:
         assert isinstance(found, Weighted)
         return found
 
-    def taken(self, value: str, kind: type[Op]) -> Node | None:
-        """The node that makes a value, removed, if it is of this kind and the value is read once."""
-        node = self.nodes.get(value)
-        if node is None or not isinstance(node.op, kind) or self.reads.get(value) != 1:
-            return None
-        return self.nodes.pop(value)
-
-    def restore(self, node: Node) -> None:
-        """Put a taken node back."""
-        self.nodes = {node.name: node, **self.nodes}  # Graph sorts them
-
     def inherit(self, name: str, from_: Node) -> None:
-        """The node ``name`` has taken another one in: it reads what that one read, and remembers its initializers too."""
+        """The node ``name`` takes another one's place: it reads what that one read, and remembers its initializers too."""
         node = self.nodes[name]
+        del self.nodes[from_.name]
         own, other = node.origin, from_.origin
         assert isinstance(own, Origin) and isinstance(other, Origin)
         merged = replace(own, initializers={**other.initializers, **own.initializers}, transposed=other.transposed, reads=other.reads)

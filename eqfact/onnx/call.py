@@ -275,10 +275,11 @@ class Call:
         made = self.emit(make(**spread), self.value(view.flat()), names=names, suffix=".flat")
         return view.of_flat(made.value)
 
-    def absorbed(self, i: int, kind: type[Op]) -> Node | None:
-        """The node that makes input ``i``, taken out of the graph again, if it is of this kind and nothing else reads it."""
-        view = self.view(i)
-        return self.building.taken(view.value, kind) if view.plain and view.value == self.node.input[i] else None
+    def alone(self, i: int, kinds: tuple[type[Op], ...]) -> Node | None:
+        """The node that makes input ``i``, if it is of these kinds and nothing else reads it."""
+        value, building = self.view(i).value, self.building
+        node = building.nodes.get(value) if value == self.node.input[i] else None
+        return node if node is not None and isinstance(node.op, kinds) and building.reads.get(value) == 1 else None
 
 
 #: What the table of op types holds: a function that makes the tensors of a node.

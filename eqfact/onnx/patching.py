@@ -24,7 +24,7 @@ from eqfact.onnx.layers import Einsum
 from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Conv, Dense, Extend
+from eqfact.ops import Conv, ConvTranspose, Dense, Extend
 
 #: From which opset on these take a second input as it is written here.
 OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
@@ -65,7 +65,7 @@ class Patcher(GraphWriter):
         self.standard.version = next(o.version for o in source.model.opset_import if o.domain in ("", "ai.onnx"))
         self.source = source
         self.before = {node.name: node for node in read.nodes}
-        self._kinds = {str(name): str(proto.op_type) for proto in source.model.graph.node for name in proto.output}
+        self._makers = {str(name): proto for proto in source.model.graph.node for name in proto.output}
         self.node_names = {str(node.name) for node in source.model.graph.node}
         self._view: View | None = None
 
@@ -97,7 +97,7 @@ class Patcher(GraphWriter):
                 self.nodes = []
                 self._view = self._tensor(placed[i].name)
                 self.write(placed[i])
-                nodes += self._as_it_was(proto)
+                nodes += self._as_they_were()
             elif i in alive:
                 nodes.append(proto)
         model = onnx.ModelProto()
@@ -109,16 +109,20 @@ class Patcher(GraphWriter):
         model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items() if name in read)
         return model
 
-    def _as_it_was(self, proto: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """What was written in the place of a node: that node itself with other parameters, if it is of its kind."""
-        if [node.op_type for node in self.nodes] != [proto.op_type]:
+    def _as_they_were(self) -> list[onnx.NodeProto]:
+        """What was written in the place of nodes: those nodes themselves with other parameters, if it is of their kinds."""
+        before = [self._makers.get(node.output[0]) for node in self.nodes]
+        if any(proto is None or proto.op_type != node.op_type for proto, node in zip(before, self.nodes, strict=True)):
             return self.nodes
-        same = onnx.NodeProto()
-        same.CopyFrom(proto)
-        same.input[:] = self.nodes[0].input
-        for attribute in [a for a in same.attribute if a.name in SCALING]:
-            same.attribute.remove(attribute)  # they went into the parameters
-        return [same]
+        made = []
+        for proto, node in zip(before, self.nodes, strict=True):
+            same = onnx.NodeProto()
+            same.CopyFrom(proto)
+            same.input[:] = node.input
+            for attribute in [a for a in same.attribute if a.name in SCALING]:
+                same.attribute.remove(attribute)  # they went into the parameters
+            made.append(same)
+        return made
 
     # ------------------------------------------------------------------------------------------- where nodes stand
 
@@ -201,19 +205,35 @@ class Patcher(GraphWriter):
         return 1 if self._view.batch is None else None
 
     def write(self, node: Node) -> None:
-        origin = node.origin
-        if isinstance(node.op, (Conv, Dense)) and isinstance(origin, Origin) and not origin.transposed and (
-                self._kinds[origin.makes] in ("MatMul", "Einsum")):
-            self._product(node, node.op, origin.makes)
-            return
-        if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
-            self._matmul(node, node.op)
-        elif isinstance(node.op, Dense) and isinstance(origin, Origin) and self._kinds[origin.makes] == "Gemm":
-            weight = self.weight(node, node.op, np.transpose if origin.transposed else np.asarray)
-            bias = [] if node.op.bias is None else [self.parameter(node, "bias", node.op.bias)]
+        op, origin = node.op, node.origin
+        if not isinstance(op, (Conv, ConvTranspose, Dense)) or not isinstance(origin, Origin):
+            super().write(node)
+        elif (kind := self._makers[origin.makes].op_type) == "Add":
+            self._sum(node, op, origin)
+        elif isinstance(op, (Conv, Dense)) and kind in ("MatMul", "Einsum"):
+            if origin.transposed:
+                self._matmul(node, op)
+            else:
+                self._product(node, op, origin.makes)
+        elif isinstance(op, Dense) and kind == "Gemm":
+            weight = self.weight(node, op, np.transpose if origin.transposed else np.asarray)
+            bias = [] if op.bias is None else [self.parameter(node, "bias", op.bias)]
             self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
         else:
             super().write(node)
+
+    def _sum(self, node: Node, op: Conv | ConvTranspose | Dense, origin: Origin) -> None:
+        """A layer whose bias is added by a node of its own."""
+        terms = self._makers[origin.makes].input
+        at = next(i for i, name in enumerate(terms) if isinstance(self.source.tensors[name], Constant))
+        view, product = self._view, str(terms[1 - at])
+        self._view = self._tensor(product)
+        self.write(replace(node, name=product, op=replace(op, bias=None), origin=replace(origin, makes=product)))
+        self._view = view
+        inputs = [product]
+        if op.bias is not None:
+            inputs.insert(at, self.vector(node, "bias", op.bias))
+        self.node("Add" if op.bias is not None else "Identity", inputs, node.name, node)
 
     def _product(self, node: Node, op: Conv | Dense, makes: str) -> None:
         """A product with the constant on either side, as it was, and a sum if there is a bias."""
@@ -236,7 +256,7 @@ class Patcher(GraphWriter):
         made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
         self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
 
-    def _matmul(self, node: Node, op: Conv) -> None:
+    def _matmul(self, node: Node, op: Conv | Dense) -> None:
         """A product over the last axis, and a sum if there is a bias."""
         rows = op.weight.reshape(op.weight.shape[:2])
         weight = self.parameter(node, "weight", rows.T, key=op.weight)
