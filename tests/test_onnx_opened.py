@@ -123,7 +123,19 @@ def image_net():
     return (model(nodes, {"x": (FLOAT, [1, 3, 6, 8])}, {"y": (FLOAT, [1, 2])}, constants), {"x": floats(1, 3, 6, 8, seed=1)}, ["Sin"])
 
 
-NETS = {"what is homogeneous": homogeneous_net, "images": image_net, "convolutions, open sizes": conv_net,
+def number_net():
+    """One sample, of which a mean and the value that an If reads are single numbers."""
+    yes = helper.make_graph([node("Cos", ["o"], ["one"])], "yes", [], [helper.make_tensor_value_info("one", FLOAT, None)])
+    no = helper.make_graph([node("Neg", ["o"], ["two"])], "no", [], [helper.make_tensor_value_info("two", FLOAT, None)])
+    nodes = [node("Gemm", ["x", "w1"], ["a"]), node("ReduceMean", ["a"], ["m"], axes=[1]), node("Sub", ["a", "m"], ["d"]),
+             node("Relu", ["d"], ["r"]), node("Gemm", ["r", "w2"], ["b"]), node("Relu", ["b"], ["c"]), node("Gemm", ["c", "w3"], ["o"]),
+             node("If", ["flag"], ["y"], then_branch=yes, else_branch=no)]
+    constants = {"w1": floats(4, 6), "w2": floats(6, 5), "w3": floats(5, 1)}
+    return (model(nodes, {"x": (FLOAT, [1, 4]), "flag": (TensorProto.BOOL, [])}, {"y": (FLOAT, [1, 1])}, constants),
+            {"x": floats(1, 4, seed=4), "flag": np.array(True)}, ["ReduceMean", "If"])
+
+
+NETS = {"single numbers": number_net, "what is homogeneous": homogeneous_net, "images": image_net, "convolutions, open sizes": conv_net,
         "tokens": token_net, "LSTM": recurrent_net, "If": branching_net, "float16 inside": half_net,
         "one sample": fixed_net}
 

@@ -136,9 +136,13 @@ def _value_from(tensor: str, value: str, view: View, cast: int | None, extra: di
 def _moved(source: str, target: str, split: list[int], order: list[int], shape: list[int], cast: int | None,
            extra: dict[str, onnx.TensorProto], taken: set[str]) -> list[onnx.NodeProto]:
     parts, moved, joined = (_fresh(f"{target}.{what}", taken) for what in ("parts", "moved", "joined"))
-    nodes = [helper.make_node("Reshape", [source, _shape(f"{target}.split", split, extra, taken)], [parts]),
-             helper.make_node("Transpose", [parts], [moved], perm=order),
-             helper.make_node("Reshape", [moved, _shape(f"{target}.shape", shape, extra, taken)], [target if cast is None else joined])]
+    nodes = []
+    if order != sorted(order):
+        nodes = [helper.make_node("Reshape", [source, _shape(f"{target}.split", split, extra, taken)], [parts]),
+                 helper.make_node("Transpose", [parts], [moved], perm=order)]
+        source = moved
+    last = target if cast is None else joined
+    nodes.append(helper.make_node("Reshape", [source, _shape(f"{target}.shape", shape, extra, taken)], [last]))
     return nodes if cast is None else [*nodes, helper.make_node("Cast", [joined], [target], to=cast)]
 
 
