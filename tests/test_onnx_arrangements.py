@@ -50,6 +50,10 @@ ARRANGEMENTS = {
     "channels in groups": shaped(0, 2, 2, 2, 3),
     "an axis of one": shaped(0, 4, 1, 6),
     "an axis of one behind": shaped(0, 4, 6, 1),
+    "an axis of one in front": ([node("Unsqueeze", ["x", "at"], ["t"])], (1, 0, *X), [node("Squeeze", ["u", "at"], ["y"])],
+                                {"at": ints(0)}),
+    "one axis, and one of one in front": ([node("Reshape", ["x", "to"], ["t"])], (1, 0, 24), [node("Reshape", ["u", "back"], ["y"])],
+                                          {"to": ints(1, -1, 24), "back": ints(-1, *X)}),
     "channels in groups, turned": ([node("Reshape", ["x", "to"], ["s"]), node("Transpose", ["s"], ["t"], perm=[0, 2, 1, 3])], (0, 2, 2, 6),
                                    [node("Transpose", ["u"], ["v"], perm=[0, 2, 1, 3]), node("Reshape", ["v", "back"], ["y"])],
                                    {"to": ints(0, 2, 2, 6), "back": ints(-1, *X)}),
@@ -97,13 +101,15 @@ KEEPING = {
 }
 #: What is refused, and why: samples are computed one by one, and an axis of one entry is not divided.
 REFUSED = {
-    **{("batch second", kind): "axis 1 is the batch" for kind in ("Softmax of the second axis", "Gather of the second axis")},
+    **{(arrangement, f"{kind} of the second axis"): "axis 1 is the batch" for kind in ("Softmax", "Gather")
+       for arrangement in ("batch second", "an axis of one in front", "one axis, and one of one in front")},
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
         "Pad that reflects, and Slice", "MatMul", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},
     **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
-        "one axis", "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
+        "one axis", "one axis, and one of one in front",
+        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
         "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul",
         "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},

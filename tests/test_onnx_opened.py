@@ -234,6 +234,15 @@ def test_several_batches_of_a_fixed_size_are_run_one_by_one(tmp_path):
             assert np.array_equal(a[0], boundary[name][i])
 
 
+def test_an_open_axis_of_space_is_no_batch(tmp_path):
+    """A batch of one, and an axis without a size or a name, longer than the data that are run at a time."""
+    proto = model([node("Conv", ["x", "w"], ["y"])], {"x": (FLOAT, [1, 3, None])}, {"y": (FLOAT, None)}, {"w": floats(2, 3, 3)})
+    onnx.save(proto, tmp_path / "net.onnx")
+    feeds = {"x": floats(1, 3, 20)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert np.array_equal(opened.run(feeds)["y"], small.run_ort(tmp_path / "net.onnx", feeds)["y"])
+
+
 def test_folded_batchnorms_go_into_the_file(tmp_path):
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
              node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),
