@@ -1,10 +1,11 @@
 """How good is eqfact on real networks, and how fast?
 
-`python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. All keep what
+`python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. These keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
 renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 
-Two measure the tests, write nothing, and need the extra `test` alone: `fuzz` reads broken ONNX files, `mutation` changes eqfact.
+`operators` writes `docs/operators.md`, and needs the extra `onnx` alone. Two measure the tests, write nothing, and need the extra `test`:
+`fuzz` reads broken ONNX files, `mutation` changes eqfact.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import importlib
 import sys
 
 #: Modules of their own, with their own arguments and exit status.
-APART = {"fuzz": "broken ONNX files: one error each, or a network", "mutation": "small changes to eqfact: does a test fail?"}
+APART = {"fuzz": "broken ONNX files: one error each, or a network", "mutation": "small changes to eqfact: does a test fail?",
+         "operators": "what eqfact makes of every operator of ONNX"}
 
 
 def parser() -> argparse.ArgumentParser:

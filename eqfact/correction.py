@@ -20,8 +20,8 @@ from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, walk
 from eqfact.ops.base import Array, Commuting, Op, Shape, Weighted, along_channels, spread
 from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
-from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
-from eqfact.ops.space import AvgPool, GlobalAvgPool, Pad, Upsample
+from eqfact.ops.joining import Add, Concat, Extend, Flatten, Permute, Slice, Sub, Transpose, Unflatten
+from eqfact.ops.space import AvgPool, Blend, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
 from eqfact.quantization import bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
 
@@ -30,7 +30,8 @@ Vector = npt.NDArray[np.float64]
 Gaussians = Mapping[str, tuple[Vector, Vector]]
 
 #: What is linear up to a constant: the mean of its output is what it makes of the means of its inputs.
-AFFINE = (Weighted, Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Identity)
+AFFINE = (Weighted, Add, Sub, Concat, Extend, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Blend,
+          Identity)
 
 #: Weights that are no further apart, relatively, are the same in another floating type.
 HALF_PRECISION = 2.0**-10

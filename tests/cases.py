@@ -271,6 +271,7 @@ def table(dtype: Any) -> list[Case]:
 
     # entry by entry
     row("identity", eq.Identity(), (3, 2), expected=onnx("Identity"))
+    row("abs", eq.Abs(), (3, 4), expected=entrywise(lambda x: math.copysign(x, 1)))
     row("relu", eq.ReLU(), (3, 4), expected=onnx("Relu"))
     row("leaky relu", eq.LeakyReLU(0.25), (3, 4), expected=onnx("LeakyRelu", alpha=0.25))
     row("leaky relu, negative slope", eq.LeakyReLU(-0.5), (3, 4), expected=entrywise(lambda x: x if x >= 0 else -0.5 * x))
@@ -296,6 +297,20 @@ def table(dtype: Any) -> list[Case]:
         expected=onnx("MaxPool", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 2, 1]))
     row("maxpool 1d", eq.MaxPool(3, stride=2, padding=1), (3, 7), expected=onnx("MaxPool", kernel_shape=[3], strides=[2], pads=[1, 1]))
     row("maxpool 3d", eq.MaxPool(2, stride=1), (2, 3, 2, 4), expected=onnx("MaxPool", kernel_shape=[2] * 3, strides=[1] * 3))
+    row("maxpool, dilation", eq.MaxPool((2, 3), stride=(1, 2), padding=(0, 1), dilation=(3, 2)), (2, 5, 8),
+        expected=onnx("MaxPool", kernel_shape=[2, 3], strides=[1, 2], pads=[0, 1, 0, 1], dilations=[3, 2]))
+    row("minpool", eq.MinPool(2), (3, 4, 5), expected=lambda x: (
+        np.float64(x)[:, :, :4, :4].reshape(-1, 3, 2, 2, 2, 2).min(axis=(3, 5))))
+    row("minpool, all options", eq.MinPool(3, stride=2, padding=((1, 1),), dilation=2), (3, 9), expected=lambda x: np.stack(
+        [np.float64(x)[:, :, [i for i in (at, at + 2, at + 4) if 0 <= i < 9]].min(axis=2) for at in (-1, 1, 3, 5)], axis=2))
+    for p in (1, 2, 3):
+        row(f"lppool, p {p}", eq.LpPool((3, 2), stride=(2, 1), padding=((1, 1), (0, 1)), p=p), (3, 5, 4),
+            expected=onnx("LpPool", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1], p=p))
+    row("lppool over all of space", eq.LpPool((4, 3)), (2, 4, 3), expected=onnx("ReduceL2", np.array([2, 3])))
+    row("lppool, dilation", eq.LpPool(2, stride=1, dilation=2, p=5), (2, 5), expected=lambda x: (
+        np.abs(np.float64(x)[:, :, :3]) ** 5 + np.abs(np.float64(x)[:, :, 2:]) ** 5) ** 0.2)
+    row("avgpool, dilation", eq.AvgPool(2, stride=1, padding=1, dilation=2, count_include_pad=False), (3, 4, 5),
+        expected=onnx("AveragePool", kernel_shape=[2, 2], pads=[1] * 4, dilations=[2, 2], count_include_pad=0))
     for count in (True, False):
         said = "padding counted" if count else "padding not counted"
         row(f"avgpool, {said}", eq.AvgPool((3, 2), stride=(2, 1), padding=((1, 2), (0, 1)), count_include_pad=count), (3, 5, 4),
@@ -317,7 +332,33 @@ def table(dtype: Any) -> list[Case]:
         "Resize", np.zeros(0, np.float32), np.array([1, 1, 2, 3], np.float32), mode="nearest",
         coordinate_transformation_mode="asymmetric", nearest_mode="floor"))
 
+    m = a(3, 4)
+    row("blend over the last axis", eq.Blend(m, axis=2), (2, 3, 4), expected=lambda x, m=m: np.einsum("nchw,ow->ncho", np.float64(x), m))
+    row("blend over another axis", eq.Blend(m), (2, 4, 3), expected=lambda x, m=m: np.einsum("nchw,oh->ncow", np.float64(x), m))
+    row("blend of three axes", eq.Blend(m, axis=2), (2, 2, 4, 3), expected=lambda x, m=m: np.einsum("ncdhw,oh->ncdow", np.float64(x), m))
+    row("blend, a sum", eq.Blend(np.ones((1, 4), dtype)), (3, 4), expected=onnx("ReduceSum", np.array([2])))
+    row("blend, a running sum", eq.Blend(np.tri(4, dtype=dtype)), (3, 4), expected=onnx("CumSum", np.array(2)))
+
     # joining and moving channels
+    row("sub", eq.Sub(), (3, 2), (3, 2), expected=onnx("Sub"))
+    row("sub over space and channels", eq.Sub(), (1, 4, 2), (3, 1, 2), expected=onnx("Sub"))
+    row("add one channel to all", eq.Add(), (1, 4, 2), (3, 4, 2), expected=onnx("Add"))
+    row("add three, of one channel and of three", eq.Add(), (3, 2), (1, 2), (3, 1), expected=onnx("Sum"))
+    for kind, op in (("Max", eq.Max()), ("Min", eq.Min())):
+        row(kind.lower(), op, (3, 4), (3, 4), expected=onnx(kind))
+        row(f"{kind.lower()} of three, over space", op, (3, 4), (3, 1), (3, 4), expected=onnx(kind))
+        row(f"{kind.lower()} with one channel", op, (3, 4), (1, 4), expected=onnx(kind))
+    c = a(2, 4)
+    row("extend by channels", eq.Extend(c), (3, 4), expected=lambda x, c=c: np.stack(
+        [*np.moveaxis(np.float64(x), 1, 0), *(np.broadcast_to(row, (len(x), 4)) for row in c)], axis=1))
+    row("extend by channels in front", eq.Extend(c, front=True), (3, 4), expected=lambda x, c=c: np.stack(
+        [*(np.broadcast_to(row, (len(x), 4)) for row in c), *np.moveaxis(np.float64(x), 1, 0)], axis=1))
+    c = a(3, 1, 2)
+    row("extend over space", eq.Extend(c, axis=1, front=True), (3, 4, 2), expected=lambda x, c=c: (
+        np.pad(np.float64(x), ((0, 0), (0, 0), (1, 0), (0, 0))) + np.pad(c, ((0, 0), (0, 4), (0, 0)))))
+    c = a(3, 2, 2)
+    row("extend over the last axis", eq.Extend(c, axis=2), (3, 2, 3), expected=lambda x, c=c: (
+        np.pad(np.float64(x), ((0, 0), (0, 0), (0, 0), (0, 2))) + np.pad(c, ((0, 0), (0, 0), (3, 0)))))
     row("add", eq.Add(), (3, 2), (3, 2), expected=onnx("Add"))
     row("add three", eq.Add(), (3, 2), (3, 2), (3, 2), expected=onnx("Sum"))
     row("add over space", eq.Add(), (3, 4, 1), (3, 1, 2), expected=onnx("Add"))
@@ -374,6 +415,7 @@ def table(dtype: Any) -> list[Case]:
     row("mul", eq.Mul(), (3, 2), (3, 2), expected=onnx("Mul"))
     row("mul three", eq.Mul(), (3,), (3,), (3,), expected=lambda x, y, z: np.exp(
         np.log(np.abs(np.float64(x))) + np.log(np.abs(y)) + np.log(np.abs(z))) * np.sign(x) * np.sign(y) * np.sign(z))
+    row("mul with one channel", eq.Mul(), (3, 4), (1, 4), expected=onnx("Mul"))
     row("mul over space", eq.Mul(), (3, 2, 4), (3, 1, 1), expected=onnx("Mul"))
     return rows
 

@@ -44,7 +44,8 @@ OTHERS = [
     eq.Identity(), eq.ReLU(), eq.LeakyReLU(0.1), eq.PReLU(np.float32([0.1, 0.2, 0.3, 0.4])), eq.Clip(0.0, 1.0),
     eq.Clip(-0.5, np.float32([0.5, 1, 2, 3])), eq.MaxPool(2), eq.AvgPool(2), eq.GlobalAvgPool(), eq.Pad(1), eq.Upsample(2), eq.Flatten(),
     eq.Unflatten((2, 2, 6)), eq.Transpose((1, 0)), eq.Slice(1, 3), eq.Permute((3, 1, 0, 2)), eq.Sigmoid(), eq.HardSigmoid(), eq.Tanh(),
-    eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(),
+    eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(), eq.Sub(), eq.Max(), eq.Min(),
+    eq.Abs(), eq.MinPool(2), eq.LpPool(2), eq.Blend(floats(3, 6)), eq.Extend(floats(2, 6)),
 ]
 OPS = [*LAYERS, *OTHERS]
 WEIGHTS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, **granularity) for granularity, symmetric, bits in itertools.product(
@@ -59,7 +60,7 @@ def name_of(op):
 
 def network(op, biased):
     """A network in which the op reads a stored value and makes one, which a layer reads."""
-    if isinstance(op, (eq.Add, eq.Mul, eq.Concat)):
+    if isinstance(op, (eq.Add, eq.Sub, eq.Max, eq.Min, eq.Mul, eq.Concat)):
         first = [eq.Node("p", eq.Conv(floats(4, 4, 1)), ["x"]), eq.Node("r", eq.ReLU(), ["p"]), eq.Node("op", op, ["r", "x"])]
         shape = (4, 6)
     else:

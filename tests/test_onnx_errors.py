@@ -179,20 +179,29 @@ def test_an_output_that_is_constant(tmp_path):
 
 @pytest.mark.parametrize("unsupported, words", [
     (node("Cos", ["x"], ["y"], name="n"), "no such layer"),
-    (node("Sub", ["x", "x"], ["y"], name="n"), "two values"),
+    (node("Max", ["x", "x", "c"], ["y"], name="n"), "2 values and 1 constants"),
     (node("Div", ["c", "x"], ["y"], name="n"), "divides by a value"),
     (node("LRN", ["x"], ["y"], name="n", size=3), "no such layer"),
-    (node("MaxPool", ["x"], ["y"], name="n", kernel_shape=[2], dilations=[2]), "dilations"),
+    (node("Einsum", ["x", "x"], ["y"], name="n", equation="ncl,ncl->nc"), "2 values and 0 constants"),
+    (node("Einsum", ["x", "mean"], ["y"], name="n", equation="ncl,cd->ncd"), "is no layer"),
+    (node("Tile", ["x", "twice"], ["y"], name="n"), "batch"),
+    (node("Tile", ["x", "huge"], ["y"], name="n"), "more than a network is read with"),
+    (node("Resize", ["x", "", "much"], ["y"], name="n", mode="cubic"), "more than a network is read with"),
+    (node("Resize", ["x", "", "many"], ["y"], name="n", mode="linear"), "larger than what is computed"),
+    (node("Concat", ["x", "samples"], ["y"], name="n", axis=1), "constant"),
     (node("Add", ["x", "wide"], ["y"], name="n"), "does not broadcast"),
     (node("BatchNormalization", ["x", "c", "c", "c", "c"], ["y"], name="n", training_mode=1), "training mode"),
     (node("Mul", ["x", "samples"], ["y"], name="n"), "differs between samples"),
     (node("ReduceMean", ["x"], ["y"], name="n", axes=[1, 2]), "no channel"),
-    (node("Resize", ["x", "", "scales"], ["y"], name="n", mode="linear"), "linear"),
+    (node("Resize", ["x", "roi", "scales"], ["y"], name="n", mode="linear", coordinate_transformation_mode="tf_crop_and_resize",
+          extrapolation_value=7.0), "outside is 7"),
     (node("Softmax", ["x"], ["y"], name="n", axis=0), "batch"),
 ], ids=lambda v: v.op_type if isinstance(v, onnx.NodeProto) else "")
 def test_unsupported_nodes_are_named_with_a_remedy(unsupported, words, tmp_path):
     constants = {"c": np.abs(floats(4)), "pads": np.int64([0, 0, 1, 0, 0, 1]), "wide": floats(1, 7, 1), "samples": floats(2, 4, 6),
-                 "scales": np.float32([1, 1, 2])}
+                 "scales": np.float32([1, 1, 2]), "roi": np.float32([0, 0, 0, 1, 1, 1.5]), "twice": np.int64([2, 1, 1]),
+                 "huge": np.int64([1, 1, 2**40]), "much": np.float32([1, 1, 2**40]), "many": np.float32([1, 1, 2**20]),
+                 "mean": floats(4, 5)}
     model = simple(unsupported, x=(4, 6), constants=constants)
     error = refused(tmp_path, model, f"node 'n' ({unsupported.op_type}): ", words, "eqfact.onnx.open", "--strict")
     assert isinstance(error, UnsupportedNode)

@@ -411,3 +411,133 @@ def test_a_resize_is_an_upsampling_where_it_repeats_entries_and_takes_them_elsew
     graph, expected = eqfact.onnx.load(tmp_path / "net.onnx"), ReferenceEvaluator(model).run(None, {"x": ramp})[0]
     assert np.array_equal(eq.forward(graph, ramp), expected)
     assert kinds(graph) == ["Upsample" if np.array_equal(expected, np.repeat(ramp, scale, axis=2)) else "Take"]
+
+
+# ------------------------------------------------------------------------------------------------ whatever is homogeneous
+
+
+@pytest.mark.parametrize("op, constants, expected, free", [
+    (node("Abs", ["a"], ["b"]), {}, "Abs", 4),
+    (node("Sub", ["a", "c"], ["b"]), {}, "Sub", 4),
+    (node("Max", ["a", "c"], ["b"]), {}, "Max", 4),
+    (node("Min", ["a", "c", "a"], ["b"]), {}, "Min", 4),
+    (node("Sub", ["a", "one"], ["b"]), {}, "Sub", 1),
+    (node("Max", ["one", "a"], ["b"]), {}, "Max", 1),
+    (node("ReduceSum", ["a", "axes"], ["b"]), {"axes": ints(3)}, "Blend", 4),
+    (node("ReduceSum", ["a", "axes"], ["b"]), {"axes": ints(2, 3)}, "Blend", 4),
+    (node("ReduceMin", ["a", "axes"], ["b"]), {"axes": ints(2)}, "MinPool", 4),
+    (node("ReduceL1", ["a", "axes"], ["b"]), {"axes": ints(2, 3)}, "LpPool", 4),
+    (node("ReduceL2", ["a", "axes"], ["b"]), {"axes": ints(-1)}, "LpPool", 4),
+    (node("GlobalLpPool", ["a"], ["b"], p=3), {}, "LpPool", 4),
+    (node("LpPool", ["a"], ["b"], kernel_shape=[2, 2], strides=[2, 1], pads=[1, 0, 0, 1]), {}, "LpPool", 4),
+    (node("LpPool", ["a"], ["b"], kernel_shape=[2, 2], dilations=[2, 1], auto_pad="SAME_UPPER", p=1), {}, "LpPool", 4),
+    (node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], dilations=[3, 2], pads=[1, 0, 1, 0]), {}, "MaxPool", 4),
+    (node("MaxPool", ["a"], ["b"], kernel_shape=[2, 3], strides=[2, 2], dilations=[1, 2], ceil_mode=1), {}, "MaxPool", 4),
+    (node("AveragePool", ["a"], ["b"], kernel_shape=[2, 3], dilations=[2, 1], pads=[1, 0, 1, 1]), {}, "AvgPool", 4),
+    (node("CumSum", ["a", "axis"], ["b"]), {"axis": np.int64(3)}, "Blend", 4),
+    (node("CumSum", ["a", "axis"], ["b"], exclusive=1, reverse=1), {"axis": np.int64(2)}, "Blend", 4),
+    (node("MatMul", ["m", "a"], ["b"]), {"m": floats(3, 5)}, "Blend", 4),
+    (node("Tile", ["a", "r"], ["b"]), {"r": ints(1, 1, 2, 3)}, "Take", 4),
+    (node("Tile", ["a", "r"], ["b"]), {"r": ints(1, 1, 1, 2)}, "Take", 4),
+    (node("Concat", ["k", "a"], ["b"], axis=2), {"k": floats(2, 4, 2, 6)[:1].repeat(2, 0)}, "Extend", 4),
+    (node("Pad", ["a", "p"], ["b"], mode="edge"), {"p": ints(0, 0, 1, 0, 0, 0, 2, 1)}, "Take", 4),
+    (node("Einsum", ["a", "q"], ["b"], equation="nchw,cd->ndhw"), {"q": floats(4, 4)}, "Conv", 8),
+    (node("Einsum", ["q", "a"], ["b"], equation="dc,nchw->ndhw"), {"q": floats(4, 4)}, "Conv", 8),
+    (node("Einsum", ["a", "q"], ["b"], equation="n...w,wv->n...v"), {"q": floats(6, 3)}, "Conv", None),
+], ids=lambda v: v.op_type if isinstance(v, onnx.NodeProto) else "")
+def test_what_is_homogeneous_passes_factors(op, constants, expected, free, tmp_path):
+    nodes = [node("Conv", ["x", "v"], ["a"]), op, node("ReduceMax", ["b", "space"], ["d"], keepdims=0), node("Gemm", ["d", "w"], ["y"])]
+    if "c" in op.input or "one" in op.input:
+        name = "c" if "c" in op.input else "one"
+        nodes.insert(1, node("Conv", ["a" if name == "c" else "x", f"v{name}"], [name]))
+    constants = {"v": floats(4, 2, 1, 1), "vc": floats(4, 4, 1, 1), "vone": floats(1, 2, 1, 1), "w": floats(4, 3), "space": ints(2, 3),
+                 **constants}
+    used = {name for n in nodes for name in n.input}
+    model = small.model(nodes, {"x": [2 if op.op_type == "Concat" else "N", 2, 5, 6]}, ["y"],
+                        {k: v for k, v in constants.items() if k in used}, opset=20)
+    graph = small.imported(tmp_path, model)
+    assert expected in kinds(graph)
+    assert free is None or eq.degrees_of_freedom(graph) == free
+
+
+@pytest.mark.parametrize("mode, options", [
+    ("linear", {}), ("linear", {"coordinate_transformation_mode": "asymmetric"}),
+    ("linear", {"coordinate_transformation_mode": "pytorch_half_pixel"}), ("cubic", {}), ("cubic", {"cubic_coeff_a": -0.5}),
+    ("cubic", {"exclude_outside": 1}),
+], ids=str)
+@pytest.mark.parametrize("scales", [(2, 2), (1, 3), (0.6, 1.5), (0.5, 1)], ids=str)
+def test_resizing_by_interpolation(mode, options, scales, tmp_path):
+    resize = node("Resize", ["x", "", "scales"], ["y"], mode=mode, **options)
+    graph = chain(tmp_path, resize, x=(3, 6, 4), constants={"scales": np.float32([1, 1, *scales])})
+    assert set(kinds(graph)) == {"Blend"} and len(graph.nodes) == sum(s != 1 for s in scales)
+    chain(tmp_path, node("Resize", ["x", "", "", "sizes"], ["y"], mode=mode, axes=[3, 2], **options), x=(3, 6, 4),
+          constants={"sizes": ints(5, 9)}, opset=19)
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("scales", [(2, 2), (1, 3), (0.5, 1.5)], ids=str)
+def test_resizing_with_aligned_corners(mode, scales, tmp_path):
+    """Where the scale makes a whole number of entries; elsewhere onnxruntime rounds it, and the standard's own cases do not."""
+    resize = node("Resize", ["x", "", "scales"], ["y"], mode=mode, coordinate_transformation_mode="align_corners")
+    chain(tmp_path, resize, x=(3, 6, 4), constants={"scales": np.float32([1, 1, *scales])})
+
+
+def test_a_matrix_from_the_left_is_a_layer_where_it_reads_the_channels(tmp_path):
+    graph = chain(tmp_path, node("MatMul", ["m", "x"], ["a"]), node("Relu", ["a"], ["r"]), node("MatMul", ["k", "r"], ["y"]), x=(3, 5),
+                  constants={"m": floats(4, 3), "k": floats(2, 4)})
+    assert kinds(graph) == ["Conv", "ReLU", "Conv"] and eq.degrees_of_freedom(graph) == 4
+
+
+def test_tokens_are_mixed_by_a_matrix_along_space(tmp_path):
+    """A mixer: layers over features, which stand last, and a matrix over tokens."""
+    nodes = [node("MatMul", ["x", "v"], ["a"]), node("MatMul", ["m", "a"], ["b"]), node("Add", ["a", "b"], ["c"]),
+             node("MatMul", ["c", "w"], ["y"])]
+    graph = chain(tmp_path, *nodes, x=(5, 3), constants={"v": floats(3, 4), "m": floats(5, 5), "w": floats(4, 2)})
+    assert "Blend" in kinds(graph) and eq.degrees_of_freedom(graph) == 4
+
+
+TOKENS = [node("Conv", ["x", "v"], ["a"]), node("Reshape", ["a", "flat"], ["b"]), node("Transpose", ["b"], ["c"], perm=[0, 2, 1]),
+          node("Shape", ["c"], ["s"]), node("Slice", ["s", "zero", "first"], ["n"]), node("Concat", ["n", "rest"], ["e"], axis=0),
+          node("Expand", ["token", "e"], ["t"]), node("Concat", ["t", "c"], ["d"], axis=1), node("Add", ["d", "position"], ["f"])]
+WEIGHTS = {"v": floats(4, 3, 2, 2), "flat": ints(0, 4, -1), "zero": ints(0), "first": ints(1), "rest": ints(1, 4), "token": floats(1, 1, 4),
+           "position": floats(1, 7, 4), "w": floats(4, 5)}
+
+
+def test_a_class_token_takes_the_factors_of_the_features(tmp_path):
+    graph = chain(tmp_path, *TOKENS, node("Einsum", ["f", "w"], ["y"], equation="btd,de->bte"), x=(3, 3, 4), constants=WEIGHTS)
+    assert kinds(graph) == ["Conv", "Rearrange", "Extend", "Affine", "Conv", "Transpose"]
+    assert eq.degrees_of_freedom(graph) == 4
+
+
+def test_einsum_with_heads(tmp_path):
+    nodes = [node("Einsum", ["x", "q"], ["h"], equation="btd,dhk->bhtk"), node("Relu", ["h"], ["r"]),
+             node("Einsum", ["r", "o"], ["y"], equation="bhtk,hkd->btd")]
+    graph = chain(tmp_path, *nodes, x=(5, 6), constants={"q": floats(6, 2, 3), "o": floats(2, 3, 4)})
+    assert eq.degrees_of_freedom(graph) == 6
+
+
+def test_constants_on_both_sides_and_between_values(tmp_path):
+    model = small.model([node("Concat", ["k", "x", "l", "x", "k"], ["y"], axis=1)], {"x": [2, 3, 4]}, ["y"],
+                        {"k": floats(1, 2, 4).repeat(2, 0), "l": floats(1, 1, 4).repeat(2, 0)})
+    assert kinds(small.imported(tmp_path, model)) == ["Extend"] * 3 + ["Concat"]
+
+
+def test_constant_channels_are_free(tmp_path):
+    nodes = [node("Concat", ["x", "k"], ["a"], axis=1), node("Conv", ["a", "w"], ["y"])]
+    model = small.model(nodes, {"x": [1, 3, 4]}, ["y"], {"k": floats(1, 2, 4), "w": floats(2, 5, 1)})
+    assert eq.degrees_of_freedom(small.imported(tmp_path, model, batch=1)) == 2
+
+
+@pytest.mark.parametrize("nodes, constants, shape", [
+    ([node("Expand", ["x", "s"], ["y"])], {"s": ints(1, 4, 2, 6)}, (4, 1, 6)),
+    ([node("Expand", ["x", "s"], ["y"])], {"s": ints(4, 3, 6)}, (1, 1, 6)),
+    ([node("Expand", ["x", "s"], ["a"]), node("ReduceSum", ["a", "i"], ["y"], keepdims=0)], {"s": ints(3, 1, 1, 1), "i": ints(0)}, (2, 4)),
+    ([node("Tile", ["x", "s"], ["y"])], {"s": ints(1, 3)}, (2,)),
+    ([node("Tile", ["x", "s"], ["y"])], {"s": ints(1, 3)}, (1,)),
+    ([node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]), node("Expand", ["t", "s"], ["y"])], {"s": ints(1, 5, 2, 4)}, (4, 1, 2)),
+    ([node("Pad", ["x", "s"], ["y"], mode="edge")], {"s": ints(0, 0, 1, 0, 0, 1)}, (2, 1)),
+    ([node("Pad", ["x", "s"], ["y"])], {"s": ints(0, 1, 1, 0, 0, 1)}, (2, 3)),
+    ([node("CumSum", ["x", "s"], ["y"])], {"s": np.int64(1)}, (5,)),
+], ids=str)
+def test_entries_that_are_repeated(nodes, constants, shape, tmp_path):
+    chain(tmp_path, *nodes, x=shape, constants=constants)

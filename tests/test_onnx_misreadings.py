@@ -47,6 +47,10 @@ FOLLOWS = {
     "Flatten": ([], {}, 17), "Squeeze": ([], {}, 17), "Unsqueeze": ([ints(1)], {}, 17), "Transpose": ([], {"perm": [0, 2, 3, 1]}, 17),
     "Slice": ([ints(1), ints(3), ints(1)], {}, 17), "Split": ([ints(4)], {"axis": 1}, 17), "Gather": ([ints(2, 0)], {"axis": 1}, 17),
     "Expand": ([ints(1, 4, 1, 1)], {}, 17), "DepthToSpace": ([], {"blocksize": 2}, 17), "SpaceToDepth": ([], {"blocksize": 2}, 17),
+    "Einsum": ([floats(4, 3)], {"equation": "nchw,cd->ndhw"}, 17), "LpPool": ([], {"kernel_shape": [2, 2]}, 17),
+    "GlobalLpPool": ([], {}, 17), "ReduceMin": ([], {"axes": [2, 3]}, 17), "ReduceL1": ([], {"axes": [2, 3]}, 17),
+    "ReduceL2": ([], {"axes": [2, 3]}, 17), "ReduceSum": ([ints(2, 3)], {}, 17), "CumSum": ([np.int64(2)], {}, 17), "Abs": ([], {}, 17),
+    "Tile": ([ints(1, 1, 2, 1)], {}, 17),
 }
 
 

@@ -100,7 +100,31 @@ def fixed_net():
             {"x": floats(1, 5, 4, seed=1), "state": np.abs(floats(5, 1, 2, seed=2))}, ["Sqrt"])
 
 
-NETS = {"convolutions, open sizes": conv_net, "tokens": token_net, "LSTM": recurrent_net, "If": branching_net, "float16 inside": half_net,
+def homogeneous_net():
+    """Layers by Einsum and by products from the left, and between them what passes factors; a sine is kept."""
+    nodes = [node("Einsum", ["x", "w1"], ["a"], equation="btd,dhk->bhtk"), node("Abs", ["a"], ["b"]), node("MatMul", ["m", "b"], ["c"]),
+             node("Sub", ["b", "c"], ["d"]), node("Einsum", ["d", "w2"], ["e"], equation="bhtk,hkd->btd"), node("Sin", ["e"], ["f"]),
+             node("Einsum", ["w3", "f"], ["g"], equation="de,btd->bte"), node("Relu", ["g"], ["h"]), node("MatMul", ["h", "w4"], ["i"]),
+             node("Transpose", ["i"], ["j"], perm=[0, 2, 1]), node("MatMul", ["w5", "j"], ["k"]), node("Relu", ["k"], ["l"]),
+             node("MatMul", ["w6", "l"], ["y"])]
+    constants = {"w1": floats(4, 2, 3), "m": floats(5, 5), "w2": floats(2, 3, 4) / 20, "w3": floats(4, 6), "w4": floats(6, 3),
+                 "w5": floats(7, 3), "w6": floats(2, 7)}
+    return (model(nodes, {"x": (FLOAT, ["N", 5, 4])}, {"y": (FLOAT, ["N", 2, 5])}, constants), {"x": floats(3, 5, 4, seed=1)}, ["Sin"])
+
+
+def image_net():
+    """A decoder: resizing by interpolation, differences, maxima, norms over space and coordinates beside the channels; a sine is kept."""
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Resize", ["a", "", "scales"], ["b"], mode="linear"), node("Conv", ["b", "w2"], ["c"]),
+             node("Sub", ["b", "c"], ["d"]), node("Max", ["c", "d"], ["e"]), node("Concat", ["e", "where"], ["f"], axis=1),
+             node("Conv", ["f", "w3"], ["g"]), node("Sin", ["g"], ["h"]), node("Conv", ["h", "w4"], ["i"]),
+             node("ReduceL2", ["i"], ["k"], axes=[2, 3], keepdims=0), node("Gemm", ["k", "w5"], ["y"])]
+    constants = {"w1": floats(6, 3, 3, 3), "scales": np.float32([1, 1, 2, 2]), "w2": floats(6, 6, 1, 1), "where": floats(1, 2, 8, 12),
+                 "w3": floats(5, 8, 1, 1), "w4": floats(4, 5, 3, 3), "w5": floats(4, 2)}
+    return (model(nodes, {"x": (FLOAT, [1, 3, 6, 8])}, {"y": (FLOAT, [1, 2])}, constants), {"x": floats(1, 3, 6, 8, seed=1)}, ["Sin"])
+
+
+NETS = {"what is homogeneous": homogeneous_net, "images": image_net, "convolutions, open sizes": conv_net,
+        "tokens": token_net, "LSTM": recurrent_net, "If": branching_net, "float16 inside": half_net,
         "one sample": fixed_net}
 
 
@@ -243,6 +267,25 @@ def test_an_open_axis_of_space_is_no_batch(tmp_path):
     assert np.array_equal(opened.run(feeds)["y"], small.run_ort(tmp_path / "net.onnx", feeds)["y"])
 
 
+def test_a_free_batch_that_takes_one_sample_only(tmp_path):
+    """A state of one sample beside it: the file runs on single samples, and is read for them."""
+    nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0, 2]),
+             node("GRU", ["t", "W", "R", "", "", "h0"], ["s", ""], hidden_size=4), node("Squeeze", ["s", "one"], ["q"]),
+             node("Transpose", ["q"], ["u"], perm=[1, 0, 2]), *layer("u", "v", "w3"), node("MatMul", ["v", "w4"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 5), "W": floats(1, 12, 5), "R": floats(1, 12, 4), "one": ints(1), "w3": floats(4, 7),
+                 "w4": floats(7, 3)}
+    path = tmp_path / "net.onnx"
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", "T", 6]), "h0": (FLOAT, [1, 1, 4])}, {"y": (FLOAT, ["N", "T", 3])}, constants), path)
+    feeds = {"x": floats(3, 5, 6, seed=1), "h0": floats(1, 1, 4, seed=2)}
+    opened = eqfact.onnx.open(path, feeds)
+    assert [k.op_type for k in opened.kept] == ["GRU"] and len(opened.boundary(feeds)["x"]) == 3
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    for i in range(3):
+        one = {"x": feeds["x"][i:i + 1], "h0": feeds["h0"]}
+        assert np.array_equal(small.run_ort(tmp_path / "out.onnx", one)["y"], small.run_ort(path, one)["y"])
+    assert eqfact.onnx.check(path, opened.graph, feeds)
+
+
 def test_folded_batchnorms_go_into_the_file(tmp_path):
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
              node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),
@@ -308,6 +351,50 @@ def test_nothing_to_understand(tmp_path):
     path = tmp_path / "net.onnx"
     onnx.save(model([node("Cos", ["x"], ["y"])], {"x": (FLOAT, ["N", 3])}, {"y": (FLOAT, ["N", 3])}), path)
     refused(lambda: eqfact.onnx.open(path), str(path), "no layer with weights", "1 kept (Cos: eqfact has no such layer)")
+
+
+def test_a_class_token_takes_factors_in_its_file(tmp_path):
+    """Its constant is repeated for every sample on the way, so it is written before what repeats it."""
+    nodes = [node("Sin", ["x"], ["z"]), node("MatMul", ["z", "w"], ["g"]), node("Shape", ["g"], ["s"]),
+             node("Slice", ["s", "zero", "one"], ["n"]), node("Concat", ["n", "rest"], ["r"], axis=0),
+             node("Expand", ["token", "r"], ["t"]), node("Concat", ["t", "g"], ["h"], axis=1), node("MatMul", ["h", "v"], ["y"])]
+    constants = {"w": floats(4, 6), "zero": ints(0), "one": ints(1), "rest": ints(1, 6), "token": floats(1, 1, 6), "v": floats(6, 3)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 5, 4])}, {"y": (FLOAT, ["N", 6, 3])}, constants), tmp_path / "net.onnx")
+    feeds = {"x": floats(3, 5, 4, seed=1)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert eq.degrees_of_freedom(opened.graph) == 6
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    for batch in (1, 3):
+        feeds = {"x": floats(batch, 5, 4, seed=batch)}
+        before, after = (small.run_ort(tmp_path / name, feeds)["y"] for name in ("net.onnx", "out.onnx"))
+        assert np.array_equal(before, after)
+
+
+def test_constants_at_both_ends_have_no_place_of_their_own(tmp_path):
+    """One node of the file became two; to write the last of them in its place would lose the first."""
+    nodes = [node("Sin", ["x"], ["z"]), node("Conv", ["z", "w"], ["a"]), node("Concat", ["k", "a", "k"], ["b"], axis=2),
+             node("Conv", ["b", "w"], ["y"])]
+    onnx.save(model(nodes, {"x": (FLOAT, [1, 4, 5])}, {"y": (FLOAT, [1, 4, 7])}, {"w": floats(4, 4, 1), "k": floats(1, 4, 1)}),
+              tmp_path / "net.onnx")
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", {"x": floats(1, 4, 5)})
+    assert [type(n.op) for n in opened.graph] == [eq.Conv, eq.Extend, eq.Extend, eq.Conv]
+    graph = opened.graph
+    for name, n in [(n.name, n) for n in graph if isinstance(n.op, eq.Extend)]:
+        graph = graph.with_ops({name: n.op.rescale(2 * np.ones(4), 2 * np.ones(4))})
+        refused(lambda changed=graph: opened.save(tmp_path / "out.onnx", changed), "has no place of its own")
+
+
+def test_a_batchnorm_folded_into_a_product_from_the_left_is_its_sum_with_a_constant(tmp_path):
+    nodes = [node("Sin", ["x"], ["z"]), node("MatMul", ["w", "z"], ["a"]), node("BatchNormalization", ["a", *"gbmv"], ["c"]),
+             node("Einsum", ["c", "u"], ["d"], equation="btd,te->bde"), node("Add", ["d", "t"], ["y"])]
+    constants = {"w": floats(6, 5), **dict(zip("gbmv", np.abs(floats(4, 6)), strict=True)), "u": floats(6, 3), "t": floats(3)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 5, 4])}, {"y": (FLOAT, ["N", 4, 3])}, constants), tmp_path / "net.onnx")
+    feeds = {"x": floats(3, 5, 4, seed=1)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    folded = eq.fold_batchnorm(opened.graph)
+    opened.save(tmp_path / "out.onnx", folded)
+    close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(tmp_path / "net.onnx", feeds), tmp_path / "net.onnx")
+    assert len(folded.nodes) < len(opened.graph.nodes)
 
 
 def test_graphs_of_another_structure_find_no_place(tmp_path):

@@ -136,6 +136,11 @@ def passes(self, trace, *inputs):
     return spread(channel_vector(inputs[0]), self.output_shape(*(x.shape for x in inputs)))
 
 
+def broadcasts_without_ties(self, trace, *inputs):
+    shape = self.output_shape(*(x.shape for x in inputs))
+    return spread(channel_vector(max(inputs, key=len)), shape)
+
+
 def pins_its_input_only(self, trace, *inputs):
     for x in inputs:
         trace.pin(x, "planted")
@@ -275,6 +280,11 @@ PLANTED = [
     (eq.Add, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "residual onto the input", "differ"),
     (eq.Add, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "add over space", "differ"),
     (eq.Add, {"trace": ties_all_channels}, freedom, "residual", "called free"),
+    (eq.Sub, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "difference", "differ"),
+    (eq.Max, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "maximum", "differ"),
+    (eq.Add, {"trace": broadcasts_without_ties, "rescale": keeps_its_parameters}, every_value, "one channel joined to all", "differ"),
+    (eq.Extend, {"rescale": keeps_its_parameters}, every_value, "constants beside values", "differ"),
+    (eq.Extend, {"trace": pins_everything}, freedom, "constants beside values", "0 factors are called free, the equations leave 5"),
     (eq.Flatten, {"trace": repeats_pixel_last, "rescale": keeps_its_parameters}, every_value, "flatten", "differ"),
     (eq.Flatten, {"trace": repeats_pixel_last, "rescale": keeps_its_parameters}, every_value, "flatten, then add", "differ"),
     (eq.Unflatten, {"trace": unflattens_without_ties, "rescale": keeps_its_parameters}, every_value, "unflatten", "differ"),

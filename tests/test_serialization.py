@@ -45,7 +45,8 @@ def every_op(dtype=np.float64):
         eq.PReLU(w(4)), eq.PReLU(w(1)), eq.PReLU(w()), eq.PReLU(third),
         eq.Clip(-0.0, 6), eq.Clip(-np.inf, np.inf), eq.Clip(np.array([-np.inf, -1, -0.0, 0], dtype), np.inf),
         eq.MaxPool(2), eq.MaxPool((3, 2), stride=1, padding=((1, 0), (0, 1))),
-        eq.AvgPool(2), eq.AvgPool(3, padding=1, count_include_pad=False), eq.GlobalAvgPool(),
+        eq.AvgPool(2), eq.AvgPool(3, padding=1, count_include_pad=False), eq.GlobalAvgPool(), eq.MinPool(2, dilation=(1, 2)),
+        eq.LpPool(2, p=3), eq.Abs(), eq.Blend(w(2, 6), axis=2), eq.Extend(w(4, 1, 6), axis=1, front=True), eq.Extend(w(2, 6, 6)),
         eq.Pad(1), eq.Pad(((1, 0), (0, 2)), -np.inf), eq.Pad((1, 2), third), eq.Upsample((1, 3)), eq.Upsample(2),
         eq.Flatten(), ops.Transpose((2, 0, 1)), eq.Slice(-3, 4), eq.Permute((2, 0, 3, 1)),
         eq.Rearrange(((2, 2), (6,), (3, 2)), ((), (2, 0), (4, 1, 3))), eq.Take((3, 0, 0), axis=1), eq.Affine(w(4, 1, 1), w(1, 6, 6)),
@@ -65,7 +66,8 @@ def branching(dtype=np.float64):
     return eq.Graph({"zweite": (4, 1, 1), "../x": (4, 6, 6)}, [
         eq.Node("/conv/1", conv, ["../x"]), eq.Node("\ud800 lone", eq.ReLU(), ["/conv/1"]), eq.Node("again\n\0", conv, ["\ud800 lone"]),
         eq.Node("add", eq.Add(), ["again\n\0", "../x", "../x"]), eq.Node("mul", eq.Mul(), ["add", "zweite"]),
-        eq.Node("cat", eq.Concat(), ["mul", "add", "/conv/1"]), eq.Node("pool", eq.GlobalAvgPool(), ["cat"]),
+        eq.Node("sub", eq.Sub(), ["mul", "zweite"]), eq.Node("max", eq.Max(), ["sub", "add"]), eq.Node("min", eq.Min(), ["sub", "max"]),
+        eq.Node("cat", eq.Concat(), ["min", "add", "/conv/1"]), eq.Node("pool", eq.GlobalAvgPool(), ["cat"]),
         eq.Node("flat", eq.Flatten(), ["pool"]), eq.Node("fc", dense, ["flat"]),
     ], ["fc", "add"])
 

@@ -5,6 +5,7 @@ A constant operand is one number a channel in most networks: then ``a x + b`` is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from eqfact.onnx.layers import bias_row
 from eqfact.onnx.moving import identity
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import View
-from eqfact.ops import GELU, Add, Affine, BatchNorm, Clip, Dense, Identity, Mul, Op, PReLU, SiLU, Softmax
+from eqfact.ops import GELU, Add, Affine, BatchNorm, Clip, Dense, Identity, Max, Min, Mul, Op, PReLU, SiLU, Softmax, Sub
 
 
 def plain(make: Callable[[Call], Op]) -> Reader:
@@ -71,7 +72,7 @@ def add(call: Call) -> View:
 def subtract(call: Call) -> View:
     pair = _with_constant(call)
     if pair is None:
-        call.refuse("it subtracts two values of the network; eqfact adds them only")
+        return call.entrywise(Sub(), *call.views())
     x, c = pair
     return _affine(call, 1, -call.parameter(c), beta=c) if x == 0 else _affine(call, -1, call.parameter(c), beta=c)
 
@@ -111,15 +112,16 @@ def clip(call: Call) -> View:
 
 
 def bound(name: str) -> Reader:
-    """Max or Min with a constant: one side of a Clip; the second of a pair is merged with the first."""
+    """Max or Min of values; with a constant one side of a Clip, of which the second of a pair is merged with the first."""
     def read(call: Call) -> View:
-        pair = _with_constant(call)
-        if pair is None:
-            if len(call.inputs) == 1:
-                return identity(call)
-            call.refuse(f"it compares {len(call.inputs)} values of the network")
-        x, c = pair
-        view, given = call.view(x), call.parameter(c)
+        values = [i for i, t in enumerate(call.inputs) if not isinstance(t, Constant)]
+        constants = [i for i, t in enumerate(call.inputs) if isinstance(t, Constant)]
+        if not constants:
+            return identity(call) if len(values) == 1 else call.entrywise(Max() if name == "low" else Min(), *call.views())
+        if len(values) > 1:
+            call.refuse(f"it compares {len(values)} values and {len(constants)} constants at once")
+        (x,), c = values, constants[0]
+        view, given = call.view(x), functools.reduce(np.maximum if name == "low" else np.minimum, map(call.parameter, constants))
         limit = {name: float(given.reshape(())) if given.size == 1 and given.ndim <= view.ndim else given}
 
         def make(**bounds: Any) -> Op:

@@ -7,8 +7,8 @@ below with the plain reason; the importer adds path, node and op type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,14 @@ from eqfact.onnx.views import BATCH, Axis, View
 from eqfact.ops import Op, Weighted
 
 AnyArray = npt.NDArray[Any]
+
+
+class Standing(NamedTuple):
+    """A tensor as a value, where its axes stand in ``(C, *spatial)``, and the way back for what is made of it."""
+
+    value: str
+    axes: dict[int, int]
+    back: Callable[[View], View]
 
 
 class Call:
@@ -154,8 +162,7 @@ class Call:
         """
         axis = view.axis(axis)
         view.size(axis)
-        first = int(view.batch is None and not view.axes[0] and axis > 0)  # the batch of one sample
-        others = [i for i in range(first, view.ndim) if i != axis and view.axes[i] != (BATCH,)]
+        others = self._beside(view, axis)
         space: list[Axis] = []
         for i in others:
             if BATCH in view.axes[i][1:-1]:
@@ -170,6 +177,36 @@ class Call:
                 axes[i] = (*(old[:1] if BATCH in old[:1] else ()), *run, *(old[-1:] if BATCH in old[1:] else ()))
             return made.with_axes(*(axes.get(i, () if view.axes[i] != (BATCH,) else (BATCH,)) for i in range(view.ndim)))
         return value, back
+
+    @staticmethod
+    def _beside(view: View, channel: int) -> list[int]:
+        """The axes of a tensor that are space if ``channel`` is its channels: all others but the batch, or what stands for one sample."""
+        first = int(view.batch is None and not view.axes[0] and channel > 0)
+        return [i for i in range(first, view.ndim) if i != channel and view.axes[i] != (BATCH,)]
+
+    def standing(self, view: View, channel: int, *, as_is: bool = True) -> Standing:
+        """A tensor as a value whose channels are its axis ``channel``: the value itself, if they are that, else what is moved there."""
+        layout = view.layout() if as_is else None
+        if layout is not None and layout[0] == channel:
+            order = [int(i) for i in np.argsort([0, *layout])]
+            return Standing(view.value, {axis: i for i, axis in enumerate(layout)}, lambda made: made.transpose(order))
+        value, back = self.by_channel(view, channel)
+        return Standing(value, {channel: 0, **{axis: i for i, axis in enumerate(self._beside(view, channel), 1)}}, back)
+
+    def apart(self, view: View, axes: Collection[int]) -> Standing:
+        """The same for an op along some axes, of which none may be the channels; where no other axis is left, all is one channel."""
+        channel = view.home
+        if channel is None or channel in axes:
+            channel = next((a for a in range(view.ndim) if a not in axes and a != view.batch and view.axes[a]), None)
+        if channel is not None:
+            return self.standing(view, channel)
+        value, places, back = self.standing(view.with_axes(*view.axes, ()), view.ndim, as_is=False)
+        del places[view.ndim]
+
+        def without(made: View) -> View:
+            whole = back(made)
+            return whole.with_axes(*whole.axes[:-1])
+        return Standing(value, places, without)
 
     def entrywise(self, op: Op, *views: View, names: Mapping[str, int] | None = None) -> View:
         """An op that does not care where the channels stand: on the values themselves, if one arrangement fits all tensors."""

@@ -52,7 +52,7 @@ def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLik
     if not compared:
         raise OnnxError(f"{opened.path}: the file has none of the values of the network to compare with")
     running = Running(path, [name for name, _ in views.values() if name not in feeds])
-    boundary = _boundary(opened, graph, feeds)
+    boundary = _boundary(opened, graph, feeds, path)
     worst = Verification(True, 0.0, 0.0, compared[0].name, "")
     for nodes in _groups(graph, views):
         held = _held(nodes, views, running, feeds, boundary)
@@ -74,13 +74,13 @@ def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLik
     return Verification(True, worst.max_error, worst.bound, worst.worst, message, _end_to_end(opened, graph, feeds, boundary, path))
 
 
-def _boundary(opened: Opened, graph: Graph, feeds: Arrays) -> Arrays:
+def _boundary(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLike[str]) -> Arrays:
     """The graph's inputs; those that are none of the file's own graph are tensors of their names."""
-    found = {name: array for name, array in opened.boundary(feeds).items() if name in graph.inputs}
+    found = {name: array for name, array in opened.boundary(feeds, path).items() if name in graph.inputs}
     others = [name for name in graph.inputs if name not in found]
     if not opened.source.shown.issuperset(others):
         raise OnnxError(f"{opened.path}: the network has inputs {others} that the file does not have")
-    return {**found, **(Running(opened.path, others)(feeds, others) if others else {})}
+    return {**found, **(Running(path, others)(feeds, others) if others else {})}
 
 
 def _views(opened: Opened, graph: Graph) -> dict[str, tuple[str, View]]:

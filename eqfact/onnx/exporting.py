@@ -22,7 +22,7 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN, check_model
-from eqfact.ops import Weighted
+from eqfact.ops import Extend, Weighted
 
 Path_ = str | os.PathLike[str]
 
@@ -32,12 +32,12 @@ OPSET = 17
 IR_VERSION = 8
 
 
-def write_model(path: Path_, model: onnx.ModelProto) -> None:
-    """Check a model and write its file, whole or not at all."""
+def write_model(path: Path_, model: onnx.ModelProto, *, full: bool = True) -> None:
+    """Check a model, its shapes too if it is ours in full, and write its file, whole or not at all."""
     path = Path(path)
     if model.ByteSize() > LARGEST:
         raise OnnxError(f"{path}: the network has {model.ByteSize() / 2**30:.1f} GiB; an ONNX file without external data holds 2 GiB")
-    check_model(model, full=True)
+    check_model(model, full=full)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -161,6 +161,14 @@ class Writer(ABC):
     def over_space(self, node: Node, name: str, value: AnyArray) -> str:
         """A parameter ``(C or 1, *spatial or 1)``, as it broadcasts against the node's tensor."""
         return self.parameter(node, name, value)
+
+    def beside(self, node: Node, op: Extend) -> tuple[AnyArray, int]:
+        """The constant of an op as a tensor of one sample beside the node's tensor, batch first, and the axis that it extends."""
+        return op.constant[None], op.axis + 1
+
+    def samples(self, node: Node) -> int | None:
+        """The size of the batch of the node's tensor; None if it is not known."""
+        return self.batch if isinstance(self.batch, int) else None
 
     def channels_second(self, node: Node) -> bool:
         """Whether the channels of the node's tensor stand where ONNX's layers want them, behind the batch."""

@@ -46,7 +46,7 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
         except OnnxError as error:
             if not isinstance(error.__cause__, OneSample):
                 raise
-            try:  # a free batch, but a batch of one sample baked into a node: then the network is one for single samples
+            try:  # the batch is free, and the network is one for single samples all the same
                 return Importer(path, read_model(path), input_shapes or {}, samples=1).graph()
             except OnnxError:
                 raise error from None

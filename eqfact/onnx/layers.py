@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqfact.onnx.call import Call, Reader
+from eqfact.onnx.call import AnyArray, Call, Reader
 from eqfact.onnx.views import View
-from eqfact.ops import AvgPool, BatchNorm, Conv, ConvTranspose, Dense, GlobalAvgPool, Identity, MaxPool, Pad, Shape
+from eqfact.ops import AvgPool, BatchNorm, Blend, Conv, ConvTranspose, Dense, GlobalAvgPool, Identity, LpPool, MaxPool, Op, Pad, Shape
 
 Sides = tuple[tuple[int, int], ...]
 
@@ -85,21 +85,30 @@ def _one(values: Sequence[int]) -> int | tuple[int, ...]:
     return values[0] if len(set(values)) == 1 else tuple(values)
 
 
-def _pool(call: Call) -> tuple[str, list[int], list[int], Sides, Sides]:
-    """The value, kernel, stride, padding, and how much more is padded behind because of ``ceil_mode``."""
+class _Pooling(NamedTuple):
+    """What a pool reads, its window, and how much more is padded behind because of ``ceil_mode``."""
+
+    value: str
+    kernel: list[int]
+    padding: Sides
+    more: Sides
+    #: Stride and dilation, as the ops of eqfact have them.
+    steps: dict[str, Any]
+
+
+def _pool(call: Call) -> _Pooling:
     kernel = call.integers("kernel_shape")
     x = call.value(call.view())
     sizes = call.building.shapes[x][1:]
     stride, padding, dilation = _window(call, sizes, kernel)
-    if any(d != 1 for d in dilation):
-        call.refuse(f"it has dilations {dilation}, and the pools of eqfact have none")
     more = [0] * len(kernel)
     if call.integer("ceil_mode", 0):
-        for axis, (n, k, s, (before, after)) in enumerate(zip(sizes, kernel, stride, padding, strict=True)):
-            count = math.ceil((n + before + after - k) / s) + 1
+        for axis, (n, k, s, d, (before, after)) in enumerate(zip(sizes, kernel, stride, dilation, padding, strict=True)):
+            reach = d * (k - 1) + 1
+            count = math.ceil((n + before + after - reach) / s) + 1
             count -= (count - 1) * s >= n + before  # every window starts inside the input or before it
-            more[axis] = max(0, (count - 1) * s + k - n - before - after)
-    return x, kernel, stride, padding, tuple((0, m) for m in more)
+            more[axis] = max(0, (count - 1) * s + reach - n - before - after)
+    return _Pooling(x, kernel, padding, tuple((0, m) for m in more), {"stride": _one(stride), "dilation": _one(dilation)})
 
 
 def _plus(padding: Sides, more: Sides) -> Sides:
@@ -107,19 +116,31 @@ def _plus(padding: Sides, more: Sides) -> Sides:
 
 
 def max_pool(call: Call) -> View:
-    x, kernel, stride, padding, more = _pool(call)
-    return call.emit(MaxPool(_one(kernel), stride=_one(stride), padding=_plus(padding, more)), x)
+    x, kernel, padding, more, steps = _pool(call)
+    return call.emit(MaxPool(_one(kernel), padding=_plus(padding, more), **steps), x)
+
+
+def lp_pool(call: Call) -> View:
+    x, kernel, padding, more, steps = _pool(call)
+    return call.emit(LpPool(_one(kernel), padding=_plus(padding, more), p=_power(call), **steps), x)
+
+
+def _power(call: Call) -> int:
+    power = call.number("p", 2)
+    if power != int(power):
+        call.refuse(f"it takes the power {power:g}, which is no whole number")
+    return int(power)
 
 
 def average_pool(call: Call) -> View:
-    x, kernel, stride, padding, more = _pool(call)
+    x, kernel, padding, more, steps = _pool(call)
     counted = bool(call.integer("count_include_pad", 0)) and any(map(any, padding))
     if counted and any(map(any, more)):  # explicit padding counts, what ceil_mode adds does not
         x, padding, counted = call.emit(Pad(padding), x, suffix=".pad").value, more, False
     else:
         padding = _plus(padding, more)
     counted = counted or not any(map(any, padding))
-    return call.emit(AvgPool(_one(kernel), stride=_one(stride), padding=padding, count_include_pad=counted), x)
+    return call.emit(AvgPool(_one(kernel), padding=padding, count_include_pad=counted, **steps), x)
 
 
 def global_average_pool(call: Call) -> View:
@@ -131,7 +152,13 @@ def global_max_pool(call: Call) -> View:
     return call.emit(MaxPool(call.building.shapes[x][1:], stride=1), x)
 
 
-def reduce_space(average: bool) -> Reader:
+def global_lp_pool(call: Call) -> View:
+    x = call.value(call.view())
+    return call.emit(LpPool(call.building.shapes[x][1:], stride=1, p=_power(call)), x)
+
+
+def reduce_space(make: Callable[..., Op] | None) -> Reader:
+    """A reader for reductions over some of space: ``make`` of a pool's kernel, or sums if there is none."""
     def reduce(call: Call) -> View:
         view, given = call.view(), call.listed("axes", 1)
         if not given and call.integer("noop_with_empty_axes", 0):
@@ -143,22 +170,57 @@ def reduce_space(average: bool) -> Reader:
         channel = next((a for a in kept if view.axes[a]), None)
         if channel is None:
             call.refuse("it reduces the channels with all else, and leaves no channel")
-        layout = view.layout()
-        if layout is not None and layout[0] in kept:
-            channel = layout[0]  # the channels that it has already
-        x, back = call.by_channel(view, channel)
-        first = int(view.batch is None and not view.axes[0] and channel > 0)
-        space = [a for a in range(first, view.ndim) if a not in (channel, view.batch)]
+        if make is None:
+            made = along(call, view, {a: np.ones((1, view.size(a))) for a in reduced if view.axes[a]})
+            return made if call.integer("keepdims", 1) else made.with_axes(*(axis for i, axis in enumerate(made.axes) if i not in reduced))
+        x, axes, back = call.standing(view, view.home if view.home in kept else channel)
+        sizes, space = call.building.shapes[x][1:], {axes[a] for a in reduced if a in axes}
+        kernel = tuple(n if i in space else 1 for i, n in enumerate(sizes, 1))
         if not space:
-            return call.entrywise(Identity())
-        kernel = tuple(n if a in reduced else 1 for a, n in zip(space, call.building.shapes[x][1:], strict=True))
-        everything = all(a in reduced for a in space)
-        op = (GlobalAvgPool() if everything else AvgPool(kernel, stride=1)) if average else MaxPool(kernel, stride=1)
-        made = back(call.emit(op, x))
+            made = call.emit(Identity(), x)
+        elif make is AvgPool and len(space) == len(sizes):
+            made = call.emit(GlobalAvgPool(), x)
+        else:
+            made = call.emit(make(kernel, stride=1), x)
+        made = back(made)
         if call.integer("keepdims", 1):
             return made
         return made.with_axes(*(axis for i, axis in enumerate(made.axes) if i not in reduced))
     return reduce
+
+
+def along(call: Call, view: View, matrices: Mapping[int, AnyArray], names: Mapping[str, int] | None = None) -> View:
+    """A matrix along each of some axes of a tensor, none of which should be its channels."""
+    if not matrices:
+        return call.entrywise(Identity(), view)
+    for i, (axis, matrix) in enumerate(matrices.items(), 1):
+        view.size(axis)
+        matrix, suffix = np.asarray(matrix, call.building.dtype), "" if i == len(matrices) else f".axis{axis}"
+        place = space_axis(view, axis)
+        if place is not None:
+            made = call.emit(Blend(matrix, place), view.value, names=names, suffix=suffix)
+            run = made.with_axes((), *made.axes[-len(view.shape):]).axes[place + 1]
+            view = View(made.value, made.shape, (*view.axes[:axis], run, *view.axes[axis + 1:]))
+        else:
+            value, axes, back = call.apart(view, {axis})
+            view = back(call.emit(Blend(matrix, axes[axis]), value, names=names, suffix=suffix))
+    return view
+
+
+def space_axis(view: View, axis: int) -> int | None:
+    """The axis of space of the value that an axis of the tensor is, all of it and nothing else."""
+    atoms = view.axes[axis]
+    alone = len(atoms) == 1 and atoms[0].axis > 0 and atoms[0].size == view.shape[atoms[0].axis]
+    return atoms[0].axis if alone else None
+
+
+def cumulate(call: Call) -> View:
+    """A running sum: a triangle of ones."""
+    view = call.view()
+    axis = view.axis(int(call.constant(1).reshape(())))
+    n = view.size(axis)
+    triangle = np.tri(n, k=-call.integer("exclusive", 0))
+    return along(call, view, {axis: triangle.T if call.integer("reverse", 0) else triangle})
 
 
 # ------------------------------------------------------------------------------------------------- products with weights
@@ -190,15 +252,110 @@ def bias_row(call: Call, bias: Any, out: int) -> Any:
 
 
 def matmul(call: Call) -> View:
-    """``x @ W`` over the last axis: Dense, or a pointwise convolution if there are axes in between."""
+    """``x @ W`` over the last axis: Dense, or a pointwise convolution if there are axes in between. ``W @ x`` over the last but one: the
+    same if that is the channels, else a matrix along an axis of space."""
+    if call.known(0) is not None:
+        return _matmul_from_the_left(call)
     view, weight = call.view(), call.parameter(1)
     if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
                     "(N, ..., in) times (in, out) is supported")
-    x, back = call.by_channel(view, -1)
+    return _layer(call, view, -1, weight.T, weight=1, transposed=True)
+
+
+def _matmul_from_the_left(call: Call) -> View:
+    matrix, view = call.parameter(0), call.view(1)
+    if matrix.ndim != 2 or view.ndim < 2:
+        call.refuse(f"it multiplies a constant of shape {matrix.shape} by a value with {view.ndim} axes; "
+                    "(out, in) times (N, ..., in, ...) is supported")
+    axis = view.ndim - 2
+    if space_axis(view, axis) is None and view.home in (None, axis):
+        return _layer(call, view, axis, matrix, weight=0)
+    return along(call, view, {axis: matrix}, {"matrix": 0})
+
+
+def _layer(call: Call, view: View, axis: int, rows: AnyArray, *, weight: int, transposed: bool = False) -> View:
+    """The layer with the weights ``rows``, ``(out, in)``, whose channels are one axis of a tensor."""
+    x, back = call.by_channel(view, axis)
     axes = len(call.building.shapes[x]) - 1
-    op = Dense(weight.T) if axes == 0 else Conv(weight.T.reshape(*weight.T.shape, *(1 for _ in range(axes))))
-    return back(call.emit(op, x, names={"weight": 1}, transposed=True))
+    op = Dense(rows) if axes == 0 else Conv(rows.reshape(*rows.shape, *(1 for _ in range(axes))))
+    return back(call.emit(op, x, names={"weight": weight}, transposed=transposed))
+
+
+class Einsum(NamedTuple):
+    """An equation of a value and a constant, by the letters of their axes: each of the constant's is contracted or made."""
+
+    value: str
+    constant: str
+    made: str
+
+    @property
+    def contracted(self) -> str:
+        """The axes that both have and the result has not."""
+        return "".join(a for a in self.value if a in self.constant)
+
+    @property
+    def new(self) -> str:
+        """The axes of the result that the value has not."""
+        return "".join(a for a in self.made if a in self.constant)
+
+    @classmethod
+    def of(cls, equation: str, constant: int, ndim: int) -> Einsum | None:
+        """The equation, if it is a layer with weights: a product of which every axis of the constant is contracted or made."""
+        terms, arrow, made = equation.replace(" ", "").partition("->")
+        both = terms.split(",")
+        if len(both) != 2:
+            return None
+        if not arrow:
+            made = "".join(sorted(a for a in set(terms) - {",", "."} if terms.count(a) == 1))
+        value, own = both[1 - constant], both[constant]
+        if "..." in value:
+            letters = [a for a in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if a not in equation]
+            between = "".join(letters[:ndim - len(value) + 3])
+            value = value.replace("...", between)
+            made = made.replace("...", between) if arrow else between + made
+        found = cls(value, own, made)
+        distinct = all(len(set(term)) == len(term) and "." not in term for term in found)
+        sides = [(a in value) != (a in made) for a in own]
+        whole = set(value) - set(own) == set(made) - set(own)
+        return found if distinct and all(sides) and whole and found.contracted and found.new and len(value) == ndim else None
+
+    def rows(self, constant: AnyArray) -> AnyArray:
+        """The weights ``(out, in)`` of a constant."""
+        moved: AnyArray = np.einsum(f"{self.constant}->{self.new}{self.contracted}", constant)
+        return moved.reshape(math.prod(moved.shape[:len(self.new)]), -1)
+
+    def back(self, rows: AnyArray, shape: Sequence[int]) -> AnyArray:
+        """The constant of this shape that has these weights."""
+        sizes = dict(zip(self.constant, shape, strict=True))
+        array: AnyArray = np.einsum(f"{self.new}{self.contracted}->{self.constant}",
+                                    rows.reshape([sizes[a] for a in self.new + self.contracted]))
+        return array
+
+
+def einsum(call: Call) -> View:
+    """A layer with weights, if that is what it comes to."""
+    constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    if len(call.inputs) != 2 or len(constants) != 1:
+        call.refuse(f"it joins {len(call.inputs) - len(constants)} values and {len(constants)} constants; one of each is supported")
+    (i,) = constants
+    view, weight, equation = call.view(1 - i), call.parameter(i), call.text("equation", "")
+    terms = Einsum.of(equation, i, view.ndim)
+    if terms is None or len(terms.constant) != weight.ndim:
+        call.refuse(f"'{equation}' is no layer: each axis of the constant must be contracted or new")
+    at = {a: view.axes[n] for n, a in enumerate(terms.value)}
+    kept = [a for a in terms.value if a not in terms.contracted]
+    for a in terms.contracted:
+        view.size(terms.value.index(a))
+    whole = view.with_axes(*(at[a] for a in kept), tuple(atom for a in terms.contracted for atom in at[a]))
+    if whole.batch not in (None, 0) or (whole.batch is None and view.axes[0]):
+        call.refuse("its batch is not the first axis")
+    made = _layer(call, whole, -1, terms.rows(weight), weight=i)
+    sizes = dict(zip(terms.constant, weight.shape, strict=True))
+    batches = call.building.batches
+    split = made.reshape(*((*made.full_shape(b)[:-1], *(sizes[a] for a in terms.new)) for b in batches), batches=batches)
+    names = [*kept, *terms.new]
+    return split.transpose([names.index(a) for a in terms.made])
 
 
 def batch_normalization(call: Call) -> View:

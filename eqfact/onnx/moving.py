@@ -17,24 +17,35 @@ from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
 from eqfact.onnx.layers import sides_of
 from eqfact.onnx.origin import Constant
-from eqfact.onnx.views import View
-from eqfact.ops import Concat, Identity, Pad, Shape, Upsample
+from eqfact.onnx.views import BATCH, View
+from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take
 
 #: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 
 
-def _bounded(count: float) -> int:
+def bounded(count: float) -> int:
     """How many entries are chosen along an axis, if not more than is read with here; they are listed."""
     if not count <= MOST_CHANNELS:
         raise ValueError(f"it chooses {count:g} entries along an axis, more than a network is read with here ({MOST_CHANNELS})")
     return int(count)
 
 
-def _choose(call: Call, view: View, axis: int, indices: Any) -> View:
+def choose(call: Call, view: View, axis: int, indices: Any) -> View:
     """Entries along one axis."""
-    _bounded(len(indices))
+    if not view.axes[view.axis(axis)] and len(indices) > 1:
+        return _repeat(call, view, view.axis(axis), len(indices))
+    bounded(len(indices))
     return call.building.choose(view, axis, np.asarray(indices).tolist(), call.output, call.origin())
+
+
+def _repeat(call: Call, view: View, axis: int, count: int) -> View:
+    """The one entry of an axis, so many times: entries of a value that has this axis."""
+    bounded(count)
+    standing = call.apart(view, {axis})
+    if axis not in standing.axes:
+        call.refuse("it repeats samples")
+    return standing.back(call.emit(Take((0,) * count, standing.axes[axis]), standing.value))
 
 
 def pad(call: Call) -> View:
@@ -52,116 +63,89 @@ def pad(call: Call) -> View:
             continue
         n = view.size(axis)
         if min(before, after) < 0:  # first what is cut off
-            view = _choose(call, view, axis, range(max(0, -before), n + min(0, after)))
+            view = choose(call, view, axis, range(max(0, -before), n + min(0, after)))
             n = view.size(axis)
         before, after = max(0, before), max(0, after)
         if mode in REPEATING and before + after:
-            _bounded(n + before + after)
+            bounded(n + before + after)
             if n < 2 and mode == "reflect":
                 raise ValueError(f"it reflects along axis {axis}, which has {n} entries")
-            view = _choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
+            view = choose(call, view, axis, np.pad(np.arange(n), (before, after), mode=REPEATING[mode]))  # type: ignore[call-overload]
         elif before + after:
             padded[axis] = (before, after)
     if mode not in (*REPEATING, "constant"):
         call.refuse(f"its mode is '{mode}'")
     if not padded:
         return view if view != call.view() else identity(call)
-    return _over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0), "pads the channels")
+    return over_space(call, view, padded, lambda sides: Pad(sides, value), (0, 0))
 
 
-def _over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any, what: str) -> View:
+def over_space(call: Call, view: View, at: dict[int, Any], make: Callable[[tuple[Any, ...]], Any], neutral: Any) -> View:
     """An op with one parameter an axis of space: on the value itself if its channels stay out of it, else on the tensor as it stands."""
-    layout = view.layout()
-    if layout is None:
-        view = call.building.settled(view, call.output)
-        layout = view.layout()
-    if layout is None or layout[0] in at:  # some other axis must be the channels
-        channel = next((a for a in range(view.ndim) if a not in at and a != view.batch and view.axes[a]), None)
-        if channel is None:
-            call.refuse(f"it {what}")
-        value, back = call.by_channel(view, channel)
-        space = [a for a in range(int(view.batch is None and not view.axes[0]), view.ndim) if a not in (channel, view.batch)]
-        return back(call.emit(make(tuple(at.get(a, neutral) for a in space)), value))
-    made = call.emit(make(tuple(at.get(a, neutral) for a in layout[1:])), view.value)
-    order = [0, *layout]
-    return made.transpose([int(i) for i in np.argsort(order)])
+    standing = call.apart(view, at)
+    space = sorted((i, axis) for axis, i in standing.axes.items() if i)
+    return standing.back(call.emit(make(tuple(at.get(axis, neutral) for _, axis in space)), standing.value))
 
 
-def resize(call: Call) -> View:
-    """Nearest neighbours, whatever mix of attributes says so: whole factors repeat entries, others choose some."""
-    if call.text("mode", "nearest") != "nearest":
-        call.refuse(f"its mode is '{call.text('mode', '')}'; only nearest neighbours are supported")
-    view = call.view()
-    axes = [view.axis(a) for a in call.integers("axes", range(view.ndim))]
-    i = 1 if call.opset < 11 else 2
-    if call.node.op_type == "Upsample" and "scales" in call.attributes:
-        scales = [float(s) for s in call.attributes["scales"]]
-    elif call.has(i) and call.constant(i).size:
-        scales = call.constant(i).reshape(-1).tolist()
-    else:
-        scales = _scales_of_sizes(call, view, axes)
-    repeated, taken = {}, {}
-    for axis, scale in zip(axes, scales, strict=True):
-        if scale == 1:
-            continue
-        n = view.size(axis)
-        sources = _sources(call, n, scale)
-        if scale >= 1 and np.array_equal(sources, np.repeat(np.arange(n), round(scale))):
-            repeated[axis] = round(scale)
-        else:
-            taken[axis] = sources
-    for axis, sources in taken.items():
-        view = _choose(call, view, axis, sources)
-    if not repeated:
-        return view if taken else identity(call)
-    return _over_space(call, view, repeated, Upsample, 1, "repeats channels")
-
-
-def _scales_of_sizes(call: Call, view: View, axes: Sequence[int]) -> list[float]:
-    """The scales of a Resize that is given the sizes of its output, which may name the batch."""
-    if call.known(3) is None or call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
-        call.refuse("its scales or sizes are not constant")
-    found = set()
-    for sizes, b in zip(call.constants(3), call.building.batches, strict=True):
-        found.add(tuple(n / view.full_shape(b)[a] for n, a in zip(sizes.reshape(-1).tolist(), axes, strict=True)))
-    if len(found) > 1:
-        call.refuse("its scales depend on the size of the batch")
-    return list(found.pop())
-
-
-def _sources(call: Call, n: int, scale: float) -> Any:
-    """Which entry each entry of a nearest Resize comes from, along one axis of ``n`` entries (ONNX, Resize)."""
-    count = _bounded(n * scale + 1e-9)
-    x = np.arange(count)
-    transformation = call.text("coordinate_transformation_mode", "asymmetric" if call.opset < 11 else "half_pixel")
-    at = {
-        "asymmetric": x / scale,
-        "half_pixel": (x + 0.5) / scale - 0.5,
-        "half_pixel_symmetric": (x + 0.5) / scale - 0.5,
-        "pytorch_half_pixel": (x + 0.5) / scale - 0.5 if count > 1 else 0.0 * x,
-        "align_corners": x * ((n - 1) / (count - 1)) if count > 1 else 0.0 * x,
-    }.get(transformation)
-    if at is None:
-        call.refuse(f"its coordinate_transformation_mode is '{transformation}'")
-    rounding = call.text("nearest_mode", "floor" if call.opset < 11 else "round_prefer_floor")
-    whole = {"round_prefer_floor": np.ceil(at - 0.5), "round_prefer_ceil": np.floor(at + 0.5), "floor": np.floor(at), "ceil": np.ceil(at)}
-    return np.clip(whole[rounding], 0, n - 1).astype(int)
+# ------------------------------------------------------------------------------------------------- joining
 
 
 def concat(call: Call) -> View:
-    views = call.views()
+    """Values beside each other; a constant is beside the value before it, or the first."""
+    views = [call.view(i) for i, t in enumerate(call.inputs) if not isinstance(t, Constant)]
     axis = views[0].axis(call.integer("axis", 1))
     if any(v.ndim != views[0].ndim for v in views):
         raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}")
     for v in views:
         v.size(axis)
-    layouts = {v.layout() for v in views}
-    layout = layouts.pop() if len(layouts) == 1 else None
-    if layout is not None and axis in layout[1:]:  # along space
-        made = call.emit(Concat(layout.index(axis)), *(v.value for v in views))
-        return made.transpose([int(i) for i in np.argsort([0, *layout])])
-    turned = [call.by_channel(v, axis) for v in views]
-    return turned[0][1](call.emit(Concat(), *(value for value, _ in turned)))
+    homes = {v.home for v in views}
+    home = homes.pop() if len(homes) == 1 else None
+    alike = len({v.layout() for v in views}) == 1
+    standings = [call.standing(v, axis if home is None else home, as_is=alike) for v in views]
+    place, back = standings[0].axes.get(axis), standings[0].back
+    if place is None:
+        call.refuse("it joins samples")
+    front, behind = _constants_beside(call, axis, views[0], standings[0].axes)
+    extensions = [(i, constant, early) for i, constants in enumerate(behind)
+                  for constant, early in ((front if i == 0 else None, True), (constants, False)) if constant is not None]
+    constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    names = {"constant": constants[0]} if len(constants) == 1 else {}
+    values = [s.value for s in standings]
+    for k, (i, constant, early) in enumerate(extensions):
+        last = len(values) == 1 and k == len(extensions) - 1
+        op = Extend(constant, place, front=early)
+        values[i] = call.emit(op, values[i], names=names, suffix="" if last else f".extended{k}").value
+        if last:
+            return back(View.whole(values[i], call.building.shapes[values[i]], call.building.samples))
+    return back(call.emit(Concat(place), *values))
+
+
+def _constants_beside(call: Call, axis: int, view: View, axes: dict[int, int]) -> tuple[Any, list[Any]]:
+    """What stands in front of the first value, and behind each; constants as ``(C, *spatial)``, or None."""
+    found: list[list[Any]] = [[]]
+    for i, tensor in enumerate(call.inputs):
+        if not isinstance(tensor, Constant):
+            found.append([])
+            continue
+        arrays = call.constants(i)
+        for array, b in zip(arrays, call.building.batches, strict=True):
+            shape = view.full_shape(b)
+            if array.shape != (*shape[:axis], *array.shape[axis:axis + 1], *shape[axis + 1:]):
+                raise ValueError(f"it joins a constant of shape {array.shape} to {view.described()} along axis {axis}")
+        first = arrays[0]
+        if first.dtype != call.building.dtype:
+            call.refuse(f"it joins a constant of {first.dtype}; a network is computed in one type here, {call.building.dtype}")
+        if view.batch is not None:
+            one = first.take([0], view.batch)
+            if view.axes[view.batch] != (BATCH,) or any((array != one).any() for array in arrays):
+                call.refuse("its constant differs between samples")
+            first = one
+        order = sorted(axes, key=lambda a: axes[a])
+        rest = [a for a in range(view.ndim) if a not in axes]
+        moved = first.transpose([*order, *rest])
+        found[-1].append(moved.reshape(moved.shape[:len(order)]))
+    joined = [np.concatenate(parts, axis=axes[axis]) if parts else None for parts in found]
+    return joined[0], joined[1:]
 
 
 # ------------------------------------------------------------------------------------------------- views only
@@ -265,7 +249,7 @@ def slice_(call: Call) -> View:
         stop: int | None = end
         if step < 0 and end < -n:  # down to the first entry and with it
             stop = None
-        view = _choose(call, view, axis, range(n)[start:stop:step])
+        view = choose(call, view, axis, range(n)[start:stop:step])
     return view
 
 
@@ -287,7 +271,7 @@ def gather(call: Call) -> View:
     n = view.size(axis)
     if chosen.size and not -n <= chosen.min() <= chosen.max() < n:
         raise ValueError(f"it takes entries {chosen.min()} to {chosen.max()} of {n}")
-    view = _choose(call, view, axis, np.where(chosen < 0, chosen + n, chosen).reshape(-1))
+    view = choose(call, view, axis, np.where(chosen < 0, chosen + n, chosen).reshape(-1))
     if chosen.ndim == 0:
         return view.with_axes(*view.axes[:axis], *view.axes[axis + 1:])
     batches = call.building.batches
@@ -317,9 +301,29 @@ def space_to_depth(call: Call) -> View:
 
 
 def expand(call: Call) -> View:
+    """Entries of axes of size 1, repeated; new axes stand in front."""
+    view, given = call.view(), [tuple(wanted.reshape(-1).tolist()) for wanted in call.constants(1)]
+    same = view
+    view = view.with_axes(*((),) * (len(given[0]) - view.ndim), *view.axes)
+    for axis in range(view.ndim):
+        sizes = [(view.full_shape(b)[axis], np.broadcast_shapes(view.full_shape(b), wanted)[axis])
+                 for b, wanted in zip(call.building.batches, given, strict=True)]
+        if all(n == m for n, m in sizes):
+            continue
+        if len({m for _, m in sizes}) > 1:
+            call.refuse("it repeats what is the same for all samples")
+        view = _repeat(call, view, axis, int(sizes[0][1]))
+    return view if view != same else identity(call)
+
+
+def tile(call: Call) -> View:
+    """All entries of an axis, again and again."""
     view = call.view()
-    for b, given in zip(call.building.batches, call.constants(1), strict=True):
-        full, wanted = view.full_shape(b), tuple(given.reshape(-1).tolist())
-        if np.broadcast_shapes(full, wanted) != full:
-            call.refuse(f"it repeats entries, from shape {full} to {wanted}")
-    return identity(call)
+    repeats = call.constant(1).reshape(-1).tolist()
+    if len(repeats) != view.ndim:
+        raise ValueError(f"it repeats {len(repeats)} axes of a tensor with {view.ndim}")
+    for axis, times in enumerate(repeats):
+        if times != 1:
+            bounded(view.size(axis) * times)
+            view = choose(call, view, axis, np.tile(np.arange(view.size(axis)), times))
+    return view if view != call.view() else identity(call)

@@ -6,18 +6,23 @@ attributes and weights; axes are never guessed, because ONNX says for every op w
 
 from __future__ import annotations
 
-from eqfact.onnx import arithmetic, layers, moving
+from functools import partial
+
+from eqfact.onnx import arithmetic, layers, moving, resizing
 from eqfact.onnx.call import Reader
-from eqfact.ops import Erf, HardSigmoid, HardSwish, LeakyReLU, ReLU, Sigmoid, Tanh
+from eqfact.ops import Abs, AvgPool, Erf, HardSigmoid, HardSwish, LeakyReLU, LpPool, MaxPool, MinPool, ReLU, Sigmoid, Tanh
 
 READERS: dict[str, Reader] = {
     "Conv": layers.conv, "ConvTranspose": layers.conv_transpose, "Gemm": layers.gemm, "MatMul": layers.matmul,
+    "Einsum": layers.einsum,
     "BatchNormalization": layers.batch_normalization,
-    "MaxPool": layers.max_pool, "AveragePool": layers.average_pool,
-    "GlobalAveragePool": layers.global_average_pool, "GlobalMaxPool": layers.global_max_pool,
-    "ReduceMean": layers.reduce_space(average=True), "ReduceMax": layers.reduce_space(average=False),
+    "MaxPool": layers.max_pool, "AveragePool": layers.average_pool, "LpPool": layers.lp_pool,
+    "GlobalAveragePool": layers.global_average_pool, "GlobalMaxPool": layers.global_max_pool, "GlobalLpPool": layers.global_lp_pool,
+    "ReduceMean": layers.reduce_space(AvgPool), "ReduceMax": layers.reduce_space(MaxPool), "ReduceMin": layers.reduce_space(MinPool),
+    "ReduceL1": layers.reduce_space(partial(LpPool, p=1)), "ReduceL2": layers.reduce_space(partial(LpPool, p=2)),
+    "ReduceSum": layers.reduce_space(None), "CumSum": layers.cumulate,
     "Add": arithmetic.add, "Sum": arithmetic.add, "Sub": arithmetic.subtract, "Mul": arithmetic.multiply,
-    "Div": arithmetic.divide, "Neg": arithmetic.negate,
+    "Div": arithmetic.divide, "Neg": arithmetic.negate, "Abs": arithmetic.plain(lambda _: Abs()),
     "Relu": arithmetic.plain(lambda _: ReLU()),
     "LeakyRelu": arithmetic.plain(lambda call: LeakyReLU(call.number("alpha", 0.01))),
     "PRelu": arithmetic.prelu, "Clip": arithmetic.clip, "Max": arithmetic.bound("low"), "Min": arithmetic.bound("high"),
@@ -25,9 +30,10 @@ READERS: dict[str, Reader] = {
     "HardSigmoid": arithmetic.plain(lambda call: HardSigmoid(call.number("alpha", 0.2), call.number("beta", 0.5))),
     "HardSwish": arithmetic.plain(lambda _: HardSwish()), "Gelu": arithmetic.gelu, "Swish": arithmetic.swish, "Softmax": arithmetic.softmax,
     "Identity": moving.identity, "Dropout": arithmetic.dropout, "Cast": arithmetic.cast,
-    "Pad": moving.pad, "Resize": moving.resize, "Upsample": moving.resize, "Concat": moving.concat,
+    "Pad": moving.pad, "Resize": resizing.resize, "Upsample": resizing.resize, "Concat": moving.concat,
     "Shape": moving.shape_of, "Size": moving.size_of, "Reshape": moving.reshape, "Flatten": moving.flatten,
     "Squeeze": moving.squeeze, "Unsqueeze": moving.unsqueeze,
-    "Transpose": moving.transpose, "Slice": moving.slice_, "Split": moving.split, "Gather": moving.gather, "Expand": moving.expand,
+    "Transpose": moving.transpose, "Slice": moving.slice_, "Split": moving.split, "Gather": moving.gather,
+    "Expand": moving.expand, "Tile": moving.tile,
     "DepthToSpace": moving.depth_to_space, "SpaceToDepth": moving.space_to_depth,
 }

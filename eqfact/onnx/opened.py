@@ -68,6 +68,8 @@ class Opened:
     source: Source
     #: The data that the file was opened with, or what stood in for it.
     feeds: Feeds
+    #: Samples that the file is run on at a time, where its batch is free.
+    at_a_time: int
 
     def __str__(self) -> str:
         nodes = len(self.source.model.graph.node)
@@ -87,15 +89,15 @@ class Opened:
         made = [running(part) for part in self.parts(feeds)]
         return {name: np.concatenate([of[name] for of in made]) if len(made) > 1 else array for name, array in made[0].items()}
 
-    def boundary(self, feeds: Feeds) -> Arrays:
-        """The graph's inputs ``(N, C, *spatial)`` by name, as the file makes them of its own inputs."""
+    def boundary(self, feeds: Feeds, path: str | os.PathLike[str] | None = None) -> Arrays:
+        """The graph's inputs ``(N, C, *spatial)`` by name, as the file makes them of its own; or that at ``path``, with its names."""
         tensors: dict[str, tuple[str, View]] = {}
         for name, view in self.source.tensors.items():
             if isinstance(view, View) and view.value in self.graph.inputs and view.value not in tensors:
                 tensors[view.value] = name, view
         parts = self.parts(feeds)
         inner = [name for name, _ in tensors.values() if name not in parts[0]]
-        running = Running(self.path, inner) if inner else None
+        running = Running(self.path if path is None else path, inner) if inner else None
         arrays: dict[str, list[npt.NDArray[Any]]] = {value: [] for value in self.graph.inputs}
         for part in parts:
             found = {**part, **(running(part, inner) if running else {})}
@@ -113,7 +115,7 @@ class Opened:
 
         A file of a fixed batch may be given several batches, one behind the other. ``first`` samples are enough, if it is given.
         """
-        return _parts(self.path, self.source, feeds, first)
+        return _parts(self.path, self.source, feeds, first, self.at_a_time)
 
     @property
     def whole(self) -> bool:
@@ -135,7 +137,10 @@ class Opened:
 
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
         """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is."""
-        write_model(path, QdqWriter(path, graph).model() if self.whole else spliced(path, graph, self.graph, self.source, QdqWriter))
+        if self.whole:
+            write_model(path, QdqWriter(path, graph).model())
+        else:
+            write_model(path, spliced(path, graph, self.graph, self.source, QdqWriter), full=False)
 
 
 def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.onnx.open, as it is read
@@ -149,14 +154,16 @@ def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.o
     Raises :class:`OnnxError` as :func:`eqfact.onnx.load`, but for nodes that are not supported, or if nothing is understood.
     """
     path = Path(path)
-    model = read_model(path)
     with errors_of(path):
-        return _opened(path, model, data, input_shapes or {})
+        try:
+            return _opened(path, read_model(path), data, input_shapes or {}, A_PART)
+        except _OneSample:  # the batch is free, and the network is one for single samples all the same
+            return _opened(path, read_model(path), data, input_shapes or {}, 1)
 
 
-def _opened(path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes: Mapping[str, Sequence[int]]) -> Opened:
+def _opened(path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes: Mapping[str, Sequence[int]], at_a_time: int) -> Opened:
     outside = _Outside(path, model, data, input_shapes)
-    importer = Importer(path, model, input_shapes, outside)
+    importer = Importer(path, model, input_shapes, outside, samples=1 if at_a_time == 1 else None)
     outside.source = importer.source
     outside.samples = importer.building.samples
     importer.walk()
@@ -176,7 +183,7 @@ def _opened(path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes
     described = tuple(Kept(str(p.name or next(iter(p.output), "")), str(p.op_type), reasons[tuple(p.output)]) for p in kept)
     if not outputs:
         raise OnnxError(f"{path}: eqfact understands no layer with weights in this network; {_commonest(described)}")
-    return Opened(path, importer.finished(outputs), described, source, outside.feeds)
+    return Opened(path, importer.finished(outputs), described, source, outside.feeds, at_a_time)
 
 
 def _commonest(kept: Sequence[Kept]) -> str:
@@ -211,7 +218,7 @@ def _batches(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, int]:
     return found
 
 
-def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None) -> list[Arrays]:
+def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None, at_a_time: int = A_PART) -> list[Arrays]:
     """Data in the shapes and types that a file takes, a few samples at a time."""
     inputs = _inputs(source)
     if set(feeds) != {info.name for info in inputs}:
@@ -237,11 +244,15 @@ def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None) -
     if at:
         count = next(arrays[name].shape[axis] for name, axis in at.items())
         count = count if first is None else min(first, count)
-        return [{name: array if name not in at else array.take(range(i, min(i + A_PART, count)), at[name])
-                 for name, array in arrays.items()} for i in range(0, count, A_PART)]
+        return [{name: array if name not in at else array.take(range(i, min(i + at_a_time, count)), at[name])
+                 for name, array in arrays.items()} for i in range(0, count, at_a_time)]
     count = max(runs.values(), default=1)
     return [{name: array if runs[name] == 1 else np.split(array, count)[i] for name, array in arrays.items()}
             for i in range(count if first is None else min(first, count))]
+
+
+class _OneSample(Exception):
+    """A file with a free batch that runs on one sample and not on two."""
 
 
 class _Outside:
@@ -275,13 +286,19 @@ class _Outside:
     def _look(self) -> list[dict[str, tuple[Shape, np.dtype[Any]]]]:
         (feeds, *_), at = _parts(self.path, self.source, self.feeds, 1), _batches(self._inputs)
         inner = [name for name in self._names if name not in feeds]
-        running, found = Running(self.path, inner), []
-        for count in PROBES if at else PROBES[:1]:
+        running = Running(self.path, inner)
+        found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
+        for count in PROBES if at and self.samples is None else PROBES[:1]:
             given = {name: array if name not in at else np.concatenate([array] * count, at[name]) for name, array in feeds.items()}
             shapes = {name: (array.shape, array.dtype) for name, array in given.items()}
-            for i in range(0, len(inner), AT_ONCE):
-                arrays = running(given, inner[i:i + AT_ONCE])
-                shapes.update((name, (array.shape, array.dtype)) for name, array in arrays.items())
+            try:
+                for i in range(0, len(inner), AT_ONCE):
+                    arrays = running(given, inner[i:i + AT_ONCE])
+                    shapes.update((name, (array.shape, array.dtype)) for name, array in arrays.items())
+            except OnnxError as error:
+                if not found:
+                    raise
+                raise _OneSample from error
             found.append(shapes)
         return found
 

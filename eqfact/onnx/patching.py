@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from eqfact.graph import Graph, Node
 from eqfact.onnx.building import names_read
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import write_model
-from eqfact.onnx.origin import OnnxError, Origin, Source
+from eqfact.onnx.layers import Einsum
+from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Conv, Dense
+from eqfact.ops import Conv, Dense, Extend
 
 #: From which opset on these take a second input as it is written here.
-OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Clip": 11}
+OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
 #: Attributes that multiply parameters of a node.
 SCALING = ("alpha", "beta")
 
@@ -44,16 +45,16 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     """
     sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
     source = sources.popitem()[1] if len(sources) == 1 else None
-    model = None
     if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
         with contextlib.suppress(OnnxError):
-            model = Patcher(path, graph, source.read, source).model()
-    write_model(path, GraphWriter(path, graph).model() if model is None else model)
+            patch(path, graph, source.read, source)
+            return
+    write_model(path, GraphWriter(path, graph).model())
 
 
 def patch(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source) -> None:
     """Write the file of ``source``, of which ``read`` was understood, with the parameters of ``graph``."""
-    write_model(path, Patcher(path, graph, read, source).model())
+    write_model(path, Patcher(path, graph, read, source).model(), full=False)
 
 
 class Patcher(GraphWriter):
@@ -73,11 +74,18 @@ class Patcher(GraphWriter):
         protos, outputs = self.source.model.graph.node, {str(info.name) for info in self.source.model.graph.output}
         made = {str(name): i for i, proto in enumerate(protos) for name in proto.output if name}
         placed: dict[int, Node] = {}
+        passed: dict[int, onnx.NodeProto] = {}
         for node in self.graph.nodes:
             old = self.before.get(node.name)
             if old is None or old.op is not node.op or old.inputs != node.inputs:
                 new = self._placed(node)
                 placed[made[new.name]] = new
+                makes = self._makes(node.name)
+                if makes != new.name:  # folded across moves: what was folded passes its input on
+                    proto = protos[made[makes]]
+                    (value,) = (name for name in proto.input if isinstance(self.source.tensors.get(name), View))
+                    passed[made[makes]] = helper.make_node("Identity", [value], [makes], name=proto.name)
+        protos = [passed.get(i, proto) for i, proto in enumerate(protos)]
         alive = _alive([(placed[i].inputs if i in placed else names_read(proto), proto.output) for i, proto in enumerate(protos)], outputs)
         as_read = [proto for i, proto in enumerate(protos) if i in alive and i not in placed]
         self.names = {name for proto in protos for name in proto.output} | {name for proto in as_read for name in names_read(proto)} | {
@@ -120,8 +128,12 @@ class Patcher(GraphWriter):
         if not isinstance(origin, Origin) or not origin.reads or not makes:
             raise self._refused(node)
         own = next((n for n in self.before.values() if n.origin is origin), None)
-        if own is None or self._tensor(makes).axes != self._tensor(origin.makes).axes:
+        if own is None or not self._makes(own.name):
             raise self._refused(node)
+        if any(isinstance(part := self.before[i].origin, Origin) and part.makes == origin.makes for i in own.inputs if i in self.before):
+            raise self._refused(node)  # it is the last of several that one node of the file became
+        if self._tensor(makes).axes != self._tensor(origin.makes).axes:
+            makes = origin.makes
         reads, inputs = origin.reads, own.inputs
         while inputs != node.inputs:  # other nodes were folded into it: what those read
             folded = self.before.get(inputs[0])
@@ -177,8 +189,23 @@ class Patcher(GraphWriter):
         assert self._view is not None
         return self.parameter(node, name, self._view.tensor_of(np.broadcast_to(value, self._view.shape)[None]))
 
+    def beside(self, node: Node, op: Extend) -> tuple[AnyArray, int]:
+        assert self._view is not None
+        layout = self._view.layout()
+        if layout is None:
+            raise self._refused(node)
+        return op.constant.transpose([int(i) for i in np.argsort(layout)])[None], layout[op.axis]
+
+    def samples(self, node: Node) -> int | None:
+        assert self._view is not None
+        return 1 if self._view.batch is None else None
+
     def write(self, node: Node) -> None:
         origin = node.origin
+        if isinstance(node.op, (Conv, Dense)) and isinstance(origin, Origin) and not origin.transposed and (
+                self._kinds[origin.makes] in ("MatMul", "Einsum")):
+            self._product(node, node.op, origin.makes)
+            return
         if isinstance(node.op, Conv) and isinstance(origin, Origin) and origin.transposed:
             self._matmul(node, node.op)
         elif isinstance(node.op, Dense) and isinstance(origin, Origin) and self._kinds[origin.makes] == "Gemm":
@@ -187,6 +214,27 @@ class Patcher(GraphWriter):
             self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
         else:
             super().write(node)
+
+    def _product(self, node: Node, op: Conv | Dense, makes: str) -> None:
+        """A product with the constant on either side, as it was, and a sum if there is a bias."""
+        proto = next(p for p in self.source.model.graph.node if makes in p.output)
+        rows = op.weight.reshape(op.weight.shape[:2])
+        at = next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
+        if proto.op_type == "Einsum":
+            value = self.source.tensors[proto.input[1 - at]]
+            constant = self.source.tensors[proto.input[at]]
+            assert isinstance(value, View) and isinstance(constant, Constant)
+            terms = Einsum.of(options["equation"].decode(), at, value.ndim)
+            assert terms is not None
+            rows = terms.back(rows, constant.values[0].shape)
+        inputs = list(node.inputs)
+        inputs.insert(at, self.parameter(node, "weight", rows, key=op.weight))
+        if op.bias is None:
+            self.node(proto.op_type, inputs, node.name, node, **options)
+            return
+        made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
+        self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
 
     def _matmul(self, node: Node, op: Conv) -> None:
         """A product over the last axis, and a sum if there is a bias."""

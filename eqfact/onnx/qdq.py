@@ -23,7 +23,7 @@ from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Add, AvgPool, BatchNorm, Dense, GlobalAvgPool, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Blend, Dense, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
@@ -106,7 +106,7 @@ class QdqWriter(GraphWriter):
         if isinstance(op, (AvgPool, GlobalAvgPool)) and (grid := self._grid(node.inputs[0])) is not None:
             made = [reader.op.grid.scale for reader in self.graph.readers[node.name] if isinstance(reader.op, FakeQuantize)]
             return any((np.abs(np.log2(grid.scale / scale)) >= AVERAGED_BITS).any() for scale in made)
-        return isinstance(op, Softmax)  # its kernel is a step off
+        return isinstance(op, (Blend, Softmax))  # of a moved grid onnxruntime takes the wrong type; the kernel of Softmax is a step off
 
     def _in_integers(self, node: Node, op: Weighted) -> bool:
         """Are the layer's sums whole multiples of one step? (Of no others must an engine make whole numbers, least of all the bias.)"""

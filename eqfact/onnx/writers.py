@@ -17,23 +17,30 @@ from eqfact.onnx.exporting import Writer
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.ops import (
     GELU,
+    Abs,
     Add,
     Affine,
     AvgPool,
     BatchNorm,
+    Blend,
     Clip,
     Concat,
     Conv,
     ConvTranspose,
     Dense,
     Erf,
+    Extend,
     Flatten,
     GlobalAvgPool,
     HardSigmoid,
     HardSwish,
     Identity,
     LeakyReLU,
+    LpPool,
+    Max,
     MaxPool,
+    Min,
+    MinPool,
     Mul,
     Op,
     Pad,
@@ -45,6 +52,7 @@ from eqfact.ops import (
     SiLU,
     Slice,
     Softmax,
+    Sub,
     Take,
     Tanh,
     Transpose,
@@ -135,12 +143,54 @@ def clip(w: Writer, node: Node, op: Clip) -> None:
                        node.name if last else w.inner(node, name), node, suffix="" if last else f".{name}")
 
 
-def pool(w: Writer, node: Node, op: MaxPool | AvgPool) -> None:
+def _pool(kind: str, dilated: int, *names: str) -> Callable[[Writer, Node, Any], None]:
+    """A writer for pools; the opset ``dilated`` is the first in which this one has dilations, ``names`` are its own parameters."""
+    def write(w: Writer, node: Node, op: Any) -> None:
+        own: dict[str, Any] = {name: int(getattr(op, name)) for name in names}
+        w.node(kind, node.inputs, node.name, node, **_window(w, node, op, dilated), **own)
+    return write
+
+
+def _window(w: Writer, node: Node, op: MaxPool | MinPool | AvgPool | LpPool, dilated: int) -> dict[str, Any]:
     axes = w.spatial(node)
-    kernel = per_axis("kernel", op.kernel, axes)
-    counted: dict[str, Any] = {"count_include_pad": int(op.count_include_pad)} if isinstance(op, AvgPool) else {}
-    w.node("AveragePool" if isinstance(op, AvgPool) else "MaxPool", node.inputs, node.name, node, kernel_shape=kernel,
-           strides=kernel if op.stride is None else per_axis("stride", op.stride, axes), pads=_pads(op.padding, axes), **counted)
+    kernel, dilation = per_axis("kernel", op.kernel, axes), per_axis("dilation", op.dilation, axes)
+    if set(dilation) != {1}:
+        w.need_opset(dilated, node)
+    return {"kernel_shape": kernel, "strides": kernel if op.stride is None else per_axis("stride", op.stride, axes),
+            "pads": _pads(op.padding, axes), **({} if set(dilation) == {1} else {"dilations": dilation})}
+
+
+def min_pool(w: Writer, node: Node, op: MinPool) -> None:
+    negated = w.node("Neg", node.inputs, w.inner(node, "negated"), node, ".negated")
+    largest = w.node("MaxPool", [negated], w.inner(node, "largest"), node, ".largest", **_window(w, node, op, 10))
+    w.node("Neg", [largest], node.name, node)
+
+
+def blend(w: Writer, node: Node, op: Blend) -> None:
+    """As a product from the left, over the last axis but one; another axis is exchanged with that before and after."""
+    axes = w.spatial(node) + 2
+    order = list(range(axes))
+    order[axes - 2], order[op.axis + 1] = order[op.axis + 1], order[axes - 2]
+    matrix = w.parameter(node, "matrix", op.matrix)
+    if order == list(range(axes)):
+        w.node("MatMul", [matrix, *node.inputs], node.name, node)
+        return
+    turned = w.node("Transpose", node.inputs, w.inner(node, "turned"), node, ".turn", perm=order)
+    made = w.node("MatMul", [matrix, turned], w.inner(node, "product"), node, ".product")
+    w.node("Transpose", [made], node.name, node, perm=order)
+
+
+def extend(w: Writer, node: Node, op: Extend) -> None:
+    """As Concat with the constant, repeated for every sample."""
+    constant, axis = w.beside(node, op)
+    own = w.parameter(node, "constant", constant)
+    if w.samples(node) != 1:
+        shape = w.node("Shape", node.inputs[:1], w.inner(node, "sizes"), node, ".sizes")
+        first, second = w.integers(node, "first", [0]), w.integers(node, "second", [1])
+        count = w.node("Slice", [shape, first, second], w.inner(node, "samples"), node, ".samples")
+        sizes = w.node("Concat", [count, w.integers(node, "rest", constant.shape[1:])], w.inner(node, "shape"), node, ".shape", axis=0)
+        own = w.node("Expand", [own, sizes], w.inner(node, "constants"), node, ".constants")
+    w.node("Concat", [own, *node.inputs] if op.front else [*node.inputs, own], node.name, node, axis=axis)
 
 
 def pad(w: Writer, node: Node, op: Pad) -> None:
@@ -238,8 +288,11 @@ def take(w: Writer, node: Node, op: Take) -> None:
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
-    MaxPool: pool, AvgPool: pool, GlobalAvgPool: _plain("GlobalAveragePool"), Pad: pad, Upsample: upsample,
-    Add: add, Concat: _plain("Concat", axis=lambda op: op.axis + 1), Flatten: _plain("Flatten", axis=lambda op: 1), Unflatten: unflatten,
+    Abs: _plain("Abs"), MaxPool: _pool("MaxPool", 10), MinPool: min_pool, AvgPool: _pool("AveragePool", 19, "count_include_pad"),
+    LpPool: _pool("LpPool", 18, "p"), GlobalAvgPool: _plain("GlobalAveragePool"),
+    Pad: pad, Upsample: upsample, Blend: blend,
+    Add: add, Sub: _plain("Sub"), Max: _plain("Max"), Min: _plain("Min"), Extend: extend,
+    Concat: _plain("Concat", axis=lambda op: op.axis + 1), Flatten: _plain("Flatten", axis=lambda op: 1), Unflatten: unflatten,
     Transpose: transpose, Slice: slice_, Permute: permute, Rearrange: rearrange, Take: take,
     Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,

@@ -5,10 +5,10 @@ A new layer goes into the module of its family and into ``ALL`` here; a user's o
 
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Trace, Weighted
 from eqfact.ops.blocking import GELU, Erf, HardSigmoid, HardSwish, Mul, Sigmoid, SiLU, Softmax, Tanh
-from eqfact.ops.elementwise import Affine, Clip, Identity, LeakyReLU, PReLU, ReLU
-from eqfact.ops.joining import Add, Concat, Flatten, Permute, Slice, Transpose, Unflatten
+from eqfact.ops.elementwise import Abs, Affine, Clip, Identity, LeakyReLU, PReLU, ReLU
+from eqfact.ops.joining import Add, Concat, Extend, Flatten, Max, Min, Permute, Slice, Sub, Transpose, Unflatten
 from eqfact.ops.moving import Rearrange, Take
-from eqfact.ops.space import AvgPool, GlobalAvgPool, MaxPool, Pad, Upsample
+from eqfact.ops.space import AvgPool, Blend, GlobalAvgPool, LpPool, MaxPool, MinPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, ConvTranspose, Dense
 
 
@@ -24,17 +24,17 @@ def ReLU6() -> Clip:
 #: Every layer of the library, in the order of their families.
 ALL: tuple[type[Op], ...] = (
     Dense, Conv, ConvTranspose, BatchNorm,
-    Identity, ReLU, LeakyReLU, PReLU, Clip, Affine,
-    MaxPool, AvgPool, GlobalAvgPool, Pad, Upsample,
-    Add, Concat, Flatten, Unflatten, Transpose, Slice, Permute, Rearrange, Take,
+    Identity, Abs, ReLU, LeakyReLU, PReLU, Clip, Affine,
+    MaxPool, MinPool, AvgPool, LpPool, GlobalAvgPool, Pad, Upsample, Blend,
+    Add, Sub, Max, Min, Concat, Extend, Flatten, Unflatten, Transpose, Slice, Permute, Rearrange, Take,
     Sigmoid, HardSigmoid, Tanh, SiLU, HardSwish, Erf, GELU, Softmax, Mul,
 )
 
 __all__ = [  # noqa: RUF022  # by family; names written out, so that type checkers see them
     "ALL", "Array", "Blocking", "Commuting", "Op", "ReLU6", "Shape", "Trace", "Weighted",
     "Dense", "Conv", "ConvTranspose", "BatchNorm",
-    "Identity", "ReLU", "LeakyReLU", "PReLU", "Clip", "Affine",
-    "MaxPool", "AvgPool", "GlobalAvgPool", "Pad", "Upsample",
-    "Add", "Concat", "Flatten", "Unflatten", "Transpose", "Slice", "Permute", "Rearrange", "Take",
+    "Identity", "Abs", "ReLU", "LeakyReLU", "PReLU", "Clip", "Affine",
+    "MaxPool", "MinPool", "AvgPool", "LpPool", "GlobalAvgPool", "Pad", "Upsample", "Blend",
+    "Add", "Sub", "Max", "Min", "Concat", "Extend", "Flatten", "Unflatten", "Transpose", "Slice", "Permute", "Rearrange", "Take",
     "Sigmoid", "HardSigmoid", "Tanh", "SiLU", "HardSwish", "Erf", "GELU", "Softmax", "Mul",
 ]

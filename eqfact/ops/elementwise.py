@@ -38,6 +38,18 @@ class Identity(Commuting):
 
 
 @dataclass(frozen=True, eq=False)
+class Abs(Commuting):
+    """``y = |x|``."""
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = np.abs(inputs[0])
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (cotangent * np.sign(inputs[0]),)
+
+
+@dataclass(frozen=True, eq=False)
 class ReLU(Commuting):
     """``y = max(x, 0)``."""
 

@@ -1,14 +1,15 @@
 """Which layers join, select or move channels, and pass each channel's factor on with it?
 
-Add ties the factors of its inputs (the residual rule of PAPER 4 follows from that), Concat and Slice carry them along, Flatten repeats
-each over its pixels.
+Add ties the factors of its inputs (the residual rule of PAPER 4 follows from that), and so do differences, maxima and minima; Concat and
+Slice carry them along, Flatten repeats each over its pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +22,22 @@ from eqfact.ops.base import (
     Shape,
     T,
     Trace,
+    along_channels,
     channel_vector,
     integers,
     one_input,
+    parameter,
+    scaled,
     spread,
 )
 
 
 def common_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
-    """The shape of values joined entry by entry: equal channels, spatial axes equal or 1."""
+    """The shape of values joined entry by entry: equally many axes, each of equal sizes or 1, the channels too."""
     name = type(op).__name__
     if len(shapes) < 2:
         raise ValueError(f"{name} reads two values or more, got {len(shapes)}")
-    if len({s[0] for s in shapes}) > 1:
+    if len({s[0] for s in shapes} - {1}) > 1:
         raise ValueError(f"{name} needs equal channel counts, got {' and '.join(str(s[0]) for s in shapes)}")
     if len({len(s) for s in shapes}) > 1:
         raise ValueError(f"{name} needs values with equally many axes, got shapes {' and '.join(map(str, shapes))}")
@@ -56,22 +60,30 @@ def unbroadcast(cotangent: Array, shape: Shape) -> Array:
     return result
 
 
-@dataclass(frozen=True, eq=False)
-class Add(Commuting):
-    """Sum of two or more values of equal channels; a spatial axis of size 1 is broadcast. Ties its inputs' factors."""
+class _Joined(Commuting):
+    """Values joined entry by entry: their factors are tied, and a value of one channel ties all the channels that it is joined to."""
 
     def output_shape(self, *shapes: Shape) -> Shape:
         return common_shape(self, shapes)
 
+    def carry(self, *vectors: npt.NDArray[T]) -> npt.NDArray[T]:
+        return np.broadcast_to(vectors[0], max(map(len, vectors)))
+
     def trace(self, trace: Trace, *inputs: Labels) -> Labels:
         labels = super().trace(trace, *inputs)
-        tie_all(trace, inputs)
+        count = len(labels)
+        tie_all(trace, [np.broadcast_to(channel_vector(x), count) for x in inputs])
         return labels
 
     def rescale(self, f_out: Array, *f_in: Array) -> Op:
         for f in f_in:
-            super().rescale(f_out, f)
+            super().rescale(f_out, np.broadcast_to(f, len(f_out)))
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class Add(_Joined):
+    """Sum of two or more values; an axis of size 1 is broadcast. Ties its inputs' factors."""
 
     def forward(self, *inputs: Array) -> Array:
         y = inputs[0] + inputs[1]
@@ -81,6 +93,74 @@ class Add(Commuting):
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         return tuple(unbroadcast(cotangent, x.shape) for x in inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Sub(_Joined):
+    """Difference of two values; an axis of size 1 is broadcast. Ties its inputs' factors.
+
+    >>> Sub().forward(np.array([[3.0]]), np.array([[1.0]]))
+    array([[2.]])
+    """
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        if len(shapes) != 2:
+            raise ValueError(f"Sub reads two values, got {len(shapes)}")
+        return super().output_shape(*shapes)
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = inputs[0] - inputs[1]
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return unbroadcast(cotangent, inputs[0].shape), unbroadcast(-cotangent, inputs[1].shape)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        passed: Array = errors[0] + errors[1]
+        return passed
+
+
+@dataclass(frozen=True, eq=False)
+class Max(_Joined):
+    """Largest of two or more values, entry by entry; an axis of size 1 is broadcast. Ties its inputs' factors.
+
+    >>> Max().forward(np.array([[3.0, 1.0]]), np.array([[2.0, 4.0]]))
+    array([[3., 4.]])
+    """
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = functools.reduce(np.maximum, inputs)
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        """The cotangent goes to the first largest entry."""
+        y, left, shares = self.forward(*inputs), cotangent, list[Array]()
+        for x in inputs:
+            hit = np.where(x == y, left, 0)
+            left = np.where(x == y, 0, left)
+            shares.append(unbroadcast(hit, x.shape))
+        return tuple(shares)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        """The largest error among the entries that may be the largest."""
+        surely = self.forward(*(x - u * e for x, e in zip(inputs, errors, strict=True)))
+        passed: Array = functools.reduce(np.maximum, (np.where(x + u * e >= surely, e, 0) for x, e in zip(inputs, errors, strict=True)))
+        return passed
+
+
+@dataclass(frozen=True, eq=False)
+class Min(_Joined):
+    """Smallest of two or more values, ``-max(-x, -y)``; an axis of size 1 is broadcast. Ties its inputs' factors."""
+
+    def forward(self, *inputs: Array) -> Array:
+        y: Array = functools.reduce(np.minimum, inputs)
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return Max().vjp(cotangent, *(-x for x in inputs))
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return Max().passes(errors, [-x for x in inputs], u)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +208,72 @@ class Concat(Commuting):
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         ends = np.cumsum([x.shape[self.axis + 1] for x in inputs])[:-1]
         return tuple(np.split(cotangent, ends, axis=self.axis + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Extend(Commuting):
+    """A constant of shape ``(C, *spatial)`` beside the value along ``axis``: behind it, or in ``front`` of it (a class token, coordinates).
+
+    The constant absorbs factors. As channels it has factors of its own; over space each of its entries takes that of its channel.
+
+    >>> Extend(np.array([[7.0]]), axis=1, front=True).forward(np.array([[[1.0, 2.0]]]))
+    array([[[7., 1., 2.]]])
+    """
+
+    constant: Array
+    axis: int = 0
+    _: KW_ONLY
+    front: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constant", parameter("Extend constant", self.constant))
+        object.__setattr__(self, "axis", integers("Extend axis", self.axis, 0))
+        if not isinstance(self.front, bool):
+            raise TypeError(f"Extend front must be True or False, got {self.front!r}")
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        own = self.constant.shape
+        if self.axis >= len(shape) or len(own) != len(shape) or any(
+                n != m for i, (n, m) in enumerate(zip(own, shape, strict=True)) if i != self.axis):
+            raise ValueError(f"Extend by a constant of shape {own} along axis {self.axis} does not fit a value of shape {shape}")
+        return (*shape[:self.axis], shape[self.axis] + own[self.axis], *shape[self.axis + 1:])
+
+    def _joined(self, constant: npt.NDArray[T], x: npt.NDArray[T], axis: int) -> npt.NDArray[T]:
+        return np.concatenate([constant, x] if self.front else [x, constant], axis=axis)
+
+    def _parts(self, y: npt.NDArray[T], axis: int) -> tuple[npt.NDArray[T], npt.NDArray[T]]:
+        """Of what is joined: the value, and the constant."""
+        count = self.constant.shape[self.axis]
+        if self.front:
+            own, rest = np.split(y, [count], axis=axis)
+        else:
+            rest, own = np.split(y, [y.shape[axis] - count], axis=axis)
+        return rest, own
+
+    def trace(self, trace: Trace, *inputs: Labels) -> Labels:
+        shape = self.output_shape(*(x.shape for x in inputs))
+        vector = channel_vector(inputs[0])
+        if self.axis == 0:
+            vector = self._joined(channel_vector(trace.fresh(self.constant.shape)), vector, 0)
+        return spread(vector, shape)
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        passed, own = self._parts(np.asarray(f_out), 0) if self.axis == 0 else (f_out, f_out)
+        super().rescale(passed, *f_in)
+        return replace(self, constant=scaled(self.constant, along_channels(np.asarray(own), self.constant.ndim), "constant"))
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        own = np.broadcast_to(self.constant.astype(x.dtype, copy=False), (len(x), *self.constant.shape))
+        return self._joined(own, x, self.axis + 1)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (self._parts(cotangent, self.axis + 1)[0],)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        (e,) = errors
+        return self._joined(np.zeros((len(e), *self.constant.shape), e.dtype), e, self.axis + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Which layers work over space, each channel by itself, and let a positive factor pass? Pooling, padding, upsampling."""
+"""Which layers work over space, each channel by itself, and let a positive factor pass? Pooling, padding, upsampling, interpolation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from eqfact.ops.base import (
     integers,
     one_input,
     paddings,
+    parameter,
     per_axis,
     per_side,
+    product,
     window_sizes,
 )
 from eqfact.ops.convolution import Sides, channels_first, channels_last, over_space, tap_windows
@@ -36,44 +38,53 @@ def spatial_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
 
 @dataclass(frozen=True, eq=False)
 class _Pool(Commuting):
-    """What the sliding-window pools share: kernel, stride (the kernel's, unless given) and padding."""
+    """What the sliding-window pools share: kernel, stride (the kernel's, unless given), padding and dilation."""
 
     kernel: int | tuple[int, ...]
     _: KW_ONLY
     stride: int | tuple[int, ...] | None = None
     padding: Padding = 0
+    dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         object.__setattr__(self, "kernel", integers(f"{name} kernel", self.kernel, 1))
         object.__setattr__(self, "stride", None if self.stride is None else integers(f"{name} stride", self.stride, 1))
         object.__setattr__(self, "padding", paddings(self.padding))
+        object.__setattr__(self, "dilation", integers(f"{name} dilation", self.dilation, 1))
 
-    def _geometry(self, ndim: int) -> tuple[Shape, Shape, Sides]:
+    def _geometry(self, ndim: int) -> tuple[Shape, Shape, Sides, Shape]:
         kernel = per_axis("kernel", self.kernel, ndim)
         stride = kernel if self.stride is None else per_axis("stride", self.stride, ndim)
         padding = per_side(self.padding, ndim)
-        for k, sides in zip(kernel, padding, strict=True):
-            if max(sides) >= k:
+        dilation = per_axis("dilation", self.dilation, ndim)
+        for k, d, sides in zip(kernel, dilation, padding, strict=True):
+            if max(sides) > d * (k - 1):
                 raise ValueError(f"{type(self).__name__} padding {padding} must be smaller than the kernel {kernel}")
-        return kernel, stride, padding
+        return kernel, stride, padding, dilation
 
     def output_shape(self, *shapes: Shape) -> Shape:
         shape = spatial_shape(self, shapes)
-        kernel, stride, padding = self._geometry(len(shape) - 1)
-        return (shape[0], *window_sizes(type(self).__name__, shape[1:], kernel, stride, padding, (1,) * len(kernel)))
+        kernel, stride, padding, dilation = self._geometry(len(shape) - 1)
+        sizes = window_sizes(type(self).__name__, shape[1:], kernel, stride, padding, dilation)
+        for n, count, k, s, (before, _), d in zip(shape[1:], sizes, kernel, stride, padding, dilation, strict=True):
+            first = np.arange(count) * s - before
+            if d > 1 and (first + np.maximum(0, -(first // d)) * d >= np.minimum(n, first + d * (k - 1) + 1)).any():
+                raise ValueError(f"{type(self).__name__} with kernel {kernel}, dilation {dilation} and padding {padding} has windows "
+                                 f"over {shape[1:]} that see nothing but padding")
+        return (shape[0], *sizes)
 
     def _windows(self, x: Array, fill: float) -> list[Array]:
-        kernel, stride, padding = self._geometry(x.ndim - 2)
+        kernel, stride, padding, dilation = self._geometry(x.ndim - 2)
         sizes = self.output_shape(x.shape[1:])[1:]
-        return list(tap_windows(channels_last(x, padding, fill), sizes, kernel, stride, (1,) * len(kernel)))
+        return list(tap_windows(channels_last(x, padding, fill), sizes, kernel, stride, dilation))
 
     def _spread(self, x: Array, shares: list[Array]) -> Array:
         """The adjoint of :meth:`_windows`: add what each tap's entries get."""
-        kernel, stride, padding = self._geometry(x.ndim - 2)
+        kernel, stride, padding, dilation = self._geometry(x.ndim - 2)
         padded = np.zeros_like(channels_last(x, padding))
         sizes = self.output_shape(x.shape[1:])[1:]
-        for window, share in zip(tap_windows(padded, sizes, kernel, stride, (1,) * len(kernel)), shares, strict=True):
+        for window, share in zip(tap_windows(padded, sizes, kernel, stride, dilation), shares, strict=True):
             window += share
         inside = (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], padding, strict=True))
         return channels_first(over_space(padded, inside))
@@ -116,6 +127,76 @@ class MaxPool(_Pool):
         within = [np.where(highest >= surely, error, 0)
                   for highest, error in zip(self._windows(x + u * e, -math.inf), self._windows(e, 0.0), strict=True)]
         return channels_first(np.maximum.reduce(within))
+
+
+@dataclass(frozen=True, eq=False)
+class MinPool(_Pool):
+    """Smallest entry of each window, ``-max(-x)``; padding counts as infinity.
+
+    >>> MinPool(2).forward(np.array([[[1.0, 3.0, 2.0, 0.0]]]))
+    array([[[1., 0.]]])
+    """
+
+    moves = True
+
+    @property
+    def _largest(self) -> MaxPool:
+        return MaxPool(self.kernel, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+    def forward(self, *inputs: Array) -> Array:
+        return -self._largest.forward(-inputs[0])
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return self._largest.vjp(cotangent, -inputs[0])
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return self._largest.passes(errors, [-inputs[0]], u)
+
+
+@dataclass(frozen=True, eq=False)
+class LpPool(_Pool):
+    """``(sum |x|^p)^(1/p)`` over each window; padding counts as zeros. ``p`` is a whole number.
+
+    Powers are taken of entries relative to the largest power of two in their window: none overflows, and powers of two pass exactly.
+
+    >>> LpPool(2).forward(np.array([[[3.0, -4.0, 0.0, 1.0]]]))
+    array([[[5., 1.]]])
+    """
+
+    p: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(p := integers("LpPool p", self.p, 1), tuple):
+            raise TypeError(f"LpPool p must be an integer, got {self.p!r}")
+        object.__setattr__(self, "p", p)
+
+    @property
+    def roundings(self) -> int:
+        """A power and a sum an entry of the window (of at most three axes), and a root, in each of two networks."""
+        return 16 + 2 * (self.kernel**3 if isinstance(self.kernel, int) else math.prod(self.kernel)) + 2 * self.p
+
+    def _unit(self, windows: list[Array]) -> Array:
+        """The power of two that each window is measured in, by its exponent."""
+        exponents: Array = np.frexp(np.maximum.reduce(windows))[1]
+        return exponents
+
+    def forward(self, *inputs: Array) -> Array:
+        windows = self._windows(np.abs(inputs[0]), 0.0)
+        unit = self._unit(windows)
+        total: Array = sum(np.ldexp(window, -unit) ** self.p for window in windows)  # type: ignore[assignment]
+        if self.p == 2:
+            total = np.sqrt(total)
+        elif self.p > 2:
+            total **= total.dtype.type(1 / self.p)
+        return channels_first(np.ldexp(total, unit))
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        (x,) = inputs
+        y, made = channels_last(self.forward(x)), channels_last(cotangent)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = [np.where(y > 0, window / y, 0) for window in self._windows(x, 0.0)]
+        return (self._spread(x, [made * np.sign(r) * np.abs(r) ** (self.p - 1) for r in relative]),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,3 +342,50 @@ class Upsample(Commuting):
         for axis, k in enumerate(per_axis("factor", self.factor, cotangent.ndim - 2), 2):
             cotangent = cotangent.reshape(*cotangent.shape[:axis], -1, k, *cotangent.shape[axis + 1:]).sum(axis=axis + 1)
         return (cotangent,)
+
+
+@dataclass(frozen=True, eq=False)
+class Blend(Commuting):
+    """``y = M x`` along one axis of space, for all channels alike: interpolation, sums, running sums, products with a constant.
+
+    ``matrix`` is ``(out, in)``; ``axis`` counts in ``(C, *spatial)``, so 1 is the first of space.
+
+    >>> Blend(np.array([[0.5, 0.5], [0.0, 1.0]])).forward(np.array([[[1.0, 3.0]]]))
+    array([[[2., 3.]]])
+    """
+
+    matrix: Array
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matrix", parameter("Blend matrix", self.matrix, 2))
+        axis = integers("Blend axis", self.axis, 1)
+        object.__setattr__(self, "axis", axis)
+
+    @property
+    def roundings(self) -> int:
+        """One product and one sum an entry of a row that is not 0, in each of two networks."""
+        return 4 + 2 * int(np.count_nonzero(self.matrix, axis=1).max())
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        shape = spatial_shape(self, shapes)
+        if self.axis >= len(shape) or shape[self.axis] != self.matrix.shape[1]:
+            raise ValueError(f"Blend with a matrix {self.matrix.shape} along axis {self.axis} does not fit a value of shape {shape}")
+        return (*shape[:self.axis], len(self.matrix), *shape[self.axis + 1:])
+
+    def _along(self, matrix: Array, x: Array) -> Array:
+        """``matrix`` times ``x`` along the axis."""
+        if self.axis == x.ndim - 2:
+            return product(x, matrix.T)
+        rest = x.reshape(*x.shape[:self.axis + 2], -1)
+        return product(matrix, rest).reshape(*x.shape[:self.axis + 1], len(matrix), *x.shape[self.axis + 2:])
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        return self._along(self.matrix.astype(x.dtype, copy=False), x)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return (self._along(self.matrix.T.astype(cotangent.dtype, copy=False), cotangent),)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        return self._along(np.abs(self.matrix).astype(errors[0].dtype, copy=False), errors[0])

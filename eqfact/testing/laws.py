@@ -17,7 +17,7 @@ from eqfact.calibration import Statistics, ValueStatistics, calibrate
 from eqfact.channels import channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, values
-from eqfact.ops import Affine, Array, Clip, Mul, Op, Weighted
+from eqfact.ops import Affine, Array, Clip, Extend, Mul, Op, Weighted
 from eqfact.ops.base import Labels, along_channels
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -328,6 +328,10 @@ def _naive(op: Op, f_out: Array, f_in: Sequence[Array]) -> Op:
         return dataclasses.replace(op, low=op.low * f_out, high=op.high * f_out)
     if isinstance(op, Affine):
         return dataclasses.replace(op, shift=op.shift * along_channels(np.asarray(f_out), op.shift.ndim))
+    if isinstance(op, Extend):
+        count = len(op.constant)
+        own = f_out if op.axis else f_out[:count] if op.front else f_out[-count:]
+        return dataclasses.replace(op, constant=op.constant * along_channels(np.asarray(own), op.constant.ndim))
     return op
 
 

@@ -118,17 +118,17 @@ class _Builder:
         channels, *sizes = self.shapes[value]
         pixels, small = math.prod(sizes), math.prod(sizes) <= 64
         menu: list[Callable[[str], object]] = [self.layer, self.layer, self.layer, self.bottleneck, self.residual, self.twice,
-                                               self.inception, self.activation, self.batchnorm, self.add_mate]
+                                               self.inception, self.activation, self.batchnorm, self.add_mate, self.join_mate]
         menu += [self.depthwise, self.grouped, self.transposed, self.context, self.pool] * bool(sizes)
         if channels <= 6:
-            menu += [self.concat]
+            menu += [self.concat, self.extend]
         if channels > 1:
             menu += [self.channel_slice, self.permute, self.take]
         if not sizes:
             menu += [self.unflatten]
         else:
             menu += [self.global_pool] + [self.pad, self.upsample] * small + [self.flatten] * (channels * pixels <= 48)
-            menu += [self.transpose, self.rearrange] * (max(channels, *sizes) <= 6) + [self.affine, self.concat_space] * small
+            menu += [self.transpose, self.rearrange] * (max(channels, *sizes) <= 6) + [self.affine, self.concat_space, self.blend] * small
         if self.largest(value) <= LARGEST_SATURATING:
             menu += [self.curve, self.curve]
             if self.products < 2:
@@ -149,8 +149,8 @@ class _Builder:
     def mates(self, value: str) -> list[str]:
         """Values that can be joined to this one entry by entry, the value itself first."""
         channels, *sizes = self.shapes[value]
-        fitting = [name for name, (c, *s) in self.shapes.items() if name != value and c == channels and len(s) == len(sizes)
-                   and all(a == b or 1 in (a, b) for a, b in zip(s, sizes, strict=True))]
+        fitting = [name for name, (c, *s) in self.shapes.items() if name != value and len(s) == len(sizes)
+                   and all(a == b or 1 in (a, b) for a, b in zip((c, *s), (channels, *sizes), strict=True))]
         return [value, *fitting]
 
     # ------------------------------------------------------------------------------------------ weighted
@@ -264,7 +264,7 @@ class _Builder:
         lows, highs = (self.rng.uniform(*bounds, channels).astype(self.dtype) for bounds in ((-1.0, 0.25), (0.25, 1.0)))
         return self.add(self.draw(st.sampled_from([
             ops.ReLU(), ops.LeakyReLU(0.1), ops.PReLU(slopes), ops.PReLU(slopes[:1]), ops.ReLU6(), ops.Clip(lows, highs),
-            ops.Clip(-0.5, math.inf), ops.Clip(-math.inf, highs), ops.Identity(),
+            ops.Clip(-0.5, math.inf), ops.Clip(-math.inf, highs), ops.Identity(), ops.Abs(),
         ])), value)
 
     def pool(self, value: str) -> str:
@@ -272,8 +272,12 @@ class _Builder:
         kernel = tuple(self.draw(st.integers(1, min(3, n))) for n in sizes)
         stride = self.draw(st.sampled_from([None, 1, 2]))
         padding: Padding = tuple((self.draw(st.integers(0, k - 1)), self.draw(st.integers(0, k - 1))) for k in kernel)
+        apart = tuple(2 if n > 2 * (k - 1) else 1 for n, k in zip(sizes, kernel, strict=True))
         return self.add(self.draw(st.sampled_from([
             ops.MaxPool(kernel, stride=stride, padding=padding),
+            ops.MaxPool(kernel, stride=stride, dilation=apart),
+            ops.MinPool(kernel, stride=stride, padding=padding),
+            ops.LpPool(kernel, stride=stride, padding=padding, p=self.draw(st.integers(1, 3))),
             ops.AvgPool(kernel, stride=stride, padding=padding),
             ops.AvgPool(kernel, stride=stride, padding=padding, count_include_pad=False),
         ])), value)
@@ -326,6 +330,20 @@ class _Builder:
         axis = self.draw(st.integers(1, len(self.shapes[value]) - 1))
         return self.add(ops.Concat(axis), *self.draw(st.permutations([value, branch])))
 
+    def blend(self, value: str) -> str:
+        """A matrix along an axis of space."""
+        axis = self.draw(st.integers(1, len(self.shapes[value]) - 1))
+        matrix, _ = self.weights(self.draw(st.integers(1, 4)), self.shapes[value][axis])
+        return self.add(ops.Blend(matrix, axis), value)
+
+    def extend(self, value: str) -> str:
+        """A constant beside the value, along any axis."""
+        shape = list(self.shapes[value])
+        axis = self.draw(st.integers(0, len(shape) - 1))
+        shape[axis] = self.draw(st.integers(1, 2))
+        constant = self.rng.uniform(-1, 1, shape).astype(self.dtype)
+        return self.add(ops.Extend(constant, axis, front=self.draw(st.booleans())), value)
+
     def channel_slice(self, value: str) -> str:
         """Channels ``start`` to ``stop``, counted from either end."""
         channels = self.shapes[value][0]
@@ -356,6 +374,11 @@ class _Builder:
     def add_mate(self, value: str) -> str:
         mate = self.draw(st.sampled_from(self.mates(value)))
         return self.add(ops.Add(), value, mate, *[value] * self.draw(st.integers(0, 1)))
+
+    def join_mate(self, value: str) -> str:
+        """A difference, or the largest or smallest of two values."""
+        mate = self.draw(st.sampled_from(self.mates(value)[::-1]))
+        return self.add(self.draw(st.sampled_from([ops.Sub(), ops.Max(), ops.Min()])), value, mate)
 
     def concat(self, value: str) -> str:
         fitting = [name for name, shape in self.shapes.items() if shape[1:] == self.shapes[value][1:] and shape[0] <= 6]
