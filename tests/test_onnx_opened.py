@@ -303,6 +303,18 @@ def test_folded_batchnorms_go_into_the_file(tmp_path):
     close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path)
 
 
+def test_values_without_a_tensor_are_computed_in_whatever_groups_a_file_is_checked(tmp_path, monkeypatch):
+    """Two ops of eqfact for one node: what stands between them is no tensor of the file."""
+    pads = ints(0, 0, -1, 1, 0, 0, 2, 1)
+    onnx.save(model([node("Relu", ["x"], ["r"]), node("Pad", ["r", "p"], ["q"]), node("Conv", ["q", "w"], ["y"])],
+                    {"x": (FLOAT, ["N", 2, 5, 4])}, {"y": (FLOAT, None)}, {"p": pads, "w": floats(3, 2, 2, 2)}), tmp_path / "net.onnx")
+    feeds, graph = {"x": floats(2, 2, 5, 4)}, eqfact.onnx.load(tmp_path / "net.onnx")
+    assert {type(n.op) for n in graph.nodes} >= {eq.ops.Take, eq.Pad}
+    whole = eqfact.onnx.check(tmp_path / "net.onnx", graph, feeds)
+    monkeypatch.setattr("eqfact.onnx.checking.AT_ONCE", 1)
+    assert whole and eqfact.onnx.check(tmp_path / "net.onnx", graph, feeds) == whole
+
+
 def test_a_misreading_is_noticed_at_its_node(tmp_path, monkeypatch):
     proto, feeds, _ = token_net()
     path = tmp_path / "net.onnx"
