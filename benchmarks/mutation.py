@@ -152,6 +152,8 @@ class Changes:
                 continue
             if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
                 continue
+            if isinstance(node, ast.Call) and self.text(node.func).endswith("reshape"):  # any negative size is numpy's -1
+                value = [node.func, *(a for a in node.args if self.text(a) != "-1")] if field == "args" else []
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from self.of(child, function)
