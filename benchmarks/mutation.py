@@ -54,7 +54,7 @@ NEAR = {
     "graph": "graph channels ops_refusals serialization onnx_errors folding planted main",
     "channels": "channels graph factorization planted equalization",
     "factorization": "factorization channels planted laws_are_needed rules",
-    "folding": "folding onnx_idioms planted_rules main",
+    "folding": "folding onnx_faults onnx_idioms planted_rules main",
     "calibration": "calibration laws_are_needed graph planted quantization main",
     "gradients": "gradients noise optimal",
     "rules": "rules equalization planted_rules",
