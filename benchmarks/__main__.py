@@ -4,8 +4,9 @@
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
 renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 
-`operators` writes `docs/operators.md`, and needs the extra `onnx` alone. Two measure the tests, write nothing, and need the extra `test`:
-`fuzz` reads broken ONNX files, `mutation` changes eqfact.
+`files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
+`docs/operators.md` (the extra `onnx`). Two measure the tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files,
+`mutation` changes eqfact.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import importlib
 import sys
 
 #: Modules of their own, with their own arguments and exit status.
-APART = {"fuzz": "broken ONNX files: one error each, or a network", "mutation": "small changes to eqfact: does a test fail?",
-         "operators": "what eqfact makes of every operator of ONNX"}
+APART = {"files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
+         "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX"}
 
 
 def parser() -> argparse.ArgumentParser:

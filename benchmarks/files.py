@@ -284,5 +284,12 @@ def page() -> str:
     return text + f"\nMeasured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}.\n" if dates else text
 
 
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks files", description="Measure eqfact on ONNX files that people ship.")
+    parser.add_argument("--only", nargs="+", choices=list(FILES), default=list(FILES), metavar="NAME", help=f"files, of {', '.join(FILES)}")
+    measure(parser.parse_args(argv).only)
+    return 0
+
+
 if __name__ == "__main__":
     print(json.dumps(row_of(sys.argv[1])))

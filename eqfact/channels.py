@@ -67,12 +67,13 @@ def channels(graph: Graph, *, hold: Mapping[str, str] | None = None) -> Channels
     free = reason_of < 0
     resolved = np.where(free, np.cumsum(free), 0)
 
+    texts = np.array([*(reason for _, reason in pins), None], object)  # the last, which -1 finds: no reason
     labels, reasons = {}, {}
     for value, full in graph.labels.items():
         of_channel = component[channel_vector(full)]
         labels[value] = resolved[of_channel]
         labels[value].flags.writeable = False
-        reasons[value] = tuple(None if i < 0 else pins[i][1] for i in reason_of[of_channel].tolist())
+        reasons[value] = tuple(texts[reason_of[of_channel]].tolist())
     return Channels(labels, int(free.sum()), reasons)
 
 

@@ -35,7 +35,7 @@ def pad(*pads, axes=None, **options):
 
 def resize(*by, sizes=(), **options):
     names, constants = (["x", "", "by"], {"by": scales(*by)}) if by else (["x", "", "", "sizes"], {"sizes": ints(*sizes)})
-    return [node("Resize", names, ["y"], mode="nearest", **options)], constants
+    return [node("Resize", names, ["y"], **{"mode": "nearest", **options})], constants
 
 
 def slices(starts, ends, axes=None, steps=None):
@@ -79,8 +79,9 @@ MOVES = {
     "Resize by rounding down at a half": (*resize(1, 1, 0.4), (2, 5), 17, ["Take"]),
     "Resize to one pixel of PyTorch": (*resize(1, 1, 0.25, coordinate_transformation_mode="pytorch_half_pixel"), (2, 4), 17, ["Take"]),
     "Resize with corners": (*resize(1, 1, 3, coordinate_transformation_mode="align_corners"), (2, 3), 17, ["Take"]),
-    "Resize with corners down": (*resize(1, 1, 0.5, coordinate_transformation_mode="align_corners", nearest_mode="floor"), (2, 6), 17,
+    "Resize with corners down": (*resize(1, 1, 0.5, coordinate_transformation_mode="align_corners", nearest_mode="floor"), (2, 8), 17,
                                  ["Take"]),
+    "Resize that keeps the aspect": (*resize(sizes=(6,), axes=[2], keep_aspect_ratio_policy="not_larger"), (2, 3), 18, ["Upsample"]),
     "Resize to one corner": (*resize(1, 1, 0.25, coordinate_transformation_mode="align_corners"), (2, 4), 17, ["Take"]),
     "Resize of the channels": (*resize(1, 2, 1, **FLOOR), (2, 3), 17, None),
     "Resize of some axes": (*resize(2, 3, axes=[3, 2], **FLOOR), (2, 3, 4), 18, ["Upsample"]),
@@ -156,7 +157,12 @@ REFUSED = {
     "Pad that reflects one entry": (*pad(0, 0, 1, 0, 0, 1, mode="reflect"), (2, 1), 17, "reflects along axis 2, which has 1 entries"),
     "Pad in a mode of its own": (*pad(0, 0, 1, 0, 0, 1, mode="mirror"), (2, 3), 17, "its mode is 'mirror'"),
     "Pad in a mode of its own by nothing": (*pad(0, 0, 0, 0, 0, 0, mode="mirror"), (2, 3), 17, "its mode is 'mirror'"),
+    "Resize in a mode of its own": (*resize(1, 1, 2, mode="quintic"), (2, 3), 17, "mode is 'quintic'"),
     "Resize of a batch": (*resize(2, 1, 1), (2, 3), 17, "axis 0 is the batch"),
+    "Resize in other coordinates": (*resize(1, 1, 2, coordinate_transformation_mode="polar"), (2, 3), 17,
+                                    "coordinate_transformation_mode is 'polar'"),
+    "Resize with corners of a broken size": (*resize(1, 1, 0.5, coordinate_transformation_mode="align_corners"), (2, 7), 17,
+                                             "makes 3 entries of 7 by the scale 0.5"),
     "Resize to what is not said": ([node("Resize", ["x"], ["y"], mode="nearest")], {}, (2, 3), 17, "not constant"),
     "Resize to fixed sizes of a free batch": (*resize(sizes=(2, 2, 6)), (2, 3), 17, "depend on the size of the batch"),
     "Concat of other axes": ([node("Unsqueeze", ["x", "a"], ["u"]), node("Concat", ["x", "u"], ["y"], axis=1)], {"a": ints(3)}, (2, 3), 17,
@@ -177,6 +183,7 @@ REFUSED = {
     "Gather below": ([node("Gather", ["x", "i"], ["y"], axis=1)], {"i": ints(-3)}, (2, 3), 17, "takes entries -3 to -3 of 2"),
     "Gather beyond": ([node("Gather", ["x", "i"], ["y"], axis=1)], {"i": ints(0, 2)}, (2, 3), 17, "takes entries 0 to 2 of 2"),
     "DepthToSpace of three axes": ([node("DepthToSpace", ["x"], ["y"], blocksize=2)], {}, (4, 2), 17, "a tensor of 4 axes, got Nx4x2"),
+    "Expand of a batch": ([node("Expand", ["x", "s"], ["y"])], {"s": ints(4, 1, 1)}, (1, 3), 17, "cannot be broadcast"),
     "an axis beyond": ([node("Gather", ["x", "i"], ["y"], axis=3)], {"i": ints(0)}, (2, 3), 17, "axis 3 is none of a tensor with 3 axes"),
     "an axis before": ([node("Gather", ["x", "i"], ["y"], axis=-4)], {"i": ints(0)}, (2, 3), 17, "axis -4 is none of a tensor with 3 axes"),
 }

@@ -286,6 +286,21 @@ def test_a_free_batch_that_takes_one_sample_only(tmp_path):
     assert eqfact.onnx.check(path, opened.graph, feeds)
 
 
+@pytest.mark.parametrize("shape", [[], [1]], ids=["a number", "a number of one axis"])
+def test_inputs_of_one_number_are_no_free_batch(shape, tmp_path):
+    """Beside a fixed batch of one sample they change nothing: what a kept node makes of both is one sample."""
+    nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Mul", ["i", "k"], ["m"]), node("Sum", ["m", "m"], ["t"]),
+             node("Cos", ["t"], ["c"]), *layer("c", "v", "w3"), node("MatMul", ["v", "w4"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 5), "w3": floats(5, 7), "w4": floats(7, 3)}
+    path = tmp_path / "net.onnx"
+    onnx.save(model(nodes, {"x": (FLOAT, [1, 6]), "k": (FLOAT, shape)}, {"y": (FLOAT, [1, 3])}, constants), path)
+    feeds = {"x": floats(1, 6, seed=1), "k": np.full(shape, 0.5, np.float32)}
+    opened = eqfact.onnx.open(path, feeds)
+    assert "Cos" in [k.op_type for k in opened.kept] and {"h", "v"} <= {n.name for n in opened.graph.nodes}
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    small.close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds))
+
+
 def test_folded_batchnorms_go_into_the_file(tmp_path):
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("BatchNormalization", ["a", "g", "b", "m", "v"], ["n"]), node("Relu", ["n"], ["r"]),
              node("Transpose", ["r"], ["t"], perm=[0, 2, 3, 1]), node("MatMul", ["t", "w2"], ["p"]), node("Add", ["p", "c"], ["q"]),

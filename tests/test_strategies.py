@@ -121,8 +121,6 @@ FEATURES = {
     "dead channel": lambda g: any((row_sizes(node.op) == 0).any() for node in weighted(g)),
     "dead channel without bias": lambda g: any(
         ((row_sizes(node.op) == 0) & (0 if node.op.bias is None else node.op.bias == 0)).any() for node in weighted(g)),
-    "batchnorm that switches a channel off": lambda g: any(
-        ((node.op.gamma == 0) & (node.op.beta == 0)).any() for node in uses(g, eq.BatchNorm)),
     "nearly dead channel": lambda g: any(
         ((row_sizes(node.op) > 0) & (row_sizes(node.op) <= NEARLY_DEAD)).any() for node in weighted(g)),
     "channel that nobody reads": lambda g: any((np.abs(node.op.columns()).max(axis=1) == 0).any() for node in uses(g, (eq.Conv, eq.Dense))),
@@ -169,6 +167,8 @@ def parameters(kind, name):
     return lambda g: [n for node in uses(g, kind) for n in np.ravel(getattr(node.op, name)).tolist()]
 
 
+POOLS = (eq.MaxPool, eq.AvgPool, eq.ops.MinPool, eq.ops.LpPool)
+
 #: What is drawn, and all that it may be: wider draws would be slow or overflow, narrower ones miss corners.
 RANGES = {
     "channels of inputs": (lambda g: [shape[0] for shape in g.inputs.values()], {1, 2, 3, 4}),
@@ -184,10 +184,9 @@ RANGES = {
     "transposed padding": (parameters(eq.ConvTranspose, "padding"), {0, 1}),
     "output padding": (parameters(eq.ConvTranspose, "output_padding"), {0, 1}),
     "eps": (parameters(eq.BatchNorm, "eps"), {1e-5, 1e-3}),
-    "windows of maxima": (parameters(eq.MaxPool, "kernel"), {1, 2, 3}),
-    "windows of means": (parameters(eq.AvgPool, "kernel"), {1, 2, 3}),
-    "padding of windows": (parameters(eq.AvgPool, "padding"), {0, 1, 2}),
-    "strides of windows": (parameters(eq.AvgPool, "stride"), {None, 1, 2}),
+    "windows": (parameters(POOLS, "kernel"), {1, 2, 3}),
+    "padding of windows": (parameters(POOLS, "padding"), {0, 1, 2}),
+    "strides of windows": (parameters(POOLS, "stride"), {None, 1, 2}),
     "means that count padding": (parameters(eq.AvgPool, "count_include_pad"), {False, True}),
     "pads": (parameters(eq.Pad, "padding"), {0, 1}),
     "padded with": (parameters(eq.Pad, "value"), {0.0, 1.5}),
@@ -204,11 +203,11 @@ RANGES = {
 
 @pytest.mark.parametrize("what", RANGES)
 def test_networks_cover_their_ranges_and_no_more(what, found):
-    """Rare ops need not show every corner."""
+    """Rare ops need not show every corner: draws are neither even nor the same in every run of the suite."""
     numbers, expected = RANGES[what]
     drawn = [n for graph, _, _ in found for n in numbers(graph)]
     assert set(drawn) <= expected
-    assert len(drawn) < 100 * len(expected) or set(drawn) == expected
+    assert len(drawn) < 70 * len(expected) or set(drawn) == expected
 
 
 #: What builds a network step by step, and what only helps.

@@ -46,7 +46,7 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
         except OnnxError as error:
             if not isinstance(error.__cause__, OneSample):
                 raise
-            try:  # the batch is free, and the network is one for single samples all the same
+            try:  # a free batch, but a batch of one sample baked into a node: then the network is one for single samples
                 return Importer(path, read_model(path), input_shapes or {}, samples=1).graph()
             except OnnxError:
                 raise error from None
@@ -80,8 +80,10 @@ class Importer:
         return [i for i in self.model.graph.input if i.name not in self.source.initializers]
 
     def _samples(self) -> int | None:
-        """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch."""
-        firsts = {dims[0] if (dims := sizes(info)) else None for info in self._inputs()}
+        """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch. Inputs of a
+        single number have no axis that could be one."""
+        firsts = {dims[0] if dims else None for info in self._inputs()
+                  if (dims := sizes(info)) or not info.type.tensor_type.HasField("shape")}
         return firsts.pop() if len(firsts) == 1 else None if None in firsts or self.outside is None else 1
 
     def _read_inputs(self, given: Mapping[str, Sequence[int]]) -> None:

@@ -92,6 +92,9 @@ def _transformation(call: Call) -> str:
 def _coordinates(call: Call, n: int, count: int, scale: float, roi: tuple[float, float]) -> Any:
     """Where among ``n`` entries each of ``count`` entries of a Resize lies (ONNX, Resize)."""
     x, length, transformation = np.arange(count), n * scale, _transformation(call)
+    if transformation in ("align_corners", "tf_crop_and_resize") and abs(length - count) > 1e-3:
+        call.refuse(f"its mode {transformation} makes {count} entries of {n} by the scale {scale:g}: the standard places them along "
+                    f"{length:g}, engines along {count}; give whole sizes")
     halves = (x + 0.5) / scale - 0.5
     at = {
         "asymmetric": x / scale,

@@ -18,10 +18,6 @@ import numpy.typing as npt
 from eqfact.ops import Flatten, Op, Permute, Rearrange, Shape, Transpose, Unflatten
 
 
-class OneSample(ValueError):
-    """Fixed sizes that hold one sample, and no other number of them, where the batch is free."""
-
-
 class Atom(NamedTuple):
     """``size`` entries of the value's axis ``axis``, ``step`` apart."""
 
@@ -38,6 +34,12 @@ class Atom(NamedTuple):
 AnyArray = npt.NDArray[Any]
 
 BATCH = Atom(-1, 0)
+
+
+class OneSample(ValueError):
+    """A shape that holds a single sample, where the batch is free: whoever wrote it runs the file on single samples."""
+
+
 Axis = tuple[Atom, ...]
 
 
@@ -109,8 +111,8 @@ class View:
             axes.append(_merged(axis))
         made = View(self.value, self.shape, tuple(axes))
         if todo or any(made.full_shape(b) != tuple(t) for b, t in zip(batches, targets, strict=True)):
-            one = all(math.prod(t) * b == math.prod(self.full_shape(b)) for b, t in zip(batches, targets, strict=True))
-            raise (OneSample if one else ValueError)(
+            single = all(math.prod(t) == math.prod(self.full_shape(1)) for t in targets)
+            raise (OneSample if single else ValueError)(
                 f"it reshapes {self.described()} to {list(targets[0])}, which mixes samples of the batch or loses its axis "
                 f"(assumed size {batches[0]})")
         return made
