@@ -49,11 +49,13 @@ NEAR = {
     "onnx/patching": "onnx_opened onnx_faults onnx_running onnx_errors",
     "onnx/splicing": "onnx_opened onnx_faults onnx_running onnx_errors",
     "onnx/": "onnx_idioms onnx_moves onnx_arrangements onnx_errors onnx_faults onnx_opened onnx_roundtrip onnx_backend",
-    "ops/": "ops_refusals ops_forward ops_laws gradients channels folding planted onnx_idioms integers serialization",
+    "ops/grid": "quantization ops_refusals integers serialization",
+    "ops/elementwise": "quantization ops_refusals ops_forward ops_laws gradients graph channels planted onnx_idioms",
+    "ops/": "ops_refusals ops_forward ops_laws gradients graph channels folding planted onnx_idioms integers serialization",
     "graph": "graph channels ops_refusals serialization onnx_errors folding planted main",
     "channels": "channels graph factorization planted equalization",
     "factorization": "factorization channels planted laws_are_needed rules",
-    "folding": "folding onnx_idioms planted_rules main",
+    "folding": "folding onnx_faults onnx_idioms planted_rules main",
     "calibration": "calibration laws_are_needed graph planted quantization main",
     "gradients": "gradients noise optimal",
     "rules": "rules equalization planted_rules",
@@ -151,6 +153,8 @@ class Changes:
                 continue
             if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
                 continue
+            if isinstance(node, ast.Call) and self.text(node.func).endswith("reshape"):  # any negative size is numpy's -1
+                value = [node.func, *(a for a in node.args if self.text(a) != "-1")] if field == "args" else []
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from self.of(child, function)

@@ -767,3 +767,10 @@ def test_absorbing_into_padded_layers_changes_the_function():
                             "b": replace(graph["b"].op, bias=graph["b"].op.weight.sum(axis=2) @ c)})
     assert not np.allclose(eq.forward(moved, x), eq.forward(graph, x))
     assert np.allclose(eq.forward(moved, x)[..., 1], eq.forward(graph, x)[..., 1])
+
+
+def test_a_mean_that_is_given_is_taken_as_it_is():
+    """Also where the mean of what the op reads is given, too, and would make another one."""
+    graph = eq.Graph.chain((2,), fc=eq.Dense(np.eye(2), np.ones(2)), act=eq.ReLU(), out=eq.Dense(np.ones((1, 2))))
+    given = {"x": (np.zeros(2), np.ones(2)), "fc": (np.array([5.0, -3.0]), np.ones(2))}
+    assert np.array_equal(correction._means(graph, given)["fc"], [[5.0, -3.0]])

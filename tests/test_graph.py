@@ -292,3 +292,10 @@ PAIR = Graph({"x": (1,), "y": (1,)}, [Node("sum", eq.Add(), ["x", "y"])], ["sum"
 def test_bad_data_is_refused_with_the_name_of_the_input(run, graph, x, error, message):
     with pytest.raises(error, match=message):
         run(graph, x)
+
+
+def test_an_order_that_is_one_stays():
+    """Branch by branch, not level by level."""
+    nodes = [eq.Node(name, eq.ReLU(), [read]) for name, read in (("a1", "x"), ("a2", "a1"), ("b1", "x"), ("b2", "b1"))]
+    graph = eq.Graph({"x": (2,)}, [*nodes, eq.Node("y", eq.Add(), ["a2", "b2"])], ["y"])
+    assert [node.name for node in graph.nodes] == ["a1", "a2", "b1", "b2", "y"]

@@ -50,6 +50,10 @@ ARRANGEMENTS = {
     "channels in groups": shaped(0, 2, 2, 2, 3),
     "an axis of one": shaped(0, 4, 1, 6),
     "an axis of one behind": shaped(0, 4, 6, 1),
+    "an axis of one in front": ([node("Unsqueeze", ["x", "at"], ["t"])], (1, 0, *X), [node("Squeeze", ["u", "at"], ["y"])],
+                                {"at": ints(0)}),
+    "one axis, and one of one in front": ([node("Reshape", ["x", "to"], ["t"])], (1, 0, 24), [node("Reshape", ["u", "back"], ["y"])],
+                                          {"to": ints(1, -1, 24), "back": ints(-1, *X)}),
     "channels in groups, turned": ([node("Reshape", ["x", "to"], ["s"]), node("Transpose", ["s"], ["t"], perm=[0, 2, 1, 3])], (0, 2, 2, 6),
                                    [node("Transpose", ["u"], ["v"], perm=[0, 2, 1, 3]), node("Reshape", ["v", "back"], ["y"])],
                                    {"to": ints(0, 2, 2, 6), "back": ints(-1, *X)}),
@@ -59,6 +63,10 @@ ARRANGEMENTS = {
     "pixels and samples in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 3, 0, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
                                        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[2, 3, 0, 1])],
                                        {"to": ints(-1, 4), "last": ints(2, 3, -1, 4)}),
+    "rows and samples in one axis, the rest in another": (
+        [node("Transpose", ["x"], ["s"], perm=[2, 0, 1, 3]), node("Reshape", ["s", "to"], ["t"])], (0, 12),
+        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[1, 2, 0, 3])],
+        {"to": ints(-1, 12), "last": ints(2, -1, 4, 3)}),
     "samples between pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 0, 3, 1]), node("Reshape", ["s", "to"], ["t"])],
                                            (0, 4), [node("Reshape", ["u", "last"], ["v"]),
                                                     node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
@@ -88,6 +96,8 @@ KEEPING = {
     "Pad that reflects, and Slice": lambda s: (
         [node("Pad", ["t", "p"], ["c"], mode="reflect"), node("Slice", ["c", "a", "b", "axis"], ["u"])], {
             "p": ints(*[0] * (len(s) - 1), 1, *[0] * len(s)), "a": ints(0), "b": ints(s[-1]), "axis": ints(-1)}),
+    "Pad, and Slice": lambda s: ([node("Pad", ["t", "p"], ["c"]), node("Slice", ["c", "a", "b", "axis"], ["u"])], {
+        "p": ints(*[0] * (2 * len(s) - 1), 1), "a": ints(1), "b": ints(s[-1] + 1), "axis": ints(-1)}),
     "Reshape to the shape of a MatMul": lambda s: (
         [node("MatMul", ["t", "c"], ["m"]), node("Shape", ["m"], ["to_m"]), node("Relu", ["t"], ["r"]),
          node("Reshape", ["r", "to_m"], ["q"]), node("Add", ["m", "q"], ["u"])], {"c": floats(max(s[-1], 1), max(s[-1], 1))}),
@@ -97,15 +107,17 @@ KEEPING = {
 }
 #: What is refused, and why: samples are computed one by one, and an axis of one entry is not divided.
 REFUSED = {
-    **{("batch second", kind): "axis 1 is the batch" for kind in ("Softmax of the second axis", "Gather of the second axis")},
+    **{(arrangement, f"{kind} of the second axis"): "axis 1 is the batch" for kind in ("Softmax", "Gather")
+       for arrangement in ("batch second", "an axis of one in front", "one axis, and one of one in front")},
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
-        "Pad that reflects, and Slice", "MatMul", "Reshape to the shape of a MatMul",
+        "Pad that reflects, and Slice", "Pad, and Slice", "MatMul", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},
     **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
-        "one axis", "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
+        "one axis", "one axis, and one of one in front", "rows and samples in one axis, the rest in another",
+        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
-        "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul",
+        "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul", "Pad, and Slice",
         "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},
     ("an axis of one behind", "Pad that reflects, and Slice"): "reflects along axis 3, which has 1 entries",
     ("an axis of one behind", "Split and Concat of the last axis"): "splits 1 entries",

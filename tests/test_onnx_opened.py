@@ -270,6 +270,15 @@ def test_several_batches_of_a_fixed_size_are_run_one_by_one(tmp_path):
             assert np.array_equal(a[0], boundary[name][i])
 
 
+def test_an_open_axis_of_space_is_no_batch(tmp_path):
+    """A batch of one, and an axis without a size or a name, longer than the data that are run at a time."""
+    proto = model([node("Conv", ["x", "w"], ["y"])], {"x": (FLOAT, [1, 3, None])}, {"y": (FLOAT, None)}, {"w": floats(2, 3, 3)})
+    onnx.save(proto, tmp_path / "net.onnx")
+    feeds = {"x": floats(1, 3, 20)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert np.array_equal(opened.run(feeds)["y"], small.run_ort(tmp_path / "net.onnx", feeds)["y"])
+
+
 def test_a_free_batch_that_takes_one_sample_only(tmp_path):
     """A state of one sample beside it: the file runs on single samples, and is read for them."""
     nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Transpose", ["i"], ["t"], perm=[1, 0, 2]),
@@ -349,6 +358,18 @@ def test_folded_batchnorms_go_into_the_file(tmp_path):
     opened.save(tmp_path / "out.onnx", folded)
     assert [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node] == ["Conv", "Relu", "Transpose", "MatMul", "Add", "Cos"]
     close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path)
+
+
+def test_values_without_a_tensor_are_computed_in_whatever_groups_a_file_is_checked(tmp_path, monkeypatch):
+    """Two ops of eqfact for one node: what stands between them is no tensor of the file."""
+    pads = ints(0, 0, -1, 1, 0, 0, 2, 1)
+    onnx.save(model([node("Relu", ["x"], ["r"]), node("Pad", ["r", "p"], ["q"]), node("Conv", ["q", "w"], ["y"])],
+                    {"x": (FLOAT, ["N", 2, 5, 4])}, {"y": (FLOAT, None)}, {"p": pads, "w": floats(3, 2, 2, 2)}), tmp_path / "net.onnx")
+    feeds, graph = {"x": floats(2, 2, 5, 4)}, eqfact.onnx.load(tmp_path / "net.onnx")
+    assert {type(n.op) for n in graph.nodes} >= {eq.ops.Take, eq.Pad}
+    whole = eqfact.onnx.check(tmp_path / "net.onnx", graph, feeds)
+    monkeypatch.setattr("eqfact.onnx.checking.AT_ONCE", 1)
+    assert whole and eqfact.onnx.check(tmp_path / "net.onnx", graph, feeds) == whole
 
 
 def test_a_misreading_is_noticed_at_its_node(tmp_path, monkeypatch):

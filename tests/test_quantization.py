@@ -904,3 +904,23 @@ def test_the_smallest_step_of_sums_is_the_smallest_normal_number(dtype):
     op = eq.Dense(np.ones((1, 1)), grid=grid)
     assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny)), dtype).tolist() == [tiny]
     assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny / 2)), dtype) is None
+
+
+def test_inputs_are_stored_even_where_an_activation_alone_reads_them():
+    """No op comes before them that an activation could be fused with."""
+    net = eq.Graph.chain((2,), act=eq.ReLU(), fc=eq.Dense(np.ones((1, 2))))
+    assert stored_values(net) == ["x", "act"]
+
+
+@pytest.mark.parametrize("op", [eq.ReLU(), eq.LeakyReLU(0.1), eq.PReLU(np.ones(2)), eq.Clip(0, 1)], ids=lambda op: type(op).__name__)
+def test_what_a_fused_activation_reads_is_not_stored(op):
+    net = eq.Graph.chain((2,), fc=eq.Dense(np.ones((2, 2))), act=op, out=eq.Dense(np.ones((1, 2))))
+    assert stored_values(net) == ["x", "act"]
+
+
+@pytest.mark.parametrize("qmax", [2**24 - 1, 2**24, 2**25 - 1])
+def test_whole_numbers_that_single_precision_does_not_hold_are_rounded_in_double(qmax):
+    grid = eq.ops.grid.Grid(np.float64(np.float32(1 / 3)), np.float64(0.0), -qmax, qmax)
+    x = np.random.default_rng(4).uniform(qmax / 6, qmax / 3, 100).astype(np.float32)
+    expected = [round(Fraction(float(v)) / Fraction(float(grid.scale))) for v in x]
+    assert np.abs(grid.quantize(x) - np.array(expected)).max() <= (qmax < 2**24)  # in single precision a quotient may lie on a half

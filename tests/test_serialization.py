@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import eqfact as eq
 from eqfact import ops, serialization
+from eqfact.files import write_all
 from eqfact.serialization import load, save
 from eqfact.testing.strategies import networks
 
@@ -696,3 +697,10 @@ def test_bytes_overwritten_moved_or_cut_out_do_no_harm(tmp_path, data):
     path.write_bytes(bytes(raw))
     result = harmless(path)
     assert isinstance(result, str) or description(result) == description(tiny())
+
+
+def test_several_files_are_made_beside_where_they_go(tmp_path, monkeypatch):
+    """A folder of the system's own may be on another disk, from which nothing moves in one step."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    write_all({str(tmp_path / name): lambda path, name=name: Path(path).write_text(name) for name in "ab"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "b"}

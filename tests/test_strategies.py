@@ -121,6 +121,8 @@ FEATURES = {
     "dead channel": lambda g: any((row_sizes(node.op) == 0).any() for node in weighted(g)),
     "dead channel without bias": lambda g: any(
         ((row_sizes(node.op) == 0) & (0 if node.op.bias is None else node.op.bias == 0)).any() for node in weighted(g)),
+    "batchnorm that switches a channel off": lambda g: any(
+        ((node.op.gamma == 0) & (node.op.beta == 0)).any() for node in uses(g, eq.BatchNorm)),
     "nearly dead channel": lambda g: any(
         ((row_sizes(node.op) > 0) & (row_sizes(node.op) <= NEARLY_DEAD)).any() for node in weighted(g)),
     "channel that nobody reads": lambda g: any((np.abs(node.op.columns()).max(axis=1) == 0).any() for node in uses(g, (eq.Conv, eq.Dense))),
