@@ -585,6 +585,9 @@ def test_every_verb_reads_onnx_files_with_open_sizes_and_foreign_ops(run, hard_o
     assert run(f"{line} --input-shape x=2,6,6 --input-shape z=3")[0] == 3
     if verb == "inspect":
         assert facts["outputs"] == {"conv2": [3, 4, 4]}
+    if verb == "equalize":  # only statistics let noise be weighed
+        assert "noise is weighed at the 1 outputs" in run(shaped)[1]
+        assert "noise is weighed" not in run(f"{line} --input-shape x=2,6,6")[1]
     if "-o" in line:
         import onnx
         kept = [n for n in onnx.load("out.onnx").graph.node if n.op_type == "Cos"]
