@@ -233,8 +233,9 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
         options["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
     result = equalize(graph, args.method, stats=stats, exact=args.exact, **options)
     if partly and "sensitivities" in options:
-        result = replace(result, message=f"{result.message}; noise is weighed at the {len(graph.outputs)} outputs of what is understood, "
-                                         "relative to the power of each")
+        ends = "output" if len(graph.outputs) == 1 else f"{len(graph.outputs)} outputs"
+        result = replace(result, message=f"{result.message}; noise is weighed at the {ends} of what is understood, relative to the power "
+                                         "of each")
     return result
 
 
