@@ -211,10 +211,7 @@ class Patcher(GraphWriter):
         elif (kind := self._makers[origin.makes].op_type) == "Add":
             self._sum(node, op, origin)
         elif isinstance(op, (Conv, Dense)) and kind in ("MatMul", "Einsum"):
-            if origin.transposed:
-                self._matmul(node, op)
-            else:
-                self._product(node, op, origin.makes)
+            self._product(node, op, self._makers[origin.makes])
         elif isinstance(op, Dense) and kind == "Gemm":
             weight = self.weight(node, op, np.transpose if origin.transposed else np.asarray)
             bias = [] if op.bias is None else [self.parameter(node, "bias", op.bias)]
@@ -235,19 +232,19 @@ class Patcher(GraphWriter):
             inputs.insert(at, self.vector(node, "bias", op.bias))
         self.node("Add" if op.bias is not None else "Identity", inputs, node.name, node)
 
-    def _product(self, node: Node, op: Conv | Dense, makes: str) -> None:
+    def _product(self, node: Node, op: Conv | Dense, proto: onnx.NodeProto) -> None:
         """A product with the constant on either side, as it was, and a sum if there is a bias."""
-        proto = next(p for p in self.source.model.graph.node if makes in p.output)
         rows = op.weight.reshape(op.weight.shape[:2])
         at = next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
         options = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
         if proto.op_type == "Einsum":
-            value = self.source.tensors[proto.input[1 - at]]
-            constant = self.source.tensors[proto.input[at]]
-            assert isinstance(value, View) and isinstance(constant, Constant)
+            value, constant = self._tensor(proto.input[1 - at]), self.source.tensors[proto.input[at]]
+            assert isinstance(constant, Constant)
             terms = Einsum.of(options["equation"].decode(), at, value.ndim)
             assert terms is not None
             rows = terms.back(rows, constant.values[0].shape)
+        elif at == 1:
+            rows = rows.T
         inputs = list(node.inputs)
         inputs.insert(at, self.parameter(node, "weight", rows, key=op.weight))
         if op.bias is None:
@@ -255,16 +252,6 @@ class Patcher(GraphWriter):
             return
         made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
         self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
-
-    def _matmul(self, node: Node, op: Conv | Dense) -> None:
-        """A product over the last axis, and a sum if there is a bias."""
-        rows = op.weight.reshape(op.weight.shape[:2])
-        weight = self.parameter(node, "weight", rows.T, key=op.weight)
-        if op.bias is None:
-            self.node("MatMul", [*node.inputs, weight], node.name, node)
-            return
-        made: Any = self.node("MatMul", [*node.inputs, weight], self.inner(node, "product"), node, ".product")
-        self.node("Add", [made, self.parameter(node, "bias", op.bias)], node.name, node)
 
 
 def _alive(nodes: Sequence[tuple[Sequence[str], Sequence[str]]], outputs: set[str]) -> set[int]:
