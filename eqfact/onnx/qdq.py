@@ -23,7 +23,7 @@ from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Add, AvgPool, BatchNorm, Blend, Dense, GlobalAvgPool, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Blend, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
