@@ -64,7 +64,7 @@ NEAR = {
     "noise": "noise optimal certificate equalization main",
     "optimal": "optimal certificate equalization",
     "logsums": "optimal certificate equalization",
-    "quantization": "quantization integers onnx_qdq planted_rules noise",
+    "quantization": "quantization integers onnx_qdq planted_rules noise ops_laws",
     "correction": "correction main",
     "metrics": "metrics planted_rules certificate",
     "verification": "metrics planted_rules certificate main",

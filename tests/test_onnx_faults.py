@@ -133,6 +133,12 @@ def test_a_batch_of_one_that_is_baked_into_a_node(tmp_path):
         small.close({"y": eq.forward(graph, x)[i:i + 1]}, small.run_ort(tmp_path / "net.onnx", {"x": x[i:i + 1]}))
 
 
+@pytest.mark.parametrize("outputs", [("y", "z", "r"), ("r", "z", "y"), ("z", "y"), ("y", "z")], ids=" ".join)
+def test_outputs_that_are_one_value_in_several_layouts(outputs, tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["y"]), node("Transpose", ["y"], ["z"], perm=[0, 2, 1]), node("Relu", ["z"], ["r"])]
+    read(tmp_path, nodes, (5, 6), {"w": floats(6, 4)}, outputs=outputs)
+
+
 BEHIND = {"scalar Add": (node("Add", ["t", "c"], ["u"]), np.float32(2)), "channels": (node("Mul", ["t", "c"], ["u"]), floats(6)),
           "Relu": (node("Relu", ["t"], ["u"]), None), "MatMul": (node("MatMul", ["t", "c"], ["u"]), floats(6, 4)),
           "Softmax": (node("Softmax", ["t"], ["u"], axis=-1), None), "PRelu": (node("PRelu", ["t", "c"], ["u"]), floats(6)),

@@ -13,6 +13,10 @@ from eqfact.onnx import OnnxError
 node = helper.make_node
 
 
+def floats(*shape):
+    return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
 def ints(*values):
     return np.array(values, np.int64)
 
@@ -81,6 +85,8 @@ MOVES = {
     "Resize with corners": (*resize(1, 1, 3, coordinate_transformation_mode="align_corners"), (2, 3), 17, ["Take"]),
     "Resize with corners down": (*resize(1, 1, 0.5, coordinate_transformation_mode="align_corners", nearest_mode="floor"), (2, 8), 17,
                                  ["Take"]),
+    "Resize by lines between": (*resize(1, 1, 2, mode="linear"), (2, 3), 17, ["Blend"]),
+    "Resize by lines between, in both axes": (*resize(1, 1, 2, 0.5, mode="linear"), (2, 3, 4), 17, ["Blend", "Blend"]),
     "Resize that keeps the aspect": (*resize(sizes=(6,), axes=[2], keep_aspect_ratio_policy="not_larger"), (2, 3), 18, ["Upsample"]),
     "Resize to one corner": (*resize(1, 1, 0.25, coordinate_transformation_mode="align_corners"), (2, 4), 17, ["Take"]),
     "Resize of the channels": (*resize(1, 2, 1, **FLOOR), (2, 3), 17, None),
@@ -195,6 +201,17 @@ def test_moves_that_are_none_are_refused(nodes, constants, x, opset, words, tmp_
     path.write_bytes(small.model(nodes, {"x": ["N", *x]}, ["y"], constants, opset).SerializeToString())
     with pytest.raises(OnnxError, match=words):
         eqfact.onnx.load(path)
+
+
+def test_a_matrix_along_space_leaves_the_channels_of_heads_free(tmp_path):
+    """Positions are mixed within every head, entry by entry: each of its channels may have a factor of its own."""
+    nodes = [node("MatMul", ["x", "w1"], ["a"]), node("Reshape", ["a", "heads"], ["h"]), node("Transpose", ["h"], ["t"], perm=[0, 2, 1, 3]),
+             node("MatMul", ["m", "t"], ["p"]), node("Transpose", ["p"], ["u"], perm=[0, 2, 1, 3]), node("Reshape", ["u", "rows"], ["r"]),
+             node("MatMul", ["r", "w2"], ["y"])]
+    constants = {"w1": floats(4, 6), "heads": ints(0, 5, 2, 3), "m": floats(7, 5), "rows": ints(0, 7, 6), "w2": floats(6, 3)}
+    graph = small.imported(tmp_path, small.model(nodes, {"x": ["N", 5, 4]}, ["y"], constants, 17))
+    assert eq.degrees_of_freedom(graph) == 6
+    assert [type(n.op).__name__ for n in graph.nodes if type(n.op).__name__ not in ("Transpose", "Permute")] == ["Conv", "Blend", "Conv"]
 
 
 def test_shapes_are_known_in_part(tmp_path):

@@ -298,6 +298,21 @@ def test_a_free_batch_that_takes_one_sample_only(tmp_path):
     assert eqfact.onnx.check(path, opened.graph, feeds)
 
 
+@pytest.mark.parametrize("opset", [13, 17, 20])
+def test_what_is_kept_keeps_its_opset(opset, tmp_path):
+    nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Cos", ["i"], ["c"]), *layer("c", "v", "w3"),
+             node("MatMul", ["v", "w4"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 5), "w3": floats(5, 7), "w4": floats(7, 3)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 6])}, {"y": (FLOAT, ["N", 3])}, constants, opset), tmp_path / "net.onnx")
+    feeds = {"x": floats(3, 6, seed=1)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    stats = eq.calibrate(opened.graph, opened.boundary(feeds))
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    opened.save_qdq(tmp_path / "q.onnx", eq.quantize(opened.graph, stats=stats, weights=eq.UniformQuantizer(8)))
+    same, quantized = (onnx.load(tmp_path / name).opset_import[0].version for name in ("out.onnx", "q.onnx"))
+    assert same == opset and quantized >= opset
+
+
 @pytest.mark.parametrize("shape", [[], [1]], ids=["a number", "a number of one axis"])
 def test_inputs_of_one_number_are_no_free_batch(shape, tmp_path):
     """Beside a fixed batch of one sample they change nothing: what a kept node makes of both is one sample."""

@@ -65,7 +65,7 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     model.ir_version = max(model.ir_version, inner.ir_version)
     for standard in model.opset_import:
         if standard.domain in ("", "ai.onnx"):
-            standard.version = max(standard.version, opset(inner))
+            standard.version = opset(inner)  # which is the file's at least
     if opset(inner) > opset(file) and any(proto.output[0] not in ops for proto in protos if proto.output):
         raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have "
                         f"{opset(file)}; convert the file with onnx.version_converter")
