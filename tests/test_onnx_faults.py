@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 import eqfact as eq
 import eqfact.onnx
-from eqfact.onnx import OnnxError
+from eqfact.onnx import OnnxError, folding
 
 node = helper.make_node
 RNG = np.random.default_rng(11)
@@ -131,6 +131,18 @@ def test_a_batch_of_one_that_is_baked_into_a_node(tmp_path):
     graph, x = eqfact.onnx.load(tmp_path / "net.onnx"), floats(3, 2, 4, 4)
     for i in range(3):
         small.close({"y": eq.forward(graph, x)[i:i + 1]}, small.run_ort(tmp_path / "net.onnx", {"x": x[i:i + 1]}))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_that_are_written_as_none_are_open(size, tmp_path):
+    proto = small.model([node("Conv", ["x", "w"], ["y"])], {"x": ["N", 2, "H", 5]}, ["y"], {"w": floats(3, 2, 3, 3)})
+    for axis in (0, 2):
+        proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
+    graph, x = eqfact.onnx.load(tmp_path / "net.onnx", input_shapes={"x": (2, 7, 5)}), floats(3, 2, 7, 5)
+    assert graph.inputs["x"] == (2, 7, 5) and eq.forward(graph, x).shape == (3, 3, 5, 3)
+    with pytest.raises(OnnxError, match=r"\(\?, 2, \?, 5\)"):
+        eqfact.onnx.load(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize("outputs", [("y", "z", "r"), ("r", "z", "y"), ("z", "y"), ("y", "z")], ids=" ".join)
@@ -254,6 +266,11 @@ def test_a_flatten_of_too_many_entries_is_refused(tmp_path):
     onnx.save(small.model([node("Flatten", ["x"], ["y"])], {"x": ["N", 2, 2**13, 2**13]}, ["y"]), tmp_path / "net.onnx")
     with pytest.raises(OnnxError, match="134217728 channels"):
         eqfact.onnx.load(tmp_path / "net.onnx")
+
+
+def test_what_makes_no_one_knows_how_much_is_not_computed():
+    with pytest.raises(ValueError, match="onnx does not tell how much it makes"):
+        folding.computed(node("ImageDecoder", ["data"], ["y"]), {"": 20}, {"data": np.zeros(9, np.uint8)})
 
 
 HUGE = {

@@ -214,6 +214,12 @@ def test_a_matrix_along_space_leaves_the_channels_of_heads_free(tmp_path):
     assert [type(n.op).__name__ for n in graph.nodes if type(n.op).__name__ not in ("Transpose", "Permute")] == ["Conv", "Blend", "Conv"]
 
 
+def test_matrices_along_parts_of_an_axis_have_names_of_their_own(tmp_path):
+    nodes = [node("Reshape", ["x", "s"], ["h"]), node("Resize", ["h", "", "by"], ["y"], mode="linear")]
+    graph = small.imported(tmp_path, small.model(nodes, {"x": ["N", 2, 12]}, ["y"], {"s": ints(0, 2, 3, 4), "by": scales(1, 1, 2, 2)}, 17))
+    assert [n.name for n in graph.nodes if isinstance(n.op, eq.ops.Blend)] == ["y.axis2", "y"]
+
+
 def test_shapes_are_known_in_part(tmp_path):
     """The end of a Shape, counted from the front or the back, and the count of all entries, within a batch that is free."""
     for start, end in ((1, 3), (-2, None), (1, -1), (0, -2)):

@@ -55,6 +55,24 @@ def test_every_op_computes_the_same_in_onnxruntime_and_after_reading_it_again(ca
     assert dict(again.shapes).items() >= graph.shapes.items()
 
 
+@pytest.mark.parametrize("slope, shift, kinds", [(2, 3, ["BatchNormalization"]), (2, 0, ["Mul"]), (1, 3, ["Add"]), (1, 0, ["Add"])])
+@pytest.mark.parametrize("opset", [7, 12, 13, 17])
+def test_a_batchnorm_that_only_scales_or_shifts_is_one_node(opset, slope, shift, kinds, tmp_path):
+    """In a file of opset 13 at least, whatever the network was read from."""
+    relu = small.model([helper.make_node("Relu", ["x"], ["r"])], {"x": ["N", 3, 4]}, ["r"], {}, opset)
+    onnx.save(relu, tmp_path / "read.onnx")
+    read = eqfact.onnx.load(tmp_path / "read.onnx")
+    full, zeros, ones = (np.full(3, v, np.float32) for v in (slope, 0, 1))
+    norm = eq.BatchNorm(full, zeros + np.float32(shift), zeros, ones, eps=0.0)
+    graph = eq.Graph(read.inputs, [*read.nodes, eq.Node("y", norm, ["r"])], ["y"])
+    eqfact.onnx.save(tmp_path / "op.onnx", graph)
+    model = onnx.load(tmp_path / "op.onnx")
+    assert [n.op_type for n in model.graph.node] == ["Relu", *kinds]
+    assert next(o.version for o in model.opset_import if not o.domain) == max(opset, 13)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert np.array_equal(small.run_ort(tmp_path / "op.onnx", {"x": x})["y"], slope * np.maximum(x, 0) + shift)
+
+
 @pytest.mark.parametrize("case", [c for c in WEIGHTED if c.dtype == np.float64][::3], ids=str)
 def test_float64_networks_stay_in_float64(case, tmp_path):
     graph, path = graph_of(case), tmp_path / "op.onnx"

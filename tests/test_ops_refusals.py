@@ -97,6 +97,9 @@ def with_entry(array, value):
     # channels
     (lambda: eq.Slice(0.0, 2), TypeError, "Slice start must be an integer, got 0.0"),
     (lambda: eq.Slice(0, None), TypeError, "Slice stop must be an integer, got None"),
+    (lambda: eq.Take((0,), axis=-1), ValueError, "Take axis must be at least 0, got -1"),
+    (lambda: eq.Take(()), ValueError, "Take needs at least one index"),
+    (lambda: eq.Take((0, -1)), ValueError, "Take indices must be at least 0, got -1"),
     (lambda: eq.Permute((0, 0)), ValueError, r"Permute order must name every channel from 0 to 1 once, got \(0, 0\)"),
     (lambda: eq.Permute((1, 2)), ValueError, "Permute order must name every channel from 0 to 1 once"),
     (lambda: eq.Permute((0, 1.9)), TypeError, r"Permute order must hold integers, got \(0, 1.9\)"),
