@@ -122,3 +122,14 @@ def with_entry(array, value):
 def test_a_bad_parameter_is_refused_by_its_name(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("op", [eq.Add(), eq.ops.Sub(), eq.ops.Max(), eq.ops.Min(), eq.Concat(axis=1)], ids=repr)
+@pytest.mark.parametrize("which", [0, 1])
+def test_inputs_that_are_tied_must_have_the_same_factors(op, which):
+    same = np.array([2.0, 4.0])
+    assert op.rescale(same, same, same) is op
+    factors = [same, same]
+    factors[which] = np.array([2.0, 8.0])
+    with pytest.raises(ValueError):
+        op.rescale(same, *factors)
