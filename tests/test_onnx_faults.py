@@ -145,6 +145,19 @@ def test_sizes_that_are_written_as_none_are_open(size, tmp_path):
         eqfact.onnx.load(tmp_path / "net.onnx")
 
 
+def test_a_factor_of_a_bias_that_is_not_there(tmp_path):
+    read(tmp_path, [node("Gemm", ["x", "w"], ["y"], beta=0.5, alpha=2.0)], (4,), {"w": floats(4, 3)})
+
+
+def test_files_that_do_not_say_their_outputs_shapes_are_written_again(tmp_path):
+    proto = small.model([node("Gemm", ["x", "w"], ["y"])], {"x": ["N", 4]}, ["y"], {"w": floats(4, 3)})
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(proto, tmp_path / "net.onnx")
+    eqfact.onnx.save(tmp_path / "again.onnx", eqfact.onnx.load(tmp_path / "net.onnx"))
+    feeds = {"x": floats(2, 4)}
+    assert np.array_equal(small.run_ort(tmp_path / "again.onnx", feeds)["y"], small.run_ort(tmp_path / "net.onnx", feeds)["y"])
+
+
 @pytest.mark.parametrize("outputs", [("y", "z", "r"), ("r", "z", "y"), ("z", "y"), ("y", "z")], ids=" ".join)
 def test_outputs_that_are_one_value_in_several_layouts(outputs, tmp_path):
     nodes = [node("MatMul", ["x", "w"], ["y"]), node("Transpose", ["y"], ["z"], perm=[0, 2, 1]), node("Relu", ["z"], ["r"])]

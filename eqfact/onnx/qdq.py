@@ -186,16 +186,15 @@ class QdqWriter(GraphWriter):
         if not np.array_equal(grid.dequantize(q).astype(op.weight.dtype), op.weight):
             raise OnnxError(f"{self.path}: node '{node.name}': its weights do not lie on their grid; "
                             "quantize the network again, after all changes")
-        kind = self._type(grid, node, least=4)
+        kind, shift = self._type(grid, node, least=4), grid.zero_point
         if kind == onnx.TensorProto.INT8 and self.uses[id(op.weight)] > 1:
             # to add exactly on every processor, onnxruntime makes unsigned ones of signed weights, which fails where two layers share them
-            kind, q = int(onnx.TensorProto.UINT8), q + UNSIGNED
-            grid = replace(grid, zero_point=grid.zero_point + UNSIGNED, qmin=grid.qmin + UNSIGNED, qmax=grid.qmax + UNSIGNED)
+            kind, q, shift = int(onnx.TensorProto.UINT8), q + UNSIGNED, shift + UNSIGNED
         whole = np.ascontiguousarray(arranged(q).astype(helper.tensor_dtype_to_np_dtype(kind)))
         _, known = self.made_of.get(id(op.weight), (None, ""))
         if known and _same(self.stored[known], (whole, grid.scale)):
             return known
-        scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, grid.zero_point))
+        scales, zero_points = (arranged(np.broadcast_to(v, q.shape)) for v in (grid.scale, shift))
         scale, zero_point, where = _form(scales, zero_points)
         attributes: dict[str, Any] = where
         if "block_size" in attributes:
