@@ -298,6 +298,16 @@ def test_a_free_batch_that_takes_one_sample_only(tmp_path):
     assert eqfact.onnx.check(path, opened.graph, feeds)
 
 
+def test_outputs_without_a_shape_stay_so(tmp_path):
+    proto, feeds, _ = token_net()
+    for info in proto.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    onnx.save(proto, tmp_path / "net.onnx")
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    assert list(onnx.load(tmp_path / "out.onnx").graph.output) == list(proto.graph.output)
+
+
 @pytest.mark.parametrize("opset", [13, 17, 20])
 def test_what_is_kept_keeps_its_opset(opset, tmp_path):
     nodes = [*layer("x", "h", "w1"), node("MatMul", ["h", "w2"], ["i"]), node("Cos", ["i"], ["c"]), *layer("c", "v", "w3"),
