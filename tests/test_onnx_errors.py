@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import eqfact as eq
 import eqfact.onnx
 from eqfact.onnx import OnnxError, UnsupportedNode
+from eqfact.onnx.exporting import write_model
 
 node = helper.make_node
 
@@ -235,6 +236,15 @@ def test_ops_without_a_counterpart_are_named_and_no_file_is_left(tmp_path):
     graph = eq.Graph({"x": (3,)}, [eq.Node("mine", Own(), ["x"])], ["mine"])
     with pytest.raises(OnnxError, match=re.escape(f"{tmp_path / 'net.onnx'}: node 'mine': Own has no ONNX counterpart")):
         eqfact.onnx.save(tmp_path / "net.onnx", graph)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_none_is_not_written(tmp_path):
+    for whole in (True, False):
+        with pytest.raises(OnnxError):
+            write_model(tmp_path / "net.onnx", simple(node("Relu", ["nothing"], ["y"])), full=whole)
+        with pytest.raises(OnnxError):
+            write_model(tmp_path / "net.onnx", simple(node("Flat", ["x"], ["y"])), full=whole)
     assert not list(tmp_path.iterdir())
 
 

@@ -298,6 +298,24 @@ def test_a_free_batch_that_takes_one_sample_only(tmp_path):
     assert eqfact.onnx.check(path, opened.graph, feeds)
 
 
+def test_batchnorms_in_front_of_layers_are_folded_in_the_file(tmp_path):
+    """What the layer reads is what they read; one that a kept node reads, too, stays."""
+    norms = [[name + i for name in "gbmv"] for i in "12"]
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Relu", ["a"], ["r"]), node("BatchNormalization", ["r", *norms[0]], ["n"]),
+             node("Conv", ["n", "w2"], ["c"]), node("BatchNormalization", ["c", *norms[1]], ["k"]), node("Conv", ["k", "w3"], ["d"]),
+             node("Cos", ["d"], ["y"]), node("Cos", ["k"], ["z"])]
+    constants = {"w1": floats(5, 2, 3, 3), "w2": floats(4, 5, 3, 3), "w3": floats(3, 4, 1, 1)}
+    for norm, n in zip(norms, (5, 4), strict=True):
+        constants |= {name: np.abs(floats(n, seed=i)) for i, name in enumerate(norm)}
+    path, ends = tmp_path / "net.onnx", {"y": (FLOAT, ["N", 3, 2, 2]), "z": (FLOAT, ["N", 4, 2, 2])}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 2, 6, 6])}, ends, constants), path)
+    feeds = {"x": floats(2, 2, 6, 6, seed=1)}
+    opened = eqfact.onnx.open(path, feeds)
+    opened.save(tmp_path / "out.onnx", eq.fold_batchnorm(opened.graph))
+    assert "BatchNormalization" not in [n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node]
+    close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path, 1e-4)
+
+
 def test_outputs_without_a_shape_stay_so(tmp_path):
     proto, feeds, _ = token_net()
     for info in proto.graph.output:

@@ -79,8 +79,6 @@ def check_model(model: onnx.ModelProto, *, full: bool = False) -> None:
         info.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
-        for info in shapeless:
-            info.type.tensor_type.ClearField("shape")
         if full:
             onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     finally:
