@@ -37,7 +37,10 @@ def write_model(path: Path_, model: onnx.ModelProto, *, full: bool = True) -> No
     path = Path(path)
     if model.ByteSize() > LARGEST:
         raise OnnxError(f"{path}: the network has {model.ByteSize() / 2**30:.1f} GiB; an ONNX file without external data holds 2 GiB")
-    check_model(model, full=full)
+    try:
+        check_model(model, full=full)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise OnnxError(f"{path}: this network makes no valid ONNX file: {' '.join(str(error).split())[:500]}") from error
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
