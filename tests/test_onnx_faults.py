@@ -95,6 +95,7 @@ OLD = {
     "TopK": ([node("TopK", ["c"], ["t", "i"], k=4), node("Unsqueeze", ["t"], ["u"], axes=[1, 2]), node("Mul", ["u", "one"], ["d"])],
              {"c": floats(9), "one": np.float32(1)}, 9),
     "Softmax": ([node("Softmax", ["c"], ["d"], axis=1)], {"c": floats(4, 3, 2)}, 11),
+    "Softmax from the second axis on": ([node("Softmax", ["c"], ["d"])], {"c": floats(4, 3, 2)}, 11),
     "ReduceSum": ([node("ReduceSum", ["c"], ["d"], axes=[1], keepdims=1)], {"c": floats(4, 3, 1)}, 11),
     "Pad": ([node("Pad", ["c"], ["d"], pads=[1, 0, 0, 2, 0, 0])], {"c": floats(1, 1, 1)}, 10),
     "Slice": ([node("Slice", ["c"], ["d"], starts=[1], ends=[5], axes=[0])], {"c": floats(6, 1, 1)}, 9),

@@ -316,6 +316,30 @@ def test_batchnorms_in_front_of_layers_are_folded_in_the_file(tmp_path):
     close(small.run_ort(tmp_path / "out.onnx", feeds), small.run_ort(path, feeds), path, 1e-4)
 
 
+def test_an_input_without_a_batch_is_said_to_have_none(tmp_path):
+    nodes = [*layer("x", "h", "w1"), node("Add", ["h", "q"], ["a"]), *layer("a", "v", "w2"), node("MatMul", ["v", "w3"], ["y"])]
+    constants = {"w1": floats(6, 9), "w2": floats(9, 7), "w3": floats(7, 3)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 6]), "q": (FLOAT, [9])}, {"y": (FLOAT, ["N", 3])}, constants), tmp_path / "net.onnx")
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", {"x": floats(2, 6), "q": floats(9)})
+    assert [(k.op_type, k.reason) for k in opened.kept] == [("Add", "it reads 'q', which has no batch (it is an input of the file)")]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_quantized_files_state_the_sizes_that_they_are_for_if_these_matter(fixed, tmp_path):
+    """Pools are written for the sizes that they were read for; layers alone run at any."""
+    middle = node("AveragePool", ["a"], ["b"], kernel_shape=[2, 2]) if fixed else node("Relu", ["a"], ["b"])
+    nodes = [node("Conv", ["x", "w1"], ["a"]), middle, node("Conv", ["b", "w2"], ["c"]), node("Cos", ["c"], ["y"])]
+    constants = {"w1": floats(4, 2, 3, 3), "w2": floats(3, 4, 1, 1)}
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 2, "H", "W"])}, {"y": (FLOAT, ["N", 3, "h", "w"])}, constants), tmp_path / "net.onnx")
+    feeds = {"x": floats(2, 2, 7, 6)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    eight = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8)}
+    quantized = eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, opened.boundary(feeds)), **eight)
+    opened.save_qdq(tmp_path / "q.onnx", quantized)
+    dims = onnx.load(tmp_path / "q.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_value for d in dims] == ([0, 2, 7, 6] if fixed else [0, 2, 0, 0])
+
+
 def test_outputs_without_a_shape_stay_so(tmp_path):
     proto, feeds, _ = token_net()
     for info in proto.graph.output:
