@@ -388,6 +388,7 @@ def table(dtype: Any) -> list[Case]:
         [np.float64(x)[:, :, i, j] for j in range(4) for i in range(3)], axis=2))
     row("take channels, one twice", eq.Take((2, 0, 2)), (3, 2), expected=onnx("Gather", np.array([2, 0, 2]), axis=1))
     row("take backwards over space", eq.Take((3, 1), axis=2), (3, 2, 4), expected=lambda x: np.float64(x)[:, :, :, 3:0:-2])
+    row("take backwards, but for the first channel", eq.Take((2, 1)), (3, 2), expected=lambda x: np.float64(x)[:, 2:0:-1]),
     row("take, reflected over space", eq.Take((2, 1, 0, 1, 2, 3, 2), axis=1), (2, 4), expected=lambda x: np.pad(
         np.float64(x), ((0, 0), (0, 0), (2, 1)), mode="reflect"))
     row("concat over space", eq.Concat(axis=1), (3, 2, 4), (3, 1, 4), expected=onnx("Concat", axis=2))
