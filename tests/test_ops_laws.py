@@ -364,6 +364,12 @@ def test_an_op_of_ones_own_bounds_its_errors_by_default(op, reach):
     laws.roundings_stay_within_the_bound(op, [x])
 
 
+@pytest.mark.parametrize("op", [eq.LeakyReLU(0.25), eq.PReLU(np.array([0.25]))], ids=lambda op: type(op).__name__)
+def test_errors_pass_each_side_of_a_leak_by_its_own_slope(op):
+    x, e = np.array([[-3.0], [-1e-9], [1e-9], [2.0]]), np.full((4, 1), 0.5)
+    assert op.passes([e], [x], 1e-6).ravel().tolist() == [0.125, 0.5, 0.5, 0.5]
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_pass_a_grid_as_whole_steps_or_not_at_all(bits):
     rng = np.random.default_rng(1)
