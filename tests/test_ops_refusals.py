@@ -1,6 +1,8 @@
 """What ops refuse when they are made: each bad parameter by its name, the rule, what was given, and where there is one, the remedy."""
 
+import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -133,3 +135,35 @@ def test_inputs_that_are_tied_must_have_the_same_factors(op, which):
     factors[which] = np.array([2.0, 8.0])
     with pytest.raises(ValueError):
         op.rescale(same, *factors)
+
+
+@pytest.mark.parametrize("n, kernel", [(1, 2), (2, 3), (4, 2), (5, 4)])
+def test_windows_that_see_nothing_but_padding_are_refused(n, kernel):
+    """Against every tap of every window."""
+    found = []
+    for dilation, stride in itertools.product(range(1, 8), range(1, 5)):
+        reach = dilation * (kernel - 1)
+        for before, after in itertools.product(range(min(reach, 9) + 1), repeat=2):
+            taps = np.arange(0, n + before + after - reach, stride)[:, None] - before + np.arange(kernel) * dilation
+            if len(taps):
+                seen = ((taps >= 0) & (taps < n)).any(axis=1).all()
+                pool = eq.MaxPool((kernel,), stride=stride, padding=((before, after),), dilation=dilation)
+                found.append(seen)
+                if seen:
+                    assert pool.output_shape((1, n)) == (1, len(taps))
+                else:
+                    with pytest.raises(ValueError, match="see nothing but padding"):
+                        pool.output_shape((1, n))
+    assert {*found} == {True, False}
+
+
+@pytest.mark.parametrize("geometry", [{"dilation": 2**31, "padding": 2**31}, {"dilation": 2**31, "padding": 2**31, "stride": 2**16 - 1},
+                                      {"padding": 1, "stride": 2**40}, {"dilation": 2**40, "padding": ((0, 2**40),)}])
+def test_geometries_of_any_size_are_judged_at_once(geometry):
+    tracemalloc.start()
+    try:
+        eq.MaxPool((2,), **geometry).output_shape((1, 3))
+    except ValueError:
+        pass
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

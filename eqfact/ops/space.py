@@ -27,6 +27,9 @@ from eqfact.ops.base import (
 )
 from eqfact.ops.convolution import Sides, channels_first, channels_last, over_space, tap_windows
 
+#: So many windows may begin in padding and take steps that are wider than the value; whether one of more sees nothing else is not asked.
+MOST_LEAPS = 2**20
+
 
 def spatial_shape(op: Op, shapes: tuple[Shape, ...]) -> Shape:
     """The shape of the one input, if it has spatial axes."""
@@ -67,9 +70,9 @@ class _Pool(Commuting):
         shape = spatial_shape(self, shapes)
         kernel, stride, padding, dilation = self._geometry(len(shape) - 1)
         sizes = window_sizes(type(self).__name__, shape[1:], kernel, stride, padding, dilation)
-        for n, count, k, s, (before, _), d in zip(shape[1:], sizes, kernel, stride, padding, dilation, strict=True):
-            first = np.arange(count) * s - before
-            if d > 1 and (first + np.maximum(0, -(first // d)) * d >= np.minimum(n, first + d * (k - 1) + 1)).any():
+        for n, count, s, (before, _), d in zip(shape[1:], sizes, stride, padding, dilation, strict=True):
+            begun = min(count, -(-before // s), d // math.gcd(s, d)) if d > n else 0  # in padding, from where steps may leap over the value
+            if begun > MOST_LEAPS or ((np.arange(begun) * s - before) % d >= n).any():
                 raise ValueError(f"{type(self).__name__} with kernel {kernel}, dilation {dilation} and padding {padding} has windows "
                                  f"over {shape[1:]} that see nothing but padding")
         return (shape[0], *sizes)
