@@ -1,5 +1,6 @@
 """What ops refuse when they are made: each bad parameter by its name, the rule, what was given, and where there is one, the remedy."""
 
+import contextlib
 import itertools
 import math
 import tracemalloc
@@ -161,9 +162,7 @@ def test_windows_that_see_nothing_but_padding_are_refused(n, kernel):
                                       {"padding": 1, "stride": 2**40}, {"dilation": 2**40, "padding": ((0, 2**40),)}])
 def test_geometries_of_any_size_are_judged_at_once(geometry):
     tracemalloc.start()
-    try:
+    with contextlib.suppress(ValueError):
         eq.MaxPool((2,), **geometry).output_shape((1, 3))
-    except ValueError:
-        pass
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
