@@ -91,9 +91,6 @@ class QdqWriter(GraphWriter):
             # an Add would be fused into an integer kernel, whose rounding no standard tells; a Sum is rounded as a float sum
             self.node("Sum", node.inputs, node.name, node)
         else:
-            if isinstance(node.origin, Origin):
-                # of a product with weights (in, out), onnxruntime makes MatMulNBits, which rounds what it reads to 8 bits of its own
-                node = replace(node, origin=replace(node.origin, transposed=False))
             if self._in_float(node):
                 node = replace(node, inputs=(self._hide(node, first),))
             super().write(node)

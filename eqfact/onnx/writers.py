@@ -14,7 +14,7 @@ import numpy as np
 from eqfact.graph import Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Writer
-from eqfact.onnx.origin import OnnxError, Origin
+from eqfact.onnx.origin import OnnxError
 from eqfact.ops import (
     GELU,
     Abs,
@@ -76,13 +76,9 @@ def _pads(padding: Padding, axes: int) -> list[int]:
 
 
 def dense(w: Writer, node: Node, op: Dense) -> None:
-    as_was = isinstance(node.origin, Origin) and node.origin.transposed
-    weight = w.weight(node, op, np.transpose if as_was else np.asarray)
-    if as_was and op.bias is None:
-        w.node("MatMul", [*node.inputs, weight], node.name, node)
-        return
-    bias = [] if op.bias is None else [w.parameter(node, "bias", op.bias)]
-    w.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not as_was))
+    # of a product with quantized weights (in, out), onnxruntime makes MatMulNBits, which rounds what it reads to 8 bits of its own
+    weights = [w.weight(node, op, np.asarray), *([] if op.bias is None else [w.parameter(node, "bias", op.bias)])]
+    w.node("Gemm", [*node.inputs, *weights], node.name, node, transB=1)
 
 
 def conv(w: Writer, node: Node, op: Conv) -> None:
