@@ -99,7 +99,7 @@ class Building:
         del self.nodes[from_.name]
         own, other = node.origin, from_.origin
         assert isinstance(own, Origin) and isinstance(other, Origin)
-        merged = replace(own, initializers={**other.initializers, **own.initializers}, transposed=other.transposed, reads=other.reads)
+        merged = replace(own, initializers={**other.initializers, **own.initializers}, reads=other.reads)
         self.nodes[name] = replace(node, origin=merged)
 
     def rename(self, old: str, new: str) -> None:

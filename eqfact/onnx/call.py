@@ -138,18 +138,18 @@ class Call:
 
     # ------------------------------------------------------------------------------------------- what it makes
 
-    def origin(self, names: Mapping[str, int] | None = None, transposed: bool = False) -> Origin:
+    def origin(self, names: Mapping[str, int] | None = None) -> Origin:
         """What an op that this node becomes remembers of it; ``names`` says which inputs are its parameters."""
         initializers = {name: str(self.node.input[i]) for name, i in (names or {}).items()}
         reads = tuple(str(name) for name, tensor in zip(self.node.input, self.inputs, strict=True)
                       if tensor is not None and not isinstance(tensor, Constant))
-        return Origin(str(self.node.name), initializers, transposed, self.building.source, reads, self.output)
+        return Origin(str(self.node.name), initializers, self.building.source, reads, self.output)
 
-    def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, transposed: bool = False, suffix: str = "") -> View:
+    def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, suffix: str = "") -> View:
         """A node with ``op`` on eqfact values, named after the first output; ``names`` says which inputs are its parameters."""
         if isinstance(op, Weighted):
             op = self.building.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant))))
-        return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names, transposed))
+        return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names))
 
     def value(self, tensor: View) -> str:
         """The eqfact value that is this tensor, batch and channels first; what its moves leave over becomes nodes."""

@@ -233,11 +233,9 @@ def gemm(call: Call) -> View:
         raise ValueError(f"it multiplies tensors with {view.ndim} and {weight.ndim} axes; Gemm takes matrices")
     if call.integer("transA", 0):
         view = view.transpose((1, 0))
-    transposed = not call.integer("transB", 0)
-    rows = _times(weight.T if transposed else weight, alpha)
+    rows = _times(weight if call.integer("transB", 0) else weight.T, alpha)
     bias = bias_row(call, call.parameter(2), len(rows)) if call.has(2) else None
-    return call.emit(Dense(rows, bias if bias is None else _times(bias, beta)), call.value(view), names=call.given(weight=1, bias=2),
-                     transposed=transposed)
+    return call.emit(Dense(rows, bias if bias is None else _times(bias, beta)), call.value(view), names=call.given(weight=1, bias=2))
 
 
 def _times(array: Any, factor: float) -> Any:
@@ -260,7 +258,7 @@ def matmul(call: Call) -> View:
     if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
                     "(N, ..., in) times (in, out) is supported")
-    return _layer(call, view, -1, weight.T, weight=1, transposed=True)
+    return _layer(call, view, -1, weight.T, weight=1)
 
 
 def _matmul_from_the_left(call: Call) -> View:
@@ -274,12 +272,12 @@ def _matmul_from_the_left(call: Call) -> View:
     return along(call, view, {axis: matrix}, {"matrix": 0})
 
 
-def _layer(call: Call, view: View, axis: int, rows: AnyArray, *, weight: int, transposed: bool = False) -> View:
+def _layer(call: Call, view: View, axis: int, rows: AnyArray, *, weight: int) -> View:
     """The layer with the weights ``rows``, ``(out, in)``, whose channels are one axis of a tensor."""
     x, back = call.by_channel(view, axis)
     axes = len(call.building.shapes[x]) - 1
     op = Dense(rows) if axes == 0 else Conv(rows.reshape(*rows.shape, *(1 for _ in range(axes))))
-    return back(call.emit(op, x, names={"weight": weight}, transposed=transposed))
+    return back(call.emit(op, x, names={"weight": weight}))
 
 
 class Einsum(NamedTuple):

@@ -123,8 +123,6 @@ class Origin:
 
     node: str
     initializers: Mapping[str, str] = field(default_factory=dict)
-    #: The weight of a Gemm or MatMul stood as ``(in, out)``.
-    transposed: bool = False
     source: Source | None = field(default=None, repr=False)
     #: The ONNX tensors that the ONNX node reads, constants apart, and the one that it makes; none for a node that stands in no file.
     reads: tuple[str, ...] = ()

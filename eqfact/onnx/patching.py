@@ -213,9 +213,10 @@ class Patcher(GraphWriter):
         elif isinstance(op, (Conv, Dense)) and kind in ("MatMul", "Einsum"):
             self._product(node, op, self._makers[origin.makes])
         elif isinstance(op, Dense) and kind == "Gemm":
-            weight = self.weight(node, op, np.transpose if origin.transposed else np.asarray)
+            transposed = any(a.name == "transB" and a.i for a in self._makers[origin.makes].attribute)
+            weight = self.weight(node, op, np.asarray if transposed else np.transpose)
             bias = [] if op.bias is None else [self.parameter(node, "bias", op.bias)]
-            self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(not origin.transposed))
+            self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(transposed))
         else:
             super().write(node)
 
