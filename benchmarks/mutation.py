@@ -51,7 +51,7 @@ NEAR = {
     "onnx/": "onnx_idioms onnx_moves onnx_arrangements onnx_errors onnx_faults onnx_opened onnx_roundtrip onnx_backend",
     "ops/grid": "quantization ops_refusals integers serialization",
     "ops/elementwise": "quantization ops_refusals ops_forward ops_laws gradients graph channels planted onnx_idioms",
-    "ops/": "ops_refusals ops_forward ops_laws gradients graph channels folding planted onnx_idioms integers serialization",
+    "ops/": "ops_refusals ops_forward ops_laws gradients graph channels folding planted onnx_idioms integers serialization metrics",
     "graph": "graph channels ops_refusals serialization onnx_errors folding planted main",
     "channels": "channels graph factorization planted equalization",
     "factorization": "factorization channels planted laws_are_needed rules",

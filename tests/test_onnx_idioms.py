@@ -188,6 +188,15 @@ def test_prelu_slopes(shape, tmp_path):
     assert "PReLU" in kinds(graph)
 
 
+@pytest.mark.parametrize("opset", [6, 7, 16])
+def test_prelu_slopes_that_fit_the_channels_and_the_last_axis(opset, tmp_path):
+    """Before opset 7 they were the channels'."""
+    x, slope = floats(2, 3, 4, 3), floats(3)
+    onnx.save(small.model([node("PRelu", ["x", "s"], ["y"])], {"x": ["N", 3, 4, 3]}, ["y"], {"s": slope}, opset), tmp_path / "net.onnx")
+    spread = slope.reshape(3, 1, 1) if opset < 7 else slope
+    np.testing.assert_allclose(eq.forward(eqfact.onnx.load(tmp_path / "net.onnx"), x), np.where(x > 0, x, spread * x), rtol=1e-6)
+
+
 def test_prelu_slopes_of_old_exporters(tmp_path):
     onnx.save(small.model([node("PRelu", ["x", "s"], ["y"])], {"x": ["N", 3, 4, 5]}, ["y"], {"s": floats(3)}), tmp_path / "net.onnx")
     assert eqfact.onnx.load(tmp_path / "net.onnx")["y"].op.slope.shape == (3,)

@@ -89,6 +89,22 @@ def half_net():
     return (model(nodes, {"x": (FLOAT, ["N", 4])}, {"y": (FLOAT, ["N", 3])}, constants), {"x": floats(3, 4, seed=1)}, ["Cast", "Cast"])
 
 
+def half_output_net():
+    """A float16 network, and a float16 cosine that is kept."""
+    nodes = [node("Gemm", ["x", "w1"], ["a"]), node("Relu", ["a"], ["b"]), node("Gemm", ["b", "w2"], ["c"]), node("Cos", ["c"], ["y"])]
+    constants = {"w1": floats(4, 6).astype(np.float16), "w2": floats(6, 3).astype(np.float16)}
+    return (model(nodes, {"x": (FLOAT16, ["N", 4])}, {"y": (FLOAT16, ["N", 3])}, constants),
+            {"x": floats(3, 4, seed=1).astype(np.float16)}, ["Cos"])
+
+
+def batch_net():
+    """A fixed batch of several samples around a kept node."""
+    nodes = [node("Gemm", ["x", "w1"], ["a"]), node("Relu", ["a"], ["b"]), node("Gemm", ["b", "w2"], ["c"]), node("Cos", ["c"], ["d"]),
+             node("Gemm", ["d", "w3"], ["e"]), node("Relu", ["e"], ["f"]), node("Gemm", ["f", "w4"], ["y"])]
+    constants = {"w1": floats(4, 6), "w2": floats(6, 5), "w3": floats(5, 7), "w4": floats(7, 2)}
+    return model(nodes, {"x": (FLOAT, [3, 4])}, {"y": (FLOAT, [3, 2])}, constants), {"x": floats(3, 4, seed=1)}, ["Cos"]
+
+
 def fixed_net():
     """A batch of one sample that the file leaves out on the way, and a state with the batch at its second axis."""
     nodes = [node("Squeeze", ["x", "zero"], ["s"]), node("MatMul", ["s", "w1"], ["a"]), node("Relu", ["a"], ["b"]),
@@ -135,7 +151,8 @@ def number_net():
             {"x": floats(1, 4, seed=4), "flag": np.array(True)}, ["ReduceMean", "If"])
 
 
-NETS = {"single numbers": number_net, "what is homogeneous": homogeneous_net, "images": image_net, "convolutions, open sizes": conv_net,
+NETS = {"single numbers": number_net, "float16": half_output_net, "a fixed batch": batch_net,
+        "what is homogeneous": homogeneous_net, "images": image_net, "convolutions, open sizes": conv_net,
         "tokens": token_net, "LSTM": recurrent_net, "If": branching_net, "float16 inside": half_net,
         "one sample": fixed_net}
 

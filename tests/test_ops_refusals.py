@@ -166,3 +166,14 @@ def test_geometries_of_any_size_are_judged_at_once(geometry):
         eq.MaxPool((2,), **geometry).output_shape((1, 3))
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+def test_bad_entries_are_refused_beside_good_ones():
+    with pytest.raises(ValueError, match="must be 1"):
+        eq.Pad(1, 1.5).rescale(np.array([2.0, 1.0]), np.array([2.0, 1.0]))
+    for low, high in (([np.nan, 0.0], [1.0, 1.0]), ([0.0, 0.0], [1.0, np.inf])):
+        with pytest.raises(ValueError):
+            eq.UniformQuantizer(8, symmetric=False).grid(low, high)
+    for zero_point in ([0.0, 300.0], [0.0, -1.0], [0.0, 0.5]):
+        with pytest.raises(ValueError):
+            eq.Grid(np.ones(2), np.array(zero_point), 0, 255)
