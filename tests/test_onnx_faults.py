@@ -146,6 +146,11 @@ def test_sizes_that_are_written_as_none_are_open(size, tmp_path):
         eqfact.onnx.load(tmp_path / "net.onnx")
 
 
+def test_an_equation_that_leaves_its_result_to_the_alphabet(tmp_path):
+    graph = read(tmp_path, [node("Einsum", ["x", "w"], ["y"], equation="atc,cd")], (5, 4), {"w": floats(4, 3)})
+    assert graph.shapes["y"] == (3, 5)
+
+
 def test_a_factor_of_a_bias_that_is_not_there(tmp_path):
     read(tmp_path, [node("Gemm", ["x", "w"], ["y"], beta=0.5, alpha=2.0)], (4,), {"w": floats(4, 3)})
 
