@@ -76,18 +76,15 @@ class Importer:
 
     # ------------------------------------------------------------------------------------------- inputs
 
-    def _inputs(self) -> list[onnx.ValueInfoProto]:
-        return [i for i in self.model.graph.input if i.name not in self.source.initializers]
-
     def _samples(self) -> int | None:
         """The size of the batch, if all inputs have a fixed and the same one; 1 where they are fixed and there is no batch. Inputs of a
         single number have no axis that could be one."""
-        firsts = {dims[0] if dims else None for info in self._inputs()
+        firsts = {dims[0] if dims else None for info in self.source.inputs
                   if (dims := sizes(info)) or not info.type.tensor_type.HasField("shape")}
         return firsts.pop() if len(firsts) == 1 else None if None in firsts or self.outside is None else 1
 
     def _read_inputs(self, given: Mapping[str, Sequence[int]]) -> None:
-        inputs = self._inputs()
+        inputs = self.source.inputs
         unknown = sorted(set(given) - {i.name for i in inputs})
         if unknown:
             raise OnnxError(f"{self.path}: input_shapes (--input-shape) names {unknown}, "

@@ -78,7 +78,7 @@ class Opened:
     @property
     def inputs(self) -> list[str]:
         """The names of the file's inputs."""
-        return [str(info.name) for info in _inputs(self.source)]
+        return [str(info.name) for info in self.source.inputs]
 
     def run(self, feeds: Feeds) -> Arrays:
         """The outputs of the file by name, for its inputs by name and in their own types, by onnxruntime if it is installed.
@@ -202,11 +202,6 @@ def _islands(nodes: Sequence[Node]) -> set[str]:
     return {node.name for node in nodes if part[number[node.name]] not in layers}
 
 
-def _inputs(source: Source) -> list[onnx.ValueInfoProto]:
-    """The inputs of a file that are no weights."""
-    return [info for info in source.model.graph.input if info.name not in source.initializers]
-
-
 def _batches(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, int]:
     """The axis of each input that is the batch, of any size: the first, or the one that is called as the first axis of another is."""
     found = {info.name: 0 for info in inputs if (dims := sizes(info)) and dims[0] is None}
@@ -220,7 +215,7 @@ def _batches(inputs: Sequence[onnx.ValueInfoProto]) -> dict[str, int]:
 
 def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None, at_a_time: int = A_PART) -> list[Arrays]:
     """Data in the shapes and types that a file takes, a few samples at a time."""
-    inputs = _inputs(source)
+    inputs = source.inputs
     if set(feeds) != {info.name for info in inputs}:
         raise OnnxError(f"{path}: the file needs inputs {sorted(info.name for info in inputs)}, got {sorted(feeds)}")
     arrays, runs = {}, {}
@@ -258,12 +253,12 @@ class _OneSample(Exception):
 class _Outside:
     """Shapes, types and batch axes of the tensors of a file, found by running it."""
 
+    #: The file, as soon as an importer has begun with it.
+    source: Source
+
     def __init__(self, path: Path, model: onnx.ModelProto, data: Feeds | None, input_shapes: Mapping[str, Sequence[int]]) -> None:
         self.path, self.data, self.input_shapes = path, data, input_shapes
-        self.source = Source(model, {})
         self.samples: int | None = None
-        initializers = {t.name for t in model.graph.initializer}
-        self._inputs = [info for info in model.graph.input if info.name not in initializers]
         self._names = [i.name for i in model.graph.input] + [name for node in model.graph.node for name in node.output if name]
         self._found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
 
@@ -274,8 +269,6 @@ class _Outside:
         if first is None or None in others:
             raise ValueError(f"it reads '{tensor.name}', whose size is not known ({tensor.reason})")
         shape, dtype = first
-        if self.samples == 1:
-            return shape, dtype, 0 if len(shape) > 1 and shape[0] == 1 else None
         if self.samples is not None:
             return shape, dtype, 0 if len(shape) > 1 and shape[0] == self.samples else None
         changed = [i for i, (n, m) in enumerate(zip(shape, others[0][0], strict=True)) if n != m] if others and others[0] else []
@@ -284,7 +277,7 @@ class _Outside:
         return shape, dtype, changed[0] if changed else None
 
     def _look(self) -> list[dict[str, tuple[Shape, np.dtype[Any]]]]:
-        (feeds, *_), at = _parts(self.path, self.source, self.feeds, 1), _batches(self._inputs)
+        (feeds, *_), at = _parts(self.path, self.source, self.feeds, 1), _batches(self.source.inputs)
         inner = [name for name in self._names if name not in feeds]
         running = Running(self.path, inner)
         found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
@@ -305,7 +298,7 @@ class _Outside:
     @cached_property
     def feeds(self) -> Arrays:
         """The data given, or what stands in for it."""
-        inputs, at = self._inputs, _batches(self._inputs)
+        inputs, at = self.source.inputs, _batches(self.source.inputs)
         if self.data is not None:
             _parts(self.path, self.source, self.data)
             return {name: np.asarray(array) for name, array in self.data.items()}

@@ -81,6 +81,11 @@ class Source:
         self.shown = frozenset((*(str(i.name) for i in graph.input), *(str(name) for node in graph.node for name in node.output if name)))
 
     @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """The inputs of the file that are no weights."""
+        return [info for info in self.model.graph.input if info.name not in self.initializers]
+
+    @property
     def header(self) -> onnx.ModelProto:
         """The file without nodes and weights: opset, producer, inputs, outputs, metadata."""
         model = self.model
@@ -89,7 +94,7 @@ class Source:
         header.opset_import.extend(model.opset_import)
         header.metadata_props.extend(model.metadata_props)
         header.graph.name, header.graph.doc_string = model.graph.name, model.graph.doc_string
-        header.graph.input.extend(i for i in model.graph.input if i.name not in self.initializers)
+        header.graph.input.extend(self.inputs)
         header.graph.output.extend(model.graph.output)
         return header
 

@@ -153,6 +153,10 @@ class Patcher(GraphWriter):
         makes = origin.makes if isinstance(origin, Origin) else ""
         return makes if makes and self._tensor(makes).value == value else ""
 
+    def _constant_at(self, proto: onnx.NodeProto) -> int:
+        """Which input of a sum or product is the constant."""
+        return next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
+
     def _tensor(self, name: str) -> View:
         tensor = self.source.tensors[name]
         assert isinstance(tensor, View)
@@ -222,9 +226,9 @@ class Patcher(GraphWriter):
 
     def _sum(self, node: Node, op: Conv | ConvTranspose | Dense, origin: Origin) -> None:
         """A layer whose bias is added by a node of its own."""
-        terms = self._makers[origin.makes].input
-        at = next(i for i, name in enumerate(terms) if isinstance(self.source.tensors[name], Constant))
-        view, product = self._view, str(terms[1 - at])
+        proto = self._makers[origin.makes]
+        at = self._constant_at(proto)
+        view, product = self._view, str(proto.input[1 - at])
         self._view = self._tensor(product)
         self.write(replace(node, name=product, op=replace(op, bias=None), origin=replace(origin, makes=product)))
         self._view = view
@@ -236,7 +240,7 @@ class Patcher(GraphWriter):
     def _product(self, node: Node, op: Conv | Dense, proto: onnx.NodeProto) -> None:
         """A product with the constant on either side, as it was, and a sum if there is a bias."""
         rows = op.weight.reshape(op.weight.shape[:2])
-        at = next(i for i, name in enumerate(proto.input) if isinstance(self.source.tensors[name], Constant))
+        at = self._constant_at(proto)
         options = {a.name: onnx.helper.get_attribute_value(a) for a in proto.attribute}
         if proto.op_type == "Einsum":
             value, constant = self._tensor(proto.input[1 - at]), self.source.tensors[proto.input[at]]

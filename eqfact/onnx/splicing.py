@@ -39,25 +39,24 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     types = [helper.np_dtype_to_tensor_dtype(dtype) for dtype in (source.dtype(), kind(path, graph).dtype)]
     # onnxruntime moves roundings on to readers, and crashes where these are graphs within nodes: a sum of one hides them
     hidden = any(len(names_read(proto)) > sum(map(bool, proto.input)) for proto in protos)
-    if types[0] != types[1] or hidden:
+    there, back = types if types[0] != types[1] else (None, None)  # the casts that the two sides need
+    if there is not None or hidden:
         away |= {*made.values(), *graph.inputs}
     names = {value: _fresh(f"{value}.samples", taken) for value in sorted(away)}
     writer = kind(path, _renamed(graph, names))
     writer.names |= taken
     writer.node_names = {str(proto.name) for proto in protos}
     inner = writer.model()
-    ops = set(made) | {str(proto.output[0]) for proto in protos for name in proto.output
-                       if name in views and views[name].value in read.shapes and views[name].value not in read.inputs and name in made}
+    ops = {str(proto.output[0]) for proto in protos if any(name in made for name in proto.output)}
     nodes = [*inner.graph.node, *(proto for proto in protos if proto.output and proto.output[0] not in ops)]
     extra: dict[str, onnx.TensorProto] = {}
     for tensor, value in made.items():
         if names.get(value, value) != tensor:
-            cast = types[0] if types[0] != types[1] else None
-            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], cast, extra, taken, hidden)
+            nodes += _tensor_from(tensor, names.get(value, value), views[tensor], there, extra, taken, hidden)
     for value in graph.inputs:
         tensor = next(name for name, view in views.items() if view.value == value)
         if names.get(value, value) != tensor:
-            nodes += _value_from(tensor, names.get(value, value), views[tensor], types[1] if types[0] != types[1] else None, extra, taken)
+            nodes += _value_from(tensor, names.get(value, value), views[tensor], back, extra, taken)
     nodes = _ordered(nodes, {str(info.name) for info in file.graph.output})
     model = onnx.ModelProto()
     model.CopyFrom(file)
