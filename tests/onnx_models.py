@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,17 @@ import eqfact as eq
 import eqfact.onnx
 
 Arrays = Mapping[str, Any]
+
+
+def ints(*values: int) -> Any:
+    """A constant of int64."""
+    return np.array(values, np.int64)
+
+
+def normals(seed: int) -> Callable[..., Any]:
+    """A maker of float32 arrays: each call draws on."""
+    rng = np.random.default_rng(seed)
+    return lambda *shape: rng.normal(size=shape).astype(np.float32)
 
 
 def model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[int | str]], outputs: Sequence[str],

@@ -14,15 +14,8 @@ from eqfact.onnx import OnnxError
 from eqfact.onnx.views import View
 
 node = helper.make_node
-RNG = np.random.default_rng(2)
-
-
-def floats(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
+floats = small.normals(2)
+ints = small.ints
 
 
 #: A sample of x; and every arrangement t of it: how it is made, its shape with the batch as 0, and the way back.

@@ -14,15 +14,8 @@ import eqfact.onnx
 from eqfact.onnx import OnnxError, folding
 
 node = helper.make_node
-RNG = np.random.default_rng(11)
-
-
-def floats(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
+floats = small.normals(11)
+ints = small.ints
 
 
 def read(tmp_path, nodes, x, constants=(), opset=17, outputs=("y",), batch="N", elem_type=TensorProto.FLOAT):

@@ -13,15 +13,8 @@ import eqfact as eq
 import eqfact.onnx
 
 node = helper.make_node
-RNG = np.random.default_rng(7)
-
-
-def floats(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
+floats = small.normals(7)
+ints = small.ints
 
 
 def chain(tmp_path, *nodes, x, opset=17, constants=None, outputs=("y",), **options):

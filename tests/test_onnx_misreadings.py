@@ -16,15 +16,8 @@ from eqfact.onnx.nodes import READERS
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import View
 
-RNG = np.random.default_rng(5)
-
-
-def floats(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
+floats = small.normals(5)
+ints = small.ints
 
 
 #: What follows on h, the (N, 4, 6, 6) that a convolution makes: the inputs behind h with their constants, attributes, and the opset.

@@ -11,14 +11,11 @@ import eqfact.onnx
 from eqfact.onnx import OnnxError
 
 node = helper.make_node
+ints = small.ints
 
 
 def floats(*shape):
     return np.random.default_rng(3).normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
 
 
 def scales(*values):

@@ -14,15 +14,12 @@ import eqfact.onnx
 from eqfact.onnx import OnnxError
 
 node = helper.make_node
+ints = small.ints
 INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def floats(*shape, seed=3):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def ints(*values):
-    return np.array(values, np.int64)
 
 
 def model(nodes, inputs, outputs, constants=(), opset=17):
