@@ -1,21 +1,24 @@
 """Which channels are made together, by which layers, and how do the weights range that make and read them?
 
 A *block* is what a rule sees: the free channels that one weighted op makes, with those of every op that shares a label with it
-(PAPER 4: residual partners). The weights stay as they are while factors are chosen: ranges are read off ``|W| f_out / f_in``.
+(PAPER 4: residual partners). Where channels are related (docs/algebra.md), the free numbers in their forms take their place: ranges of
+some channels grow with a number, those of others shrink. The weights stay as they are while factors are chosen: ranges are read off
+``|W| f_out / f_in``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
-from eqfact.calibration import Statistics, check_statistics
+from eqfact.calibration import Statistics
 from eqfact.channels import Channels
 from eqfact.graph import Graph
-from eqfact.ops.base import Weighted, channel_vector
+from eqfact.ops.base import Op, Weighted, channel_vector
 from eqfact.ops.joining import Concat
 from eqfact.quantization import fused_activation
 from eqfact.rules import Block, Maker, Vector
@@ -95,14 +98,18 @@ class Largest:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A weighted op as the loop sees it: magnitudes, and the labels of the channels that it makes and reads."""
+    """A weighted op as the loop sees it: magnitudes, and the labels of the channels that it makes and reads.
 
-    op: Weighted
+    A value that a product makes is one, too, for rules that look at activations: without weights, by what it came to on the data.
+    """
+
+    op: Op
     #: Names of the values that it makes (several if the op is used several times).
     values: tuple[str, ...]
     #: Largest magnitude over the taps, ``(groups, out // groups, in // groups)``.
     magnitude: npt.NDArray[np.float64]
     made: Indices
+    #: Zeros where the weights are not divided by the factors of what they read.
     read: Indices
     rows: Largest
     columns: Largest
@@ -117,27 +124,53 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
+class Side:
+    """One side of a layer, what it makes or what it reads, and where the free numbers of a block stand in it."""
+
+    layer: Layer
+    makes: bool
+    #: Places of channels and of free numbers in the block, one pair for each time that a number stands in a channel's form.
+    channels: Indices
+    numbers: Indices
+    #: The channels of this side in which none of the block's numbers stands.
+    held: Indices
+
+    def ranges(self, f: Vector) -> Vector:
+        """Largest weight magnitude of every channel."""
+        return self.layer.made_range(f) if self.makes else self.layer.read_range(f)
+
+
+@dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """Which labels a block holds, which layers make and read them, and whether a layer does both."""
+    """The free numbers that a block holds, and the sides of layers whose ranges grow or shrink with them.
+
+    A range grows with a number if it is that of weights that make a channel with ``c > 0`` in its form, or that read one with ``c < 0``.
+    """
 
     labels: Indices
-    makers: tuple[Layer, ...]
-    readers: tuple[Layer, ...]
-    #: For every channel that each maker makes, its place in ``labels``, or ``len(labels)`` if it belongs to another block.
-    made_at: tuple[Indices, ...]
-    #: The same for every channel that each reader reads.
-    read_at: tuple[Indices, ...]
-    reads_itself: bool = field(init=False)
+    growing: tuple[Side, ...]
+    shrinking: tuple[Side, ...]
+    #: Values that products make, as sides: for rules that look at activations.
+    growing_values: tuple[Side, ...]
+    shrinking_values: tuple[Side, ...]
+    #: The labels beyond the free numbers that follow the block's.
+    followers: Indices
+    #: The most that a range moves if all numbers move by 1: of one side, and of the weights between two.
+    of_side: int
+    of_weights: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "reads_itself", bool(set(map(id, self.makers)) & set(map(id, self.readers))))
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers whose ranges move with the block."""
+        sides = (*self.growing, *self.shrinking, *self.growing_values, *self.shrinking_values)
+        return tuple({id(side.layer): side.layer for side in sides}.values())
 
-    def largest(self, places: Sequence[Indices], ranges: Sequence[Vector]) -> Vector:
-        """The maximum of per-channel ranges over layers, for each label of the block."""
-        result = np.zeros(len(self.labels) + 1)
-        for place, of_layer in zip(places, ranges, strict=True):
-            np.maximum.at(result, place, of_layer)
-        return result[:-1]
+    def largest(self, sides: Sequence[Side], ranges: Sequence[Vector]) -> Vector:
+        """The maximum of per-channel ranges over sides, for each number of the block."""
+        result = np.zeros(len(self.labels))
+        for side, of_side in zip(sides, ranges, strict=True):
+            np.maximum.at(result, side.numbers, of_side[side.channels])
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,30 +182,55 @@ class Activation:
     mates: float
 
 
-def layers(graph: Graph, resolved: Channels) -> tuple[Layer, ...]:
-    """The weighted ops of a network, each once, in dependency order."""
+def layers(graph: Graph, resolved: Channels, stats: Statistics | None = None) -> tuple[Layer, ...]:
+    """The weighted ops of a network, each once, in dependency order.
+
+    With statistics, a normalisation counts by the range of what it puts out: that is what lies on a grid, its weights do not.
+    """
     uses: dict[int, list[str]] = {}
     for node in graph.nodes:
         if isinstance(node.op, Weighted):
             uses.setdefault(id(node.op), []).append(node.name)
     first = [graph[names[0]] for names in uses.values()]
-    magnitudes = [np.abs(node.op.taps()).max(axis=3).astype(np.float64) for node in first if isinstance(node.op, Weighted)]
+    magnitudes = []
+    for node, names in zip(first, uses.values(), strict=True):
+        assert isinstance(node.op, Weighted)
+        if stats is None or node.op.divides:
+            magnitudes.append(np.abs(node.op.taps()).max(axis=3).astype(np.float64))
+        else:
+            magnitudes.append(np.maximum.reduce([stats[activation_of(graph, name)].max_abs for name in names]).reshape(-1, 1, 1))
     scratch = np.empty(max((m.size for m in magnitudes), default=0))
     result = []
     for node, names, magnitude in zip(first, uses.values(), magnitudes, strict=True):
         assert isinstance(node.op, Weighted)
-        products = scratch[:magnitude.size].reshape(magnitude.shape)
-        result.append(Layer(node.op, tuple(names), magnitude, resolved.labels[node.name], resolved.labels[node.inputs[0]],
-                            Largest(magnitude, products), Largest(magnitude.swapaxes(1, 2), products.swapaxes(1, 2))))
+        read = resolved.labels[node.inputs[0]]
+        result.append(_layer(node.op, tuple(names), magnitude, resolved.labels[node.name],
+                             read if node.op.divides else np.zeros_like(read), scratch))
     return tuple(result)
 
 
-def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
-    """Group the free labels: what one layer makes belongs together, and so do layers that share a label."""
-    block_of = np.full(resolved.degrees_of_freedom + 1, -1)
+def product_values(graph: Graph, resolved: Channels, stats: Statistics) -> tuple[Layer, ...]:
+    """The values that products make, as the sides of layers without weights."""
+    found = []
+    for name in dict.fromkeys(relation.node for relation in graph.traced.relations):
+        magnitude = stats[activation_of(graph, name)].max_abs.reshape(-1, 1, 1)
+        labels = resolved.labels[name]
+        found.append(_layer(graph[name].op, (name,), magnitude, labels, np.zeros_like(labels), np.empty(magnitude.size)))
+    return tuple(found)
+
+
+def _layer(op: Op, names: tuple[str, ...], magnitude: Vector, made: Indices, read: Indices, scratch: Vector) -> Layer:
+    products = scratch[:magnitude.size].reshape(magnitude.shape)
+    return Layer(op, names, magnitude, made, read, Largest(magnitude, products), Largest(magnitude.swapaxes(1, 2), products.swapaxes(1, 2)))
+
+
+def blocks(found: Sequence[Layer], resolved: Channels, values: Sequence[Layer] = ()) -> tuple[BlockPlan, ...]:
+    """Group the free numbers: those in what one layer makes belong together, and so do layers that share one."""
+    forms = resolved.forms
+    block_of = np.full(forms.shape[1], -1)
     members: list[list[Layer]] = []
     for layer in found:
-        free = layer.made[layer.made > 0]
+        free = _entries(forms, layer.made)[1]
         touched = sorted(set(block_of[free].tolist()) - {-1})
         target = touched[0] if touched else len(members)
         if not touched:
@@ -183,19 +241,54 @@ def blocks(found: Sequence[Layer], resolved: Channels) -> tuple[BlockPlan, ...]:
             block_of[block_of == other] = target
         members[target].append(layer)
         block_of[free] = target
-    readers: list[list[Layer]] = [[] for _ in members]
-    for layer in found:
-        for index in sorted(set(block_of[layer.read].tolist()) - {-1}):
-            readers[index].append(layer)
+    numbers = [np.flatnonzero(block_of == index) for index in range(len(members))]
+    sides: list[dict[tuple[bool, bool], list[Side]]] = [{} for _ in members]
+    reach = [dict[tuple[int, bool], int]() for _ in members]
+    place = np.full(len(block_of), -1)
+    for of_block in numbers:
+        place[of_block] = np.arange(len(of_block))
+    for layer, weighted in (*((layer, True) for layer in found), *((value, False) for value in values)):
+        for makes, labels in ((True, layer.made), (False, layer.read)):
+            channels, free, c = _entries(forms, labels)
+            for index in sorted(set(block_of[free].tolist()) - {-1}):
+                mine = block_of[free] == index
+                held = np.setdiff1d(np.arange(len(labels)), channels[mine])
+                for grows in (True, False):
+                    chosen = mine & ((c > 0) == (makes == grows))
+                    if chosen.any():
+                        sides[index].setdefault((weighted, grows), []).append(
+                            Side(layer, makes, channels[chosen], place[free[chosen]], held))
+                reach[index][id(layer), makes] = int(np.bincount(channels[mine], np.abs(c[mine])).max())
     plans = []
-    for index, makers in enumerate(members):
-        labels = np.flatnonzero(block_of == index)
+    followers = _followers(resolved, block_of)
+    for index, labels in enumerate(numbers):
         if len(labels):
-            place = np.full(len(block_of), len(labels))
-            place[labels] = np.arange(len(labels))
-            plans.append(BlockPlan(labels, tuple(makers), tuple(readers[index]), tuple(place[layer.made] for layer in makers),
-                                   tuple(place[layer.read] for layer in readers[index])))
+            of_layer: dict[int, int] = {}
+            for (layer_id, _), amount in reach[index].items():
+                of_layer[layer_id] = of_layer.get(layer_id, 0) + amount
+            of_kind = [tuple(sides[index].get(kind, ())) for kind in ((True, True), (True, False), (False, True), (False, False))]
+            plans.append(BlockPlan(labels, *of_kind, followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()),
+                                   max(of_layer.values())))
     return tuple(plans)
+
+
+def _entries(forms: csr_array, labels: Indices) -> tuple[Indices, Indices, Vector]:
+    """Where free numbers stand in the forms of these channels: places of channels, the numbers, and their coefficients."""
+    counts = np.diff(forms.indptr)[labels]
+    channels = np.repeat(np.arange(len(labels)), counts)
+    at = np.repeat(forms.indptr[:-1][labels] - np.cumsum(counts) + counts, counts) + np.arange(len(channels))
+    free = forms.indices[at].astype(np.int64)
+    live = free > 0
+    return channels[live], free[live], forms.data[at][live]
+
+
+def _followers(resolved: Channels, block_of: Indices) -> dict[int, Indices]:
+    """For every block the labels beyond the free numbers in whose forms its numbers stand."""
+    if resolved.compound is None:
+        return {}
+    rows = resolved.degrees_of_freedom + 1 + np.repeat(np.arange(resolved.compound.shape[0]), np.diff(resolved.compound.indptr))
+    of_entry = block_of[resolved.compound.indices]
+    return {int(index): np.unique(rows[of_entry == index]) for index in np.unique(of_entry)}
 
 
 def activation_of(graph: Graph, value: str) -> str:
@@ -211,7 +304,6 @@ def activation_of(graph: Graph, value: str) -> str:
 
 def activation_ranges(graph: Graph, found: Sequence[Layer], stats: Statistics) -> dict[int, Activation]:
     """A, P and the concat mates' A of every layer (PAPER 2 and 4)."""
-    check_statistics(graph, stats)
     largest = {}
     for layer in found:
         after = np.maximum.reduce([stats[activation_of(graph, v)].max_abs for v in layer.values])
@@ -232,30 +324,40 @@ def neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
     """Which blocks share a layer with each block, so that a move of the one may move the other."""
     users: dict[int, set[int]] = {}
     for index, plan in enumerate(plans):
-        for layer in (*plan.makers, *plan.readers):
+        for layer in plan.layers:
             users.setdefault(id(layer), set()).add(index)
-    return [set().union(*(users[id(layer)] for layer in (*plan.makers, *plan.readers))) - (set() if plan.reads_itself else {index})
+    return [set().union(*(users[id(layer)] for layer in plan.layers)) - (set() if plan.of_weights > 1 else {index})
             for index, plan in enumerate(plans)]
 
 
 def made_and_read(plan: BlockPlan, f: Vector) -> Block:
-    """The two ranges of every channel of a block with the factors chosen so far: all that ``cross_layer`` asks for."""
-    return Block((), plan.largest(plan.made_at, [layer.made_range(f) for layer in plan.makers]),
-                 plan.largest(plan.read_at, [layer.read_range(f) for layer in plan.readers]))
+    """What grows and what shrinks with every number of a block, with the factors chosen so far: all that ``cross_layer`` asks for."""
+    return Block((), plan.largest(plan.growing, [side.ranges(f) for side in plan.growing]),
+                 plan.largest(plan.shrinking, [side.ranges(f) for side in plan.shrinking]))
 
 
 def block_ranges(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
     """Everything about a block that a rule may ask for, with the factors chosen so far."""
-    kernels, columns = [layer.made_range(f) for layer in plan.makers], [layer.read_range(f) for layer in plan.readers]
+    growing, shrinking = [side.ranges(f) for side in plan.growing], [side.ranges(f) for side in plan.shrinking]
     makers = []
-    for layer, place, kernel in zip(plan.makers, plan.made_at, kernels, strict=True):
-        mine = place < len(plan.labels)
-        maker = Maker(place[mine], kernel[mine], held_kernel=float(kernel[~mine].max(initial=0.0)))
-        if (seen := activations.get(id(layer.op))) is not None:
+    for side, kernel in zip(plan.growing, growing, strict=True):
+        maker = Maker(side.numbers, kernel[side.channels], held_kernel=float(kernel[side.held].max(initial=0.0)))
+        if side.makes and (seen := activations.get(id(side.layer.op))) is not None:
             # the statistics were taken once; the factors chosen so far scale what this layer puts out
-            after = seen.after * f[layer.made]
-            maker = replace(maker, activation=after[mine], held_activation=float(after[~mine].max(initial=0.0)),
-                            mates_activation=seen.mates, preactivation=(seen.before * f[layer.made])[mine] if preactivation else None)
+            after = seen.after * f[side.layer.made]
+            maker = replace(maker, activation=after[side.channels], held_activation=float(after[side.held].max(initial=0.0)),
+                            mates_activation=seen.mates,
+                            preactivation=(seen.before * f[side.layer.made])[side.channels] if preactivation else None)
+        elif activations:
+            maker = replace(maker, activation=maker.kernel, held_activation=maker.held_kernel)  # nothing but weights limits it
         makers.append(maker)
-    consumed = plan.largest(plan.read_at, [column / (column.max() or 1.0) for column in columns])
-    return Block(tuple(makers), plan.largest(plan.made_at, kernels), plan.largest(plan.read_at, columns), consumed)
+    for side in plan.growing_values:
+        after = side.ranges(f)
+        held = float(after[side.held].max(initial=0.0))
+        makers.append(Maker(side.numbers, after[side.channels], after[side.channels], held_kernel=held, held_activation=held))
+    sides, ranges = [*plan.shrinking, *plan.shrinking_values], [*shrinking, *(side.ranges(f) for side in plan.shrinking_values)]
+    for side in plan.shrinking:
+        if side.makes and (seen := activations.get(id(side.layer.op))) is not None:
+            sides, ranges = [*sides, side], [*ranges, seen.after * f[side.layer.made]]
+    consumed = plan.largest(sides, [of_side / (of_side.max() or 1.0) for of_side in ranges])
+    return Block(tuple(makers), plan.largest(plan.growing, growing), plan.largest(plan.shrinking, shrinking), consumed)

@@ -211,7 +211,7 @@ def _layers(graph: Graph, quantized: Graph) -> dict[str, str]:
     found, unrounded, floats = {}, unrounded_names(graph, quantized), {node.name: node for node in graph.nodes}
     stored = {stored_name(quantized, name): name for name in quantized.inputs}
     for node in quantized.nodes:
-        if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm):
+        if isinstance(node.op, Weighted) and node.op.gridded:
             name = unrounded.get(node.name, node.name)
             if name in graph.inputs or graph.shapes.get(name) != quantized.shapes[node.name]:
                 raise ValueError(f"layer '{node.name}' of the quantized network makes no value of the float one: "
@@ -245,7 +245,8 @@ def _check_rounded(before: Node, node: Node) -> None:
 
 
 def _batchnorms(graph: Graph) -> dict[str, str]:
-    return {node.name: "BatchNorm is computed in float" for node in graph.nodes if isinstance(node.op, BatchNorm)}
+    return {node.name: f"{type(node.op).__name__} is computed in float" for node in graph.nodes
+            if isinstance(node.op, Weighted) and not node.op.gridded}
 
 
 def _channel_means(value: Array) -> Vector:
@@ -336,7 +337,7 @@ def _activated_mean(op: Op, mean: Vector, deviation: Vector) -> Vector | None:
 
 def _behind(node: Node, graph: Graph, readers: Mapping[str, Sequence[Node]], uses: Counter[int]) -> tuple[Node, Node] | str:
     """The activation and the layer behind a layer, if a constant can move from its bias to the latter's; else the reason why not."""
-    if not isinstance(node.op, Weighted) or isinstance(node.op, BatchNorm):
+    if not isinstance(node.op, Weighted) or not node.op.gridded:
         return "it is not made by a layer with a bias"
     path = [node]
     for _ in range(2):

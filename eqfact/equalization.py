@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, layers, made_and_read, neighbours
+from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, layers, made_and_read, neighbours, product_values
 from eqfact.calibration import Statistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
@@ -144,10 +144,10 @@ def _optimum(graph: Graph, resolved: Channels, model: NoiseModel, objective: str
     plans = blocks(layers(graph, resolved), resolved)
     dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
     for plan in plans:
-        dead[plan.labels] = ~_alive(plan, np.ones(len(dead)))
+        dead[plan.labels] = ~_alive(plan, np.ones(resolved.size))
     best = optimal(model, objective=objective, box=bound, held=dead, tol=tol, max_iter=max_iter)
     message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} Newton steps"
-               + _held_back(plans, best.f, bound, 1 / bound, ""))
+               + _held_back(plans, resolved.by_label(best.f), bound, 1 / bound, ""))
     return EqualizeResult(graph, Factorization(resolved, best.f), best.gap_db <= tol, message, best.iterations, best.residual,
                           resolved.pinned, bound=best.bound, gap_db=best.gap_db)
 
@@ -157,7 +157,7 @@ def _gap_db(found: EqualizeResult, model: NoiseModel, factorization: Factorizati
     assert found.gap_db is not None and found.bound is not None
     if factorization is found.factorization:
         return found.gap_db
-    reached = objective_at(model, np.asarray(factorization.by_label, np.float64), objective=objective)
+    reached = objective_at(model, np.asarray(factorization.free, np.float64), objective=objective)
     return decibels_above(found.bound, reached)
 
 
@@ -167,11 +167,14 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
     rule, once, bound = _method(method, max_factor)
     if once and stats is None:
         raise ValueError(f"method {method!r} needs the ranges of activations: give stats=calibrate(graph, batches)")
-    found = layers(graph, resolved)
-    plans = blocks(found, resolved)
-    activations = activation_ranges(graph, found, stats) if stats is not None and method != "cross_layer" else {}
+    if stats is not None:
+        check_statistics(graph, stats)
+    found = layers(graph, resolved, stats)
+    looks = stats is not None and method != "cross_layer"  # at activations
+    plans = blocks(found, resolved, product_values(graph, resolved, stats) if looks and stats is not None else ())
+    activations = activation_ranges(graph, found, stats) if looks and stats is not None else {}
     touched = neighbours(plans)
-    f = np.ones(resolved.degrees_of_freedom + 1)
+    f = np.ones(resolved.size)
     residual: list[float] = []
     everything = set(range(len(plans)))
     due = everything  # blocks with a neighbour that moved; the last sweep looks at all again
@@ -184,10 +187,12 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
             pending.discard(index)
             block = made_and_read(plan, f) if method == "cross_layer" else block_ranges(plan, f, activations, preactivation)
             step = _checked(rule(block), plan)
-            if plan.reads_itself and not once:
-                step = np.sqrt(step)  # both sides move at once: half the step in log keeps it from swinging
+            # where several numbers, or both sides of weights, move a range at once: the step in log that keeps it from swinging
+            if (power := plan.of_side if once else plan.of_weights) > 1:
+                step = step ** (1 / power)
             old = f[plan.labels]
             f[plan.labels] = new = old * step if once else np.clip(old * step, 1 / bound, bound)
+            resolved.follow(f, plan.followers)
             change = float(np.abs(np.log(new / old)).max())
             moved = max(moved, change)
             if change > tol:
@@ -198,7 +203,8 @@ def _swept(graph: Graph, resolved: Channels, method: str | Rule, stats: Statisti
         due = pending or everything
     success = once or residual[-1] <= tol
     message = _message(method, success, residual, tol, bound, f, plans, resolved)
-    return EqualizeResult(graph, Factorization(resolved, f), success, message, len(residual), tuple(residual), resolved.pinned)
+    free = f[:resolved.degrees_of_freedom + 1]
+    return EqualizeResult(graph, Factorization(resolved, free), success, message, len(residual), tuple(residual), resolved.pinned)
 
 
 def _method(method: str | Rule, max_factor: float | None) -> tuple[Rule, bool, float]:
@@ -228,27 +234,24 @@ def _resolved(graph: Graph, include: Collection[str] | None, exclude: Collection
     resolved = channels(graph, hold={name: f"excluded by the caller ('{name}')" for name in exclude})
     if include is None:
         return resolved
-    # by label, not by value: in a concat, included channels stand beside others
+    # by free number, not by value: in a concat, included channels stand beside others
     chosen = np.zeros(resolved.degrees_of_freedom + 1, bool)
     for name in include:
-        chosen[resolved.labels[name]] = True
+        chosen[resolved.forms[resolved.labels[name]].indices] = True
     chosen[0] = False
-    renumbered = np.where(chosen, np.cumsum(chosen), 0)
-    reasons = {name: tuple("not among the values that the caller includes" if label and not chosen[label] else reason
-                           for label, reason in zip(labels.tolist(), resolved.reasons[name], strict=True))
-               for name, labels in resolved.labels.items()}
-    return Channels({name: renumbered[labels] for name, labels in resolved.labels.items()}, int(chosen.sum()), reasons)
+    return resolved.restricted(chosen, "not among the values that the caller includes")
 
 
 def _checked(step: Vector, plan: BlockPlan) -> Vector:
     """The rule's factors, if they are usable."""
     step = np.asarray(step, np.float64)
     if step.shape != plan.labels.shape:
-        raise ValueError(f"value '{plan.makers[0].values[0]}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
+        raise ValueError(f"value '{plan.growing[0].layer.values[0]}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
     wrong = ~(np.isfinite(step) & (step > 0))
     if wrong.any():
-        label = plan.labels[np.argmax(wrong)]
-        value, channel = next((layer.values[0], int(np.argmax(layer.made == label))) for layer in plan.makers if label in layer.made)
+        number = int(np.argmax(wrong))
+        value, channel = next((side.layer.values[0], int(side.channels[np.argmax(side.numbers == number)]))
+                              for side in (*plan.growing, *plan.shrinking) if number in side.numbers)
         raise ValueError(f"value '{value}', channel {channel}: the rule returned {step[wrong][0]}; "
                          "factors must be positive and finite, return 1 for channels that it cannot judge")
     return step

@@ -1,4 +1,4 @@
-"""What is a factorization? One positive factor for every free channel label; applied, it gives an equivalent network.
+"""What is a factorization? One positive factor for every free number of the labels; applied, it gives an equivalent network.
 
 Convention: ``x' = f * x``. The op that makes a value is multiplied on its output side, the ops that read it are divided
 on their input side (section 1 of the paper). Factorizations form a group: ``(a @ b).apply(g) == a.apply(b.apply(g))``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -19,6 +20,10 @@ from eqfact.graph import Graph
 from eqfact.ops.base import Array, Op, read_only
 
 
+#: How far factors that follow from others may be off, relatively: some roundings.
+ROUNDING = 1e-12
+
+
 @dataclass(frozen=True, eq=False)
 class Factorization(Mapping[str, Array]):
     """Positive factors ``(C,)`` for every value of a network, equal where channels are tied, 1 where they are pinned.
@@ -27,17 +32,22 @@ class Factorization(Mapping[str, Array]):
     """
 
     channels: Channels
-    #: One factor for every label; entry 0 is the factor of the pinned channels, 1.
-    by_label: Array
+    #: One factor for every free number; entry 0 is the factor of the pinned channels, 1.
+    free: Array
 
     def __post_init__(self) -> None:
-        by_label = read_only(np.asarray(self.by_label, np.float64))
-        assert len(by_label) == self.channels.degrees_of_freedom + 1 and by_label[0] == 1, "one factor a label, 1 for the pinned"
-        wrong = ~(np.isfinite(by_label) & (by_label > 0))
+        free = read_only(np.asarray(self.free, np.float64))
+        assert len(free) == self.channels.degrees_of_freedom + 1 and free[0] == 1, "one factor a free number, 1 for the pinned"
+        object.__setattr__(self, "free", free)
+        wrong = ~(np.isfinite(self.by_label) & (self.by_label > 0))
         if wrong.any():
             for value, labels in self.channels.labels.items():
-                _refuse(wrong[labels], value, by_label[labels], "factors must be positive and finite")
-        object.__setattr__(self, "by_label", by_label)
+                _refuse(wrong[labels], value, self.by_label[labels], "factors must be positive and finite")
+
+    @cached_property
+    def by_label(self) -> Array:
+        """One factor for every label: those of the free numbers, and those that follow from them."""
+        return read_only(self.channels.by_label(self.free))
 
     # two factorizations are compared by value name, with numpy; Mapping's own == would ask for the truth of arrays
     __eq__ = object.__eq__
@@ -64,7 +74,7 @@ class Factorization(Mapping[str, Array]):
 
     @classmethod
     def _gather(cls, resolved: Channels, factors: Mapping[str, npt.ArrayLike]) -> Factorization:
-        by_label = np.ones(resolved.degrees_of_freedom + 1)
+        by_label = np.ones(resolved.size)
         giver = np.full(len(by_label), "", object)
         for value, given in factors.items():
             if value not in resolved.labels:
@@ -78,11 +88,18 @@ class Factorization(Mapping[str, Array]):
             first[labels[::-1]] = f[::-1]
             known = giver[labels] != ""
             expected = np.where(known, by_label[labels], first[labels])
-            _refuse((labels > 0) & (f != expected), value, f, lambda i, v=value, k=known, e=expected, n=labels: (
+            apart = np.where(labels > resolved.degrees_of_freedom, np.abs(f - expected) > ROUNDING * f, f != expected)
+            _refuse((labels > 0) & apart, value, f, lambda i, v=value, k=known, e=expected, n=labels: (
                 f"this channel is tied to one of '{giver[n[i]] if k[i] else v}' with factor {e[i]:g}"))
             by_label[labels], giver[labels] = f, value
         by_label[0] = 1
-        return cls(resolved, by_label)
+        result = cls(resolved, _free_numbers(resolved, by_label, giver != ""))
+        for value, given in factors.items() if resolved.compound is not None else ():
+            labels, f = resolved.labels[value], np.asarray(given, np.float64)
+            expected = result.by_label[labels]
+            _refuse(np.abs(f - expected) > ROUNDING * f, value, f, lambda i, e=expected: (
+                f"this channel's factor follows from others as {e[i]:g} (see docs/algebra.md)"))
+        return result
 
     def __getitem__(self, value: str) -> Array:
         try:
@@ -133,7 +150,7 @@ class Factorization(Mapping[str, Array]):
     def inverse(self) -> Factorization:
         """The factorization that undoes this one."""
         with np.errstate(over="ignore"):  # refused, with the value's name
-            return Factorization(self.channels, 1 / self.by_label)
+            return Factorization(self.channels, 1 / self.free)
 
     def __matmul__(self, other: Factorization) -> Factorization:
         """First ``other``, then this: factors multiply."""
@@ -150,7 +167,47 @@ class Factorization(Mapping[str, Array]):
         array([4. , 0.5])
         """
         with np.errstate(over="ignore"):
-            return Factorization(self.channels, np.exp2(np.rint(np.log2(self.by_label))))
+            return Factorization(self.channels, np.exp2(np.rint(np.log2(self.free))))
+
+
+def _free_numbers(resolved: Channels, by_label: Array, known: npt.NDArray[np.bool_]) -> Array:
+    """The factors of the free numbers, from those of labels as far as they are known; 1 where nothing asks for another.
+
+    A form of one unknown number gives it, as ``exp2(log2(f) / c)``, which keeps powers of two. If a form of several is given and no other
+    tells them apart, the first takes it all.
+    """
+    count = resolved.degrees_of_freedom + 1
+    free, known_free = np.where(known[:count], by_label[:count], 1.0), known[:count].copy()
+    known_free[0] = True
+    if resolved.compound is None:
+        return free
+    starts, ends = resolved.compound.indptr[:-1], resolved.compound.indptr[1:]
+    open_in = np.add.reduceat(~known_free[resolved.compound.indices], starts, dtype=np.int64)
+    unknown = {row: int(open_in[row]) for row in np.flatnonzero(known[count:] & (open_in > 0)).tolist()}
+    forms = {row: (resolved.compound.indices[starts[row]:ends[row]], resolved.compound.data[starts[row]:ends[row]]) for row in unknown}
+    rows_of: dict[int, list[int]] = {}
+    for row, (numbers, _) in forms.items():
+        for number in numbers[~known_free[numbers]].tolist():
+            rows_of.setdefault(number, []).append(row)
+    due, later = [row for row, left in unknown.items() if left == 1], [row for row, left in unknown.items() if left > 1]
+
+    def settle(number: int, f: float) -> None:
+        free[number], known_free[number] = f, True
+        for row in rows_of[number]:
+            unknown[row] -= 1
+            if unknown[row] == 1:
+                due.append(row)
+    while due or later:
+        row = due.pop() if due else later.pop(0)
+        numbers, c = forms[row]
+        open_numbers = numbers[~known_free[numbers]].tolist()
+        for number in open_numbers[1:]:
+            settle(number, 1.0)
+        if open_numbers:
+            others = numbers != open_numbers[0]
+            rest = np.log2(by_label[count + row]) - float((c[others] * np.log2(free[numbers[others]])).sum())
+            settle(open_numbers[0], float(np.exp2(rest / c[~others].item())))
+    return free
 
 
 def _refuse(wrong: npt.NDArray[np.bool_], value: str, f: Array, rule: object, resolved: Channels | None = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import block_diag, coo_array, csr_array, identity
 from scipy.sparse.linalg import LinearOperator, cg, splu
 
 from eqfact.noise import Indices, Tensor, Vector
@@ -81,10 +81,13 @@ class LogMean:
 
 
 class Curvature:
-    """A quadratic form of the labels: a Laplacian (a diagonal, and links between two labels) and rank-one terms."""
+    """A quadratic form of the labels: a Laplacian (a diagonal, and links between two labels) and rank-one terms.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    With ``forms`` ``B`` it is solved for the free numbers ``t`` of ``u = B t``.
+    """
+
+    def __init__(self, size: int, forms: csr_array | None = None) -> None:
+        self.size, self.forms, self._labels = size, forms, size
         self.entries: list[tuple[Indices, Indices, Vector]] = []
         self.spans: list[tuple[Indices, Vector]] = []
         self.amounts: list[float] = []
@@ -129,36 +132,40 @@ class Curvature:
             self.rank_one(made, weak_rows, tensor.read, -weak_columns, 1 / (2 * weak))
 
     def solve(self, target: Vector, free: npt.NDArray[np.bool_]) -> Vector:
-        """The ``u`` at which the form's slope is the target, for free labels; 0 for the others.
+        """The numbers at which the form's slope is the target, for those that are free; 0 for the others.
 
         By conjugate gradients, with the factors of the Laplacian for a metric. Flat directions (dead channels) get a tiny ridge.
         """
-        free = np.append(free, np.ones(self.size - len(free), bool))
+        (i, j, x), spans = self._by_number()
+        size = len(target) + self.size - self._labels
+        free = np.append(free, np.ones(size - len(free), bool))
         place, count = np.where(free, np.cumsum(free) - 1, -1), int(free.sum())
-        i, j, x = (np.concatenate(arrays) for arrays in zip(*self.entries, strict=True))
         mine = free[i] & free[j]
         i, j, x = place[i[mine]], place[j[mine]], x[mine]
         diagonal = np.maximum(np.bincount(i[i == j], x[i == j], count), 0)
         ridge, every = 1e-6 * diagonal + 1e-9 * (diagonal.max() or 1.0), np.arange(count)
         laplacian = coo_array((np.append(x, ridge), (np.append(i, every), np.append(j, every))), shape=(count, count)).tocsc()
-        spans, amounts = self._spans(place, count)
+        spans, amounts = spans[free], np.array(self.amounts)
         across = spans.T.tocsr()
         form = LinearOperator((count, count), lambda v: laplacian @ v + spans @ (amounts * (across @ v)), dtype=np.float64)
         factors = splu(laplacian, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         metric = LinearOperator((count, count), factors.solve, dtype=np.float64)
-        every_target, u = np.append(target, np.zeros(self.size - len(target))), np.zeros(self.size)
-        u[free], _ = cg(form, every_target[free], M=metric, maxiter=CG_STEPS)
-        return u[:len(target)]
+        every_target, t = np.append(target, np.zeros(size - len(target))), np.zeros(size)
+        t[free], _ = cg(form, every_target[free], M=metric, maxiter=CG_STEPS)
+        return t[:len(target)]
 
-    def _spans(self, place: Indices, count: int) -> tuple[csr_array, Vector]:
-        """The vectors of the rank-one terms as columns, and their amounts."""
-        if not self.spans:
-            return csr_array((count, 1)), np.zeros(1)
-        rows = place[np.concatenate([labels for labels, _ in self.spans])]
+    def _by_number(self) -> tuple[tuple[Indices, Indices, Vector], csr_array]:
+        """The Laplacian's entries, and the vectors of the rank-one terms as columns: ``B.T L B`` and ``B.T v``; grids' own numbers stay."""
+        i, j, x = (np.concatenate(arrays) for arrays in zip(*self.entries, strict=True))
+        rows = np.concatenate([labels for labels, _ in self.spans]) if self.spans else np.zeros(0, np.int64)
         columns = np.repeat(np.arange(len(self.spans)), [len(labels) for labels, _ in self.spans])
-        values = np.concatenate([value for _, value in self.spans])
-        shape = (count, len(self.spans))
-        return coo_array((values[rows >= 0], (rows[rows >= 0], columns[rows >= 0])), shape=shape).tocsr(), np.array(self.amounts)
+        values = np.concatenate([value for _, value in self.spans]) if self.spans else np.zeros(0)
+        spans = coo_array((values, (rows, columns)), shape=(self.size, len(self.spans))).tocsr()
+        if self.forms is None:
+            return (i, j, x), spans
+        basis = csr_array(block_diag([self.forms, identity(self.size - self._labels)]))
+        laplacian = coo_array(basis.T @ coo_array((x, (i, j)), shape=(self.size, self.size)).tocsr() @ basis)
+        return (laplacian.row.astype(np.int64), laplacian.col.astype(np.int64), laplacian.data), csr_array(basis.T @ spans)
 
 
 def axes_of(tensor: Tensor) -> int | tuple[int, ...]:

@@ -25,7 +25,6 @@ from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
 from eqfact.ops.base import Array, Commuting, Weighted, along_channels, spread
-from eqfact.ops.weighted import BatchNorm
 from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
 
 Vector = npt.NDArray[np.float64]
@@ -219,7 +218,7 @@ class NoiseModel:
 
     def terms(self, factorization: Factorization | None = None) -> dict[str, float]:
         """Expected noise power at the output from each tensor, after the factorization (identity if None)."""
-        f = np.ones(self.channels.degrees_of_freedom + 1) if factorization is None else self.by_label(factorization)
+        f = np.ones(self.channels.size) if factorization is None else self.by_label(factorization)
         return {tensor.name: tensor.noise(f) for tensor in self.tensors}
 
     def sqnr(self, factorization: Factorization | None = None) -> float:
@@ -229,7 +228,7 @@ class NoiseModel:
 
     def by_label(self, factorization: Factorization) -> Vector:
         """The factors of a factorization of the same network, by label of this model."""
-        f = np.ones(self.channels.degrees_of_freedom + 1)
+        f = np.ones(self.channels.size)
         for value, labels in self.channels.labels.items():
             f[labels] = factorization[value]
         f[0] = 1
@@ -250,7 +249,7 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
             raise ValueError("the noise model knows granularities 'per_tensor' and 'per_channel' of weights, not 'per_group'")
         for node in graph.nodes:
             op = node.op
-            if isinstance(op, Weighted) and not isinstance(op, BatchNorm):
+            if isinstance(op, Weighted) and op.gridded:
                 s = sensitivities.weights.get(node.name)
                 s = np.zeros(op.taps().shape[:3]) if s is None else s  # an output does not depend on it
                 if id(op) in tensors:

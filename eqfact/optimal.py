@@ -8,6 +8,7 @@ The expected noise ``N(u)`` of :mod:`eqfact.noise` is convex in ``u = log f`` (P
 
 The first is the exponential method of multipliers: weights close in on the entries that matter, so ``p`` may stay small. Newton's
 method minimises each smooth model. The second is the certificate: the least value of ``c + g.u`` over the box, which lies in a corner.
+In products of values ``u = B t`` (docs/algebra.md): a linear function of the free numbers ``t``, so all this holds for these.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 from scipy.special import entr
 
 from eqfact.logsums import Curvature, LogMean, LogSum, axes_of, made_and_read, safe_log
@@ -32,7 +34,7 @@ STAGE_STEPS, SLOPE = 8, 0.1
 #: The gap that the first stage assumes before it: 20 dB.
 BEFORE = float(np.log(100))
 
-#: No ``u`` moves by more than this over ``sqrt(p)`` in a Newton step.
+#: No ``t`` moves by more than this over ``sqrt(p)`` in a Newton step.
 LONGEST_STEP = 4.0
 
 #: exp(600) is still finite in float64: within one stage, p-th powers move by no more than exp(+-300) on either side.
@@ -49,7 +51,7 @@ def decibels_above(bound: float, noise: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """Factors by label, their exact noise, a lower bound on the noise of all factors in the box, and how that was found."""
+    """Factors of the free numbers, their exact noise, a lower bound on the noise of all factors in the box, and how that was found."""
 
     f: Vector
     noise: float
@@ -72,8 +74,8 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     ``objective`` is ``"noise"``, the sum over the model's tensors, or ``"range"``, the geometric mean over the tensors of
     ``(R / steps)**2 / 12`` times the geometric mean of ``(f_in / f_out)**2`` over the live channels. That depends on no sensitivity
     (:func:`eqfact.noise.unit_sensitivities` serve); on a chain of layers it is the product of all ranges. ``weights`` multiplies the
-    noise (or the logarithm) of tensors by name. ``start`` holds factors by label, 1 if None; the minimum does not depend on it. Labels
-    that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB, after
+    noise (or the logarithm) of tensors by name. ``start`` holds the factors of the free numbers, 1 if None; the minimum does not depend
+    on it. Numbers that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB, after
     ``max_iter`` Newton steps, or when the gap no longer falls.
 
     Raises :class:`ValueError` for unknown objectives and names, and unusable weights, boxes and starts.
@@ -88,21 +90,21 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     """
     size = model.channels.degrees_of_freedom + 1
     limit = np.where(_held(held, size), 0.0, _limit(objective, box))
-    terms = _terms(model, objective, weights or {})
-    u = _start(start, size, limit)
-    best, lowest, bound = u, _exact(terms, u), -np.inf
-    if not terms or not limit.any():
-        return Optimum(np.exp(u), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
+    goal = _goal(model, objective, weights or {})
+    t = _start(start, size, limit)
+    best, lowest, bound = t, goal.exact(t), -np.inf
+    if not goal.terms or not limit.any():
+        return Optimum(np.exp(t), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
     p, iterations, gap, residual = FIRST_EXPONENT, 0, BEFORE, list[float]()
     while True:
-        for term in terms:
-            term.begin(u, p)
+        for term in goal.terms:
+            term.begin(goal.spread(t), p)
         most = min(STAGE_STEPS, max_iter - iterations) if residual else max_iter
-        u, now, steps = _minimize(terms, u, p, limit, SLOPE * gap / limit.max(), most)
+        t, now, steps = _minimize(goal, t, p, limit, SLOPE * gap / limit.max(), most)
         iterations += steps
-        if (exact := _exact(terms, u)) < lowest:
-            best, lowest = u, exact
-        bound = max(bound, _lower_bound(terms, now, u, limit))
+        if (exact := goal.exact(t)) < lowest:
+            best, lowest = t, exact
+        bound = max(bound, goal.lower_bound(now, t, limit))
         gap = max(lowest - bound, 0.0)
         residual.append(float(gap * 10 / np.log(10)))
         if p < EXPONENT or (steps <= FEW_STEPS and p < LAST_EXPONENT):
@@ -112,13 +114,13 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
             return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
 
 
-def objective_at(model: NoiseModel, f: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None) -> float:
-    """What :func:`optimal` minimises, at factors by label: to be compared with its bound."""
-    return float(np.exp(_exact(_terms(model, objective, weights or {}), np.log(f))))
+def objective_at(model: NoiseModel, free: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None) -> float:
+    """What :func:`optimal` minimises, at the factors of the free numbers: to be compared with its bound."""
+    return float(np.exp(_goal(model, objective, weights or {}).exact(np.log(free))))
 
 
 def _held(held: npt.NDArray[np.bool_] | None, size: int) -> npt.NDArray[np.bool_]:
-    """The labels that keep the factor 1; label 0, that of the pinned channels, always does."""
+    """The free numbers whose factor stays 1; entry 0, that of the pinned channels, always does."""
     mask = np.zeros(size, bool) if held is None else np.array(held, bool)
     if mask.shape != (size,):
         raise ValueError(f"held must be a mask of {size} labels, the first one for pinned channels, got shape {mask.shape}")
@@ -127,7 +129,7 @@ def _held(held: npt.NDArray[np.bool_] | None, size: int) -> npt.NDArray[np.bool_
 
 
 def _limit(objective: str, box: float) -> float:
-    """The largest ``|u|`` in the box."""
+    """The largest ``|t|`` in the box."""
     if objective not in ("noise", "range"):
         raise ValueError(f"unknown objective {objective!r}: use 'noise' or 'range'")
     if not 1 <= box <= 1e60:
@@ -143,7 +145,7 @@ def _start(start: Vector | None, size: int, limit: Vector) -> Vector:
     return np.clip(np.log(f), -limit, limit)
 
 
-def _terms(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> list[Term]:
+def _goal(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> Goal:
     """The tensors with a positive weight."""
     names = [tensor.name for tensor in model.tensors]
     for name, weight in weights.items():
@@ -153,7 +155,8 @@ def _terms(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> l
             raise ValueError(f"the weight of '{name}' must be a finite number of at least 0, got {weight}")
     chosen = [(tensor, float(weights.get(tensor.name, 1))) for tensor in model.tensors if weights.get(tensor.name, 1) > 0]
     whole = sum(weight for _, weight in chosen)
-    return [Term(tensor, weight) if objective == "noise" else Term(tensor, 1.0, weight / whole) for tensor, weight in chosen]
+    terms = [Term(tensor, weight) if objective == "noise" else Term(tensor, 1.0, weight / whole) for tensor, weight in chosen]
+    return Goal(terms, None if model.channels.compound is None else model.channels.forms)
 
 
 # ---------------------------------------------------------------------------------------------------- the smooth model
@@ -165,40 +168,72 @@ class State:
 
     #: The logarithm.
     value: float
-    #: Its slope by label, and term by term by rows and columns.
+    #: Its slope by free number, and term by term by rows and columns.
     slope: Vector
     slopes: list[tuple[Vector, Vector]]
     #: The share of each grid, term by term.
     shares: list[Vector]
 
 
-def _evaluate(terms: Sequence[Term], u: Vector) -> State:
-    value, shares = _combined(terms, [term.at(u) for term in terms])
-    slope = np.zeros_like(u)
-    slopes = [term.slope(share) for term, share in zip(terms, shares, strict=True)]
-    for term, (rows, columns) in zip(terms, slopes, strict=True):
-        slope += np.bincount(term.tensor.made, rows, len(u)) + np.bincount(term.tensor.read, columns, len(u))
-    slope[0] = 0
-    return State(value, slope, slopes, shares)
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """The logarithm of a sum of terms, or the mean of their logarithms, as a function of the free numbers ``t``, with ``u = B t`` by label."""
 
+    terms: list[Term]
+    #: ``B``, if channels are related in other ways than ties and pins (docs/algebra.md).
+    forms: csr_array | None
 
-def _combined(terms: Sequence[Term], logs: Sequence[Vector]) -> tuple[float, list[Vector]]:
-    """``log sum exp`` over all grids of all terms, or their mean if shares are fixed; and every grid's share in it."""
-    fixed = [term.fixed for term in terms if term.fixed is not None]
-    if fixed:
-        return sum(float((share * np.where(share > 0, log, 0)).sum()) for share, log in zip(fixed, logs, strict=True)), fixed
-    value = float(np.logaddexp.reduce([np.logaddexp.reduce(log, axis=None) for log in logs])) if logs else -np.inf
-    return value, [np.exp(log - value) for log in logs]
+    def spread(self, t: Vector) -> Vector:
+        """``u``, by label."""
+        u: Vector = t if self.forms is None else self.forms @ t
+        return u
 
+    def gathered(self, slope: Vector) -> Vector:
+        """A slope by label as one by free number: ``B.T g``."""
+        of_free: Vector = slope if self.forms is None else self.forms.T @ slope
+        of_free[0] = 0
+        return of_free
 
-def _exact(terms: Sequence[Term], u: Vector) -> float:
-    return _combined(terms, [term.exact(u) for term in terms])[0]
+    def reach(self) -> float:
+        """The most that a ``u`` moves when no ``t`` moves by more than 1."""
+        return 1.0 if self.forms is None else float(abs(self.forms).sum(axis=1).max())
 
+    def at(self, t: Vector) -> State:
+        """The smooth model."""
+        u = self.spread(t)
+        value, shares = self._combined([term.at(u) for term in self.terms])
+        slope = np.zeros_like(u)
+        slopes = [term.slope(share) for term, share in zip(self.terms, shares, strict=True)]
+        for term, (rows, columns) in zip(self.terms, slopes, strict=True):
+            slope += np.bincount(term.tensor.made, rows, len(u)) + np.bincount(term.tensor.read, columns, len(u))
+        return State(value, self.gathered(slope), slopes, shares)
 
-def _lower_bound(terms: Sequence[Term], now: State, u: Vector, limit: Vector) -> float:
-    """The least value in the box of ``c + g.u``, by ``log sum N >= sum share log(N / share)`` and the same within every term."""
-    value = sum(term.geometric(share, u) for term, share in zip(terms, now.shares, strict=True))
-    return float(value - (now.slope * u + np.abs(now.slope) * limit).sum()) - ROUNDOFF
+    def exact(self, t: Vector) -> float:
+        """The same without smoothing."""
+        u = self.spread(t)
+        return self._combined([term.exact(u) for term in self.terms])[0]
+
+    def _combined(self, logs: Sequence[Vector]) -> tuple[float, list[Vector]]:
+        """``log sum exp`` over all grids of all terms, or their mean if shares are fixed; and every grid's share in it."""
+        fixed = [term.fixed for term in self.terms if term.fixed is not None]
+        if fixed:
+            return sum(float((share * np.where(share > 0, log, 0)).sum()) for share, log in zip(fixed, logs, strict=True)), fixed
+        value = float(np.logaddexp.reduce([np.logaddexp.reduce(log, axis=None) for log in logs])) if logs else -np.inf
+        return value, [np.exp(log - value) for log in logs]
+
+    def lower_bound(self, now: State, t: Vector, limit: Vector) -> float:
+        """The least value in the box of ``c + g.t``, by ``log sum N >= sum share log(N / share)`` and the same within every term."""
+        u = self.spread(t)
+        value = sum(term.geometric(share, u) for term, share in zip(self.terms, now.shares, strict=True))
+        return float(value - (now.slope * t + np.abs(now.slope) * limit).sum()) - ROUNDOFF
+
+    def newton_step(self, now: State, free: npt.NDArray[np.bool_]) -> Vector:
+        """To the minimum of the quadratic model over the free numbers that may move."""
+        curvature = Curvature(len(free) if self.forms is None else self.forms.shape[0], self.forms)
+        for term, share, slopes in zip(self.terms, now.shares, now.slopes, strict=True):
+            if share.any():
+                term.bend(curvature, share, slopes)
+        return curvature.solve(-now.slope, free)
 
 
 class Term:
@@ -286,32 +321,23 @@ class Term:
 # ------------------------------------------------------------------------------------------------------ Newton's method
 
 
-def _minimize(terms: Sequence[Term], u: Vector, p: float, limit: Vector, slope: float, max_iter: int) -> tuple[Vector, State, int]:
-    """Newton's method for the smooth model within the box; labels that lean on its walls stay."""
-    low, high = np.maximum(-limit, u - REACH / p), np.minimum(limit, u + REACH / p)
-    now = _evaluate(terms, u)
+def _minimize(goal: Goal, t: Vector, p: float, limit: Vector, slope: float, max_iter: int) -> tuple[Vector, State, int]:
+    """Newton's method for the smooth model within the box; numbers that lean on its walls stay."""
+    reach = REACH / (p * goal.reach())
+    low, high = np.maximum(-limit, t - reach), np.minimum(limit, t + reach)
+    now = goal.at(t)
     for steps in range(max_iter):
-        free = ~((u <= low) & (now.slope > 0) | (u >= high) & (now.slope < 0))
+        free = ~((t <= low) & (now.slope > 0) | (t >= high) & (now.slope < 0))
         free &= limit > 0
         if np.abs(now.slope[free]).sum() <= slope:
-            return u, now, steps
-        step = np.clip(_newton_step(terms, now, free), -LONGEST_STEP / p**0.5, LONGEST_STEP / p**0.5)
-        for t in 0.5 ** np.arange(20):
-            moved = np.clip(u + t * step, low, high)
-            then = _evaluate(terms, moved)
-            if then.value <= now.value + 1e-4 * float(now.slope @ (moved - u)):
+            return t, now, steps
+        step = np.clip(goal.newton_step(now, free), -LONGEST_STEP / p**0.5, LONGEST_STEP / p**0.5)
+        for part in 0.5 ** np.arange(20):
+            moved = np.clip(t + part * step, low, high)
+            then = goal.at(moved)
+            if then.value <= now.value + 1e-4 * float(now.slope @ (moved - t)):
                 break
         else:
-            return u, _evaluate(terms, u), steps + 1  # within roundoff of the minimum
-        u, now = moved, then
-    return u, now, max_iter
-
-
-def _newton_step(terms: Sequence[Term], now: State, free: npt.NDArray[np.bool_]) -> Vector:
-    """To the minimum of the quadratic model over the free labels."""
-    curvature = Curvature(len(free))
-    for term, share, slopes in zip(terms, now.shares, now.slopes, strict=True):
-        if not share.any():
-            continue
-        term.bend(curvature, share, slopes)
-    return curvature.solve(-now.slope, free)
+            return t, goal.at(t), steps + 1  # within roundoff of the minimum
+        t, now = moved, then
+    return t, now, max_iter

@@ -20,7 +20,6 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
-from eqfact.ops.weighted import BatchNorm
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -220,7 +219,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     on_grid: dict[tuple[int, bytes], tuple[Weighted, Array | None]] = {}
     for node in graph.nodes:
         op, source = node.op, node.inputs[0]
-        if isinstance(op, Weighted) and not isinstance(op, BatchNorm):
+        if isinstance(op, Weighted) and op.gridded:
             input_grid = grids.get(source) if biases else None
             key = (id(op), b"" if input_grid is None else input_grid.scale.tobytes())
             if key not in on_grid:  # an op used twice stays one op, if what it reads has one grid

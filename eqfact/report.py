@@ -17,7 +17,7 @@ from eqfact.calibration import Statistics
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, walk
 from eqfact.metrics import decibels, sqnr
-from eqfact.ops import BatchNorm, Weighted
+from eqfact.ops import Weighted
 from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_name, stored_values
 from eqfact.verification import Verification, verify
 
@@ -65,7 +65,7 @@ def weight_ranges(graph: Graph) -> dict[str, Ranges]:
 
 
 def _layers(graph: Graph) -> dict[str, Weighted]:
-    return {node.name: node.op for node in graph.nodes if isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm)}
+    return {node.name: node.op for node in graph.nodes if isinstance(node.op, Weighted) and node.op.gridded}
 
 
 def value_ranges(graph: Graph, stats: Statistics) -> dict[str, Ranges]:

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph, Node
-from eqfact.ops.base import Array, Weighted, along_channels, channel_vector, finite_magnitude
-from eqfact.ops.weighted import BatchNorm
+from eqfact.ops.base import Array, Labels, Relation, Weighted, along_channels, channel_vector, finite_magnitude
 
 Vector = npt.NDArray[np.float64]
 
@@ -37,6 +36,9 @@ class Side:
 
     def __init__(self, graph: Graph, held: dict[str, Array], u: float) -> None:
         self.graph, self.held, self.u = graph, held, u
+        self._relations: dict[str, list[Relation]] = {}
+        for relation in graph.traced.relations:
+            self._relations.setdefault(relation.node, []).append(relation)
         self._errors: dict[str, Array] = {}
         self._slopes: dict[str, Vector] = {}
         #: Where a value is taken as it is, its errors in units of its own roundings, one number a channel.
@@ -106,15 +108,18 @@ class Side:
         if isinstance(op, Weighted):
             weights = op.absolute.taps().sum(axis=3, dtype=np.float64)
             groups, out, inner = weights.shape
-            read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0)
+            read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0) if op.divides else np.array([1.0, 0.0])
             s = np.matmul(weights, read).reshape(groups * out, 2).T.copy()
         else:
-            # what carries a channel of the input on has its label; all else is pinned
+            # what carries a channel of the input on has its label; what is related to channels of the input moves with them (docs/algebra.md);
+            # all else is pinned
             read = np.concatenate([self._slopes[i] for i in node.inputs], axis=1)
             labels = np.concatenate([channel_vector(self.graph.labels[i]) for i in node.inputs])
-            made, order = channel_vector(self.graph.labels[node.name]), np.argsort(labels)
-            index = order[np.searchsorted(labels[order], made).clip(max=len(labels) - 1)]
-            s = np.where(labels[index] == made, read[:, index], [[1.0], [0.0]])
+            made = channel_vector(self.graph.labels[node.name])
+            for relation in self._relations.get(node.name, ()):
+                labels, read = _extended(labels, read, relation)
+            at, found = _places(labels, made)
+            s = np.where(found, read[:, at], [[1.0], [0.0]])
         s = np.where(np.isfinite(s) & (s > 0), s, 0.0)
         s[1] += (self.OF_WEIGHTS * isinstance(op, Weighted) + op.roundings * np.finfo(np.float64).eps / 2 / self.u) * s[0]
         return s
@@ -150,9 +155,33 @@ class Side:
         return along_channels(near, since[name].ndim - 1) + self.u * since[name]
 
 
+def _places(labels: Labels, wanted: Labels) -> tuple[Labels, npt.NDArray[np.bool_]]:
+    """Where each label stands among others, and whether it does."""
+    order = np.argsort(labels, kind="stable")
+    at = order[np.searchsorted(labels[order], wanted).clip(max=len(labels) - 1)]
+    return at, labels[at] == wanted
+
+
+def _extended(labels: Labels, slopes: Vector, relation: Relation) -> tuple[Labels, Vector]:
+    """Labels and their slopes, ``(2, n)``, and those that a relation gives for its first term: ``s = prod s_i ** (-c_i / c)``."""
+    made, *others = relation.labels.T
+    c, *coefficients = relation.coefficients
+    log, doubt, known = np.zeros(len(made)), np.zeros(len(made)), np.ones(len(made), bool)
+    for term, coefficient in zip(others, coefficients, strict=True):
+        at, found = _places(labels, term)
+        size = slopes[0, at]
+        known &= found & (size > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log -= coefficient / c * np.log(size)
+            doubt += abs(coefficient / c) * slopes[1, at] / size
+    with np.errstate(over="ignore", invalid="ignore"):
+        s = np.where(known, np.exp(np.where(known, log, 0.0)), 0.0)
+        return np.append(labels, made), np.concatenate([slopes, [s, np.where(known, s * doubt, 0.0)]], axis=1)
+
+
 def _adds_up(node: Node) -> bool:
     """Whether a node is a layer whose terms its outputs are measured by; a BatchNorm belongs to the layer before it."""
-    return isinstance(node.op, Weighted) and not isinstance(node.op, BatchNorm)
+    return isinstance(node.op, Weighted) and node.op.gridded
 
 
 def largest(value: Array) -> Array:

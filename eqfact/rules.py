@@ -1,7 +1,7 @@
 """What factor should a channel get? The rules of the paper and of its best-known follower, from ranges alone.
 
 A rule sees one :class:`Block`, the channels that one weighted op makes together with all that are tied to them, as
-arrays with one entry per channel; it never sees a graph, an axis or a group. ``one_step`` is section 2 of PAPER, ``two_step``
+arrays with one entry per channel; it never sees a graph, an axis, a group or a product of values. ``one_step`` is section 2 of PAPER, ``two_step``
 section 3, the residual and concat rules section 4, ``cross_layer`` the rule of Nagel et al. (ICCV 2019). A dead channel
 (some range of it is 0) gets the factor 1.
 """
@@ -25,9 +25,12 @@ MAX_RATIO = 1024.0
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """One weighted op that makes channels of a block, and the ranges of what it makes."""
+    """One weighted op that makes channels of a block, and the ranges of what it makes; or whatever else grows with them, in products.
 
-    #: Which channels of the block it makes.
+    What has no weights on a grid, or nothing but them, has one range in the place of both.
+    """
+
+    #: Which channels of the block it makes; one may be named several times.
     channels: npt.NDArray[np.int64]
     #: ``K_i``: largest weight magnitude of each, with the factors chosen so far.
     kernel: Vector
@@ -45,6 +48,8 @@ class Maker:
 @dataclass(frozen=True, eq=False)
 class Block:
     """Channels that are made together: their makers, and how the weights that read them range, with the factors chosen so far.
+
+    In products of values a channel stands for a free number (docs/algebra.md): made is what grows with it, read what shrinks.
 
     ``cross_layer`` gets ``made`` and ``read`` alone; every other rule gets all.
     """
@@ -95,10 +100,28 @@ def cross_layer(block: Block) -> Vector:
     return np.divide(np.sqrt(block.read), np.sqrt(block.made), out=np.ones_like(block.made), where=live)
 
 
+def smooth_quant(block: Block, *, alpha: float = 0.5) -> Vector:
+    """``f_i = max|W_i|**(1 - alpha) / max|X_i|**alpha``: divides activations by SmoothQuant's factor (Xiao et al. 2023).
+
+    At ``alpha`` 1/2 that is :func:`cross_layer` with the range of an activation in the place of the weights that make it: what
+    cross_layer does on a normalisation and its readers, if it is given statistics. Published for these; name them with ``include``.
+
+    >>> smooth_quant(Block((Maker(np.arange(1), np.ones(1), np.array([8.0])),), np.ones(1), np.array([2.0])))
+    array([0.5])
+    """
+    activation = np.zeros(len(block.made))
+    for maker in block.makers:
+        assert maker.activation is not None, "the loop gives activations to rules that need them"
+        np.maximum.at(activation, maker.channels, maker.activation)
+    live = (activation > 0) & (block.read > 0)
+    f: Vector = np.power(np.where(live, block.read, 1), 1 - alpha) / np.power(np.where(live, activation, 1), alpha)
+    return f
+
+
 def _equalize(block: Block, m: Vector, max_factor: float) -> Vector:
     candidates = np.full((len(block.makers), len(m)), np.inf)
     for row, maker in zip(candidates, block.makers, strict=True):
-        row[maker.channels] = _amplify(maker, m[maker.channels], max_factor)
+        np.minimum.at(row, maker.channels, _amplify(maker, m[maker.channels], max_factor))
     if len(block.makers) > 1:
         candidates = _share(candidates, m)
     f = candidates.min(axis=0)

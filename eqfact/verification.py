@@ -141,7 +141,7 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: D
         for side in (of_a, of_b):
             side.start(name, _slopes(largest(finite_magnitude(side.held[name])), True))
     resolved = channels(b)
-    factor = np.ones(resolved.degrees_of_freedom + 1)
+    factor = np.ones(resolved.size)
     uncertainty = np.full(len(factor), -1.0)  # of each factor, in units of u; negative while it is unknown
     uncertainty[0] = 0
     for name in {*shared, *b.inputs, *b.outputs}:  # inputs and outputs keep the factor 1, whatever the labels say

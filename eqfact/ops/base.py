@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,17 +94,30 @@ class Op(ABC):
         raise TypeError(f"{type(self).__name__} has no vjp, so gradients do not pass; write one, or use sensitivities that need none")
 
 
-class Trace:
-    """What one walk over a graph learns about its channels: labels given out, ties between them, pins with reasons.
+@dataclass(frozen=True, eq=False)
+class Relation:
+    """``sum c_i u_i = 0`` for ``u = log f`` of channels, row by row of ``labels`` ``(n, terms)``, with whole ``coefficients``."""
 
-    A *label* stands for one unknown factor. An op asks for fresh labels, ties labels whose factors must be equal and
-    pins labels whose factor must be 1. :mod:`eqfact.channels` resolves the ties afterwards.
+    coefficients: tuple[int, ...]
+    labels: Labels
+    #: The node that asks for it.
+    node: str
+    reason: str
+
+
+class Trace:
+    """What one walk over a graph learns about its channels: labels given out, and relations between them.
+
+    A *label* stands for one unknown factor. An op asks for fresh labels and states what factors must obey: ties, of labels whose factors
+    must be equal; pins, of labels whose factor must be 1, each with its reason; relations between logarithms of factors, of which ties and
+    pins are the commonest. :mod:`eqfact.channels` solves them afterwards.
     """
 
     def __init__(self) -> None:
         self.size = 0
         self.ties: list[tuple[Labels, Labels]] = []
         self.pins: list[tuple[Labels, str]] = []
+        self.relations: list[Relation] = []
         self.node = ""
         self._uses: dict[int, tuple[Labels, Labels]] = {}
 
@@ -121,6 +134,16 @@ class Trace:
     def pin(self, labels: Labels, reason: str) -> None:
         """These channels must keep the factor 1, for this reason."""
         self.pins.append((channel_vector(labels), reason))
+
+    def relate(self, *terms: tuple[int, Labels], reason: str) -> None:
+        """``sum c log f = 0`` over terms ``(c, labels)``, channel by channel; one channel is broadcast against many.
+
+        What is to be expressed by the others stands first: the output before the inputs. ``reason`` says why, should a channel be pinned by it.
+        """
+        vectors = [channel_vector(labels) for _, labels in terms]
+        count = max(map(len, vectors))
+        labels = np.stack([np.broadcast_to(v, count) for v in vectors], axis=1)
+        self.relations.append(Relation(tuple(c for c, _ in terms), labels, self.node, reason))
 
     def absorb(self, op: Weighted, read: Labels, shape: Shape) -> Labels:
         """Fresh labels for a weighted op; a second use of the same op is tied to the first, on both sides."""
@@ -144,6 +167,10 @@ class Weighted(Op):
     groups: int = 1
     #: The grid that the weights lie on, once they are quantized.
     grid: Grid | None = None
+    #: Whether engines keep the weights as whole numbers; else they lie on no grid.
+    gridded: bool = True
+    #: Whether the weights are divided by the factors of the input; else something else in the op takes them up.
+    divides: bool = True
 
     def taps(self) -> Array:
         """The weights as ``(groups, out // groups, in // groups, taps)``, a view where possible."""

@@ -1,4 +1,4 @@
-"""Which layers let no factor pass? Curves that are not positively homogeneous, Softmax, and products of values.
+"""Which layers let no factor pass? Curves that are not positively homogeneous, and Softmax.
 
 All that they read and make is pinned to the factor 1. How an error passes depends on the value: a sigmoid at -80 passes next to none of
 it, and makes roundings as small as its output. So each states how steep it is near a value, for the bound of :func:`eqfact.verify`.
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from eqfact.ops.base import Array, Blocking, Op, Shape, finite_magnitude, one_input
-from eqfact.ops.joining import common_shape, unbroadcast
+from eqfact.ops.base import Array, Blocking, Shape, finite_magnitude, one_input, parameter
 
 #: Beyond this the tails of the curves below are 0 or 1 in every precision.
 FAR = 40.0
@@ -238,25 +237,56 @@ class GELU(_Curve):
 class Softmax(Blocking):
     """``y = exp(x) / sum(exp(x))`` along ``axis`` of ``(N, C, *spatial)``, the channels by default.
 
+    ``mask`` is added to ``x`` before: an array ``(C or 1, *spatial or 1)``, minus infinity where an entry shall count for nothing, or
+    ``"causal"``, which leaves out all entries of the last axis behind the place in the one before (no token looks ahead).
+
     >>> Softmax().forward(np.zeros((1, 4)))
     array([[0.25, 0.25, 0.25, 0.25]])
+    >>> Softmax(-1, mask="causal").forward(np.zeros((1, 1, 2, 2)))
+    array([[[[1. , 0. ],
+             [0.5, 0.5]]]])
     """
 
     axis: int = 1
+    mask: Array | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, (int, np.integer)) or self.axis == 0:
             raise ValueError(f"Softmax axis must be an integer other than 0 (the batch), got {self.axis!r}")
         object.__setattr__(self, "axis", int(self.axis))
+        if isinstance(self.mask, str):
+            if self.mask != "causal":
+                raise ValueError(f"Softmax mask must be an array, 'causal' or None, got {self.mask!r}")
+        elif self.mask is not None:
+            mask = parameter("Softmax mask", self.mask, finite=False)
+            if not (mask < np.inf).all():
+                raise ValueError("Softmax mask must hold numbers or minus infinity, got NaN or infinity")
+            object.__setattr__(self, "mask", mask)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = one_input(self, shapes)
         if not -len(shape) <= self.axis <= len(shape):
             raise ValueError(f"Softmax axis {self.axis} is none of a value (N, {', '.join(map(str, shape))})")
+        axis = self.axis % (len(shape) + 1) - 1
+        if self.mask is None:
+            return tuple(shape)
+        if isinstance(self.mask, str):
+            if axis != len(shape) - 1 or axis < 2:
+                raise ValueError(f"Softmax with a causal mask goes along the last of two axes of tokens, got axis {self.axis} of {shape}")
+        elif self.mask.ndim != len(shape) or any(n not in (1, m) for n, m in zip(self.mask.shape, shape, strict=True)):
+            raise ValueError(f"Softmax mask of shape {self.mask.shape} does not fit a value of shape {shape}")
+        elif not np.isfinite(self.mask).any(axis=axis).all():
+            raise ValueError("Softmax mask leaves out all entries of a line")
         return tuple(shape)
 
+    def _masked(self, x: Array) -> Array:
+        if self.mask is None:
+            return x
+        mask: Array = np.triu(np.full(x.shape[-2:], -np.inf), 1) if isinstance(self.mask, str) else self.mask
+        return x + mask.astype(x.dtype, copy=False)
+
     def forward(self, *inputs: Array) -> Array:
-        y: Array = special.softmax(inputs[0], axis=self.axis)
+        y: Array = special.softmax(self._masked(inputs[0]), axis=self.axis)
         return y
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
@@ -272,32 +302,9 @@ class Softmax(Blocking):
         return np.where(span > 1, x.dtype.type(1 / u), np.minimum(bound, x.dtype.type(1 / u)))
 
     def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        """One rounding an entry of the sum; and that of what is masked, relative to the probability."""
         bound: Array = (self.roundings + output.shape[self.axis]) * finite_magnitude(output)
+        if self.mask is not None:
+            rounded = output * finite_magnitude(self._masked(inputs[0]))
+            bound += self.roundings * (rounded + output * rounded.sum(axis=self.axis, keepdims=True))
         return bound
-
-
-@dataclass(frozen=True, eq=False)
-class Mul(Blocking):
-    """Product of two values, entry by entry; a spatial axis of size 1 is broadcast (squeeze and excite)."""
-
-    reason = "multiplies two values, whose factors would multiply too"
-
-    def output_shape(self, *shapes: Shape) -> Shape:
-        return common_shape(self, shapes)
-
-    def forward(self, *inputs: Array) -> Array:
-        y: Array = math.prod(inputs[1:], start=inputs[0])
-        return y
-
-    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
-        others = (math.prod((v for j, v in enumerate(inputs) if j != i), start=cotangent) for i in range(len(inputs)))
-        return tuple(unbroadcast(product, x.shape) for product, x in zip(others, inputs, strict=True))
-
-    rounds = Op.rounds
-
-    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
-        """The error of each input times what the others may come to."""
-        largest = [np.abs(x) + u * e for e, x in zip(errors, inputs, strict=True)]
-        each = (math.prod((m for j, m in enumerate(largest) if j != i), start=e) for i, e in enumerate(errors))
-        result: Array = sum(each, start=np.zeros_like(errors[0]))
-        return result

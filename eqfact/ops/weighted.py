@@ -234,6 +234,7 @@ class BatchNorm(Weighted):
     mean: Array
     var: Array
     eps: float = 1e-5
+    gridded = False
 
     def __post_init__(self) -> None:
         for name in ("gamma", "beta", "mean", "var"):

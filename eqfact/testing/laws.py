@@ -17,7 +17,7 @@ from eqfact.calibration import Statistics, ValueStatistics, calibrate
 from eqfact.channels import channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, values
-from eqfact.ops import Affine, Array, Clip, Extend, Mul, Op, Weighted
+from eqfact.ops import Affine, Array, Clip, Extend, Normalization, Op, Weighted
 from eqfact.ops.base import Labels, along_channels
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def no_channel_moves_alone(graph: Graph) -> None:
 def every_free_label_is_free(graph: Graph, x: Data) -> None:
     """Each label by itself may take another factor: the function stays, bit for bit."""
     identity = Factorization.identity(graph)
-    for label in range(1, identity.channels.degrees_of_freedom + 1):
-        rescaling_keeps_the_function(graph, Factorization(identity.channels, _doubled(identity.by_label, label)), x)
+    for number in range(1, identity.channels.degrees_of_freedom + 1):
+        rescaling_keeps_the_function(graph, Factorization(identity.channels, _doubled(identity.free, number)), x)
 
 
 def every_pin_is_needed(graph: Graph, x: Data) -> None:
@@ -204,8 +204,7 @@ def degrees_of_freedom_are_maximal(graph: Graph, x: Data) -> None:
 
     One unknown ``log f`` for every channel of every value; the equations say that every op, rescaled, maps multiplied
     inputs to the multiplied output, that an op keeps one set of weights wherever it is used, and that inputs and outputs
-    stay. Products of values are pinned by choice (DESIGN section 3), which is added as an equation. For float64 networks on
-    data that moves every channel.
+    stay. For float64 networks on data that moves every channel.
     """
     every = values(graph, x)
     assert all(v.dtype == np.float64 for v in every.values()), "this law is checked in float64"
@@ -215,8 +214,6 @@ def degrees_of_freedom_are_maximal(graph: Graph, x: Data) -> None:
     held = {*graph.inputs, *graph.outputs}
     rows, first_use = [], dict[int, Node]()
     for node in graph.nodes:
-        if isinstance(node.op, Mul):
-            held |= {node.name, *node.inputs}
         first = first_use.setdefault(id(node.op), node) if isinstance(node.op, Weighted) else node
         rows.append(_jacobian(node, first, every, start, sum(sizes)))
     rows += [unknowns[start[name]:start[name] + every[name].shape[1]] for name in sorted(held)]
@@ -322,6 +319,10 @@ def tie_classes(graph: Graph) -> dict[str, Labels]:
 
 
 def _naive(op: Op, f_out: Array, f_in: Sequence[Array]) -> Op:
+    if isinstance(op, Normalization):  # eps takes up the mean factor of the channels normalised together
+        s = np.exp(np.log(f_in[0]).reshape(op.norm_groups, -1).mean(axis=1))
+        beta = None if op.beta is None else op.beta * f_out
+        return dataclasses.replace(op, gamma=op.gamma * f_out, beta=beta, eps=op.eps * s**2)  # type: ignore[type-var]
     if isinstance(op, Weighted):
         return op.rescale(f_out, *f_in)
     if isinstance(op, Clip):
