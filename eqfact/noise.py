@@ -24,7 +24,7 @@ from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
-from eqfact.ops.base import Array, Commuting, Weighted, along_channels, spread
+from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
 from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
 
 Vector = npt.NDArray[np.float64]
@@ -115,7 +115,7 @@ def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
         root[value] += math.sqrt(n / signal) if signal > 0 else 0.0
     of_weights: dict[str, Vector] = {}
     for node in reversed(graph.nodes):
-        if isinstance(node.op, Weighted):
+        if isinstance(node.op, Weighted) and node.op.divides:
             (value,) = node.inputs
             taps = node.op.taps().astype(np.float64)
             groups, out, inner, _ = taps.shape
@@ -154,10 +154,13 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     op, shapes, made_shape = node.op, [graph.shapes[i] for i in node.inputs], graph.shapes[node.name]
     if isinstance(op, Commuting) and op.activation:  # entry by entry: one pixel tells it all
         shapes, made_shape = [(s[0], *(1 for _ in s[1:])) for s in shapes], (made_shape[0], *(1 for _ in made_shape[1:]))
+    # what is divided by its own deviation over space must have one
+    varied, one = isinstance(op, Weighted), (1,) * len(shapes[0])
     rng, unit = np.random.default_rng(0), float(made.max()) or 1.0
     squares = np.zeros(graph.shapes[value][0])
     for point, signs in zip(special.ndtri((np.arange(POINTS) + 0.5) / POINTS), linalg.hadamard(POINTS), strict=True):
-        inputs = [spread(_drawn(stats[name], point), shape)[None] for name, shape in zip(node.inputs, shapes, strict=True)]
+        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else np.full(one, point), shape)[None]
+                  for name, shape in zip(node.inputs, shapes, strict=True)]
         entries = np.arange(math.prod(made_shape)).reshape(1, *made_shape)
         signs = signs[entries % POINTS] * rng.choice((-1.0, 1.0), size=entries.size // POINTS + 1)[entries // POINTS]
         cotangent = signs * along_channels(made / unit / math.sqrt(math.prod(made_shape[1:])), len(made_shape))
@@ -170,10 +173,11 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     return unit * np.sqrt(squares)
 
 
-def _drawn(stats: ValueStatistics, point: float) -> Vector:
-    """A value for each channel, so many deviations from its mean, but within what was seen."""
-    deviation = np.sqrt(np.maximum(stats.mean_square - stats.mean**2, 0))
-    drawn: Vector = np.clip(stats.mean + point * deviation, stats.min, stats.max)
+def _drawn(stats: ValueStatistics, points: Vector, shape: Shape) -> Vector:
+    """Values ``(C, *spatial)``, so many deviations from the means of their channels, but within what was seen."""
+    low, high, mean, deviation = (along_channels(v, len(shape)) for v in (
+        stats.min, stats.max, stats.mean, np.sqrt(np.maximum(stats.mean_square - stats.mean**2, 0))))
+    drawn: Vector = np.broadcast_to(np.clip(mean + points * deviation, low, high), shape)
     return drawn
 
 

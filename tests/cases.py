@@ -172,6 +172,46 @@ def by_channel(function: Callable[[float, int], float]) -> Expected:
     return run
 
 
+def features_last(expected: Expected) -> Expected:
+    """An operator whose features are the last axis."""
+    return lambda x: np.moveaxis(expected(np.moveaxis(x, 1, -1)), -1, 1)
+
+
+def causal(x: np.ndarray) -> np.ndarray:
+    """Token by token, over those that it may look at."""
+    y = np.zeros(x.shape)
+    for t in range(x.shape[-2]):
+        y[..., t, :t + 1] = onnx("Softmax", axis=-1)(x[..., t, :t + 1])
+    return y
+
+
+def scored(q: np.ndarray, k: np.ndarray, heads: int, kv_heads: int, scale: float) -> np.ndarray:
+    """Head by head, and window by window where tokens have one."""
+    width, windowed = q.shape[1] // heads, q.ndim == 4
+    q, k = (np.float64(v) if windowed else np.float64(v)[:, :, None] for v in (q, k))
+    y = np.stack([scale * np.einsum("ndwt,ndws->nwts", q[:, h * width:(h + 1) * width], k[:, (g := h * kv_heads // heads) * width:(g + 1) * width])
+                  for h in range(heads)], axis=1)
+    return y if windowed else y[:, :, 0]
+
+
+def mixed(p: np.ndarray, v: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    width, windowed = v.shape[1] // kv_heads, v.ndim == 4
+    p, v = (np.float64(p), np.float64(v)) if windowed else (np.float64(p)[:, :, None], np.float64(v)[:, :, None])
+    y = np.concatenate([np.einsum("nwts,ndws->ndwt", p[:, h], v[:, (g := h * kv_heads // heads) * width:(g + 1) * width])
+                        for h in range(heads)], axis=1)
+    return y if windowed else y[:, :, 0]
+
+
+def turned(x: np.ndarray, angle: np.ndarray, heads: int, interleaved: bool) -> np.ndarray:
+    """Pairs of channels as complex numbers."""
+    y, pairs, width = np.float64(x), len(angle), x.shape[1] // heads
+    for h, i in np.ndindex(heads, pairs):
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        z = (x[:, h * width + first] + 1j * x[:, h * width + second]) * np.exp(1j * np.float64(angle[i]))
+        y[:, h * width + first], y[:, h * width + second] = z.real, z.imag
+    return y
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 
@@ -418,6 +458,33 @@ def table(dtype: Any) -> list[Case]:
         np.log(np.abs(np.float64(x))) + np.log(np.abs(y)) + np.log(np.abs(z))) * np.sign(x) * np.sign(y) * np.sign(z))
     row("mul with one channel", eq.Mul(), (3, 4), (1, 4), expected=onnx("Mul"))
     row("mul over space", eq.Mul(), (3, 2, 4), (3, 1, 1), expected=onnx("Mul"))
+    c = np.where(np.arange(12).reshape(3, 1, 4) % 5 == 1, -np.inf, a(3, 1, 4)).astype(dtype)
+    row("softmax with a mask", eq.Softmax(-1, c), (3, 2, 4), expected=lambda x, c=c: onnx("Softmax", axis=-1)(np.float64(x) + c))
+    row("softmax, causal", eq.Softmax(-1, "causal"), (2, 3, 4), expected=causal)
+
+    # normalisations
+    w, b = a(4), a(4)
+    eps = 2.0**-10  # ONNX holds it in single precision
+    row("layernorm", eq.LayerNorm(w, b, eps), (4,), expected=onnx("LayerNormalization", w, b, epsilon=eps))
+    row("layernorm of tokens", eq.LayerNorm(w, eps=0.5), (4, 3, 2), expected=features_last(onnx("LayerNormalization", w, epsilon=0.5)))
+    row("rmsnorm", eq.RMSNorm(w, eps=eps), (4, 3), expected=features_last(onnx("RMSNormalization", w, opset=23, epsilon=eps)))
+    row("rmsnorm with beta", eq.RMSNorm(w, b, 0.25), (4, 3), expected=lambda x, w=w, b=b: by_channel(lambda v, i: v * float(w[i]) + float(b[i]))(
+        np.float64(x) / np.linalg.norm(np.concatenate([np.float64(x), np.full((len(x), 4, 3), 0.5)], axis=1), axis=1, keepdims=True) * 2))
+    row("groupnorm", eq.GroupNorm(2, w, b, eps), (4, 3, 2), expected=lambda x, w=w, b=b: by_channel(lambda v, i: v * float(w[i]) + float(b[i]))(
+        onnx("LayerNormalization", np.ones(12), epsilon=eps)(x.reshape(len(x), 2, 12)).reshape(x.shape)))
+    row("groupnorm without space, an eps a group", eq.GroupNorm(2, w, eps=np.array([0.5, 2.0])), (4,), expected=lambda x, w=w: np.concatenate([
+        onnx("LayerNormalization", w[i:i + 2], epsilon=e)(x[:, i:i + 2]) for i, e in ((0, 0.5), (2, 2.0))], axis=1))
+    row("instancenorm", eq.InstanceNorm(w, b, eps), (4, 3, 2), expected=onnx("InstanceNormalization", w, b, epsilon=eps))
+
+    # attention
+    row("scores", eq.Scores(2, scale=0.25), (6, 4), (6, 3), expected=lambda q, k: scored(q, k, 2, 2, 0.25))
+    row("scores of grouped queries, windows", eq.Scores(4, 2), (8, 2, 3), (4, 2, 3), expected=lambda q, k: scored(q, k, 4, 2, 1.0))
+    row("mix", eq.Mix(2), (2, 4, 3), (6, 3), expected=lambda p, v: mixed(p, v, 2, 2))
+    row("mix of grouped queries, windows", eq.Mix(4, 2), (4, 2, 3, 5), (2, 2, 5), expected=lambda p, v: mixed(p, v, 4, 2))
+    angle = a(2, 3)
+    for interleaved in (False, True):
+        row(f"rotary, {'interleaved' if interleaved else 'halves'}", eq.Rotary(2, np.cos(angle), np.sin(angle), interleaved), (10, 3),
+            expected=lambda x, angle=angle, interleaved=interleaved: turned(x, angle, 2, interleaved))
     return rows
 
 

@@ -56,6 +56,20 @@ def batchnorm(channels: int) -> eq.BatchNorm:
     return eq.BatchNorm(RNG.normal(size=channels), bias(channels), bias(channels), RNG.uniform(0.5, 2, channels))
 
 
+def layernorm(channels: int) -> eq.LayerNorm:
+    return eq.LayerNorm(RNG.normal(size=channels), bias(channels))
+
+
+def rmsnorm(channels: int) -> eq.RMSNorm:
+    return eq.RMSNorm(RNG.normal(size=channels), eps=1e-2)
+
+
+def rotary(heads: int) -> eq.Rotary:
+    """Two pairs of channels a head, over five tokens."""
+    angle = np.outer([1.0, 0.1], np.arange(5))
+    return eq.Rotary(heads, np.cos(angle), np.sin(angle))
+
+
 def net(name: str, shape: tuple[int, ...], outputs: list[str], free: dict[str, int], pinned: str, *nodes: tuple,
         y: tuple[int, ...] | None = None) -> Net:
     inputs = {"x": shape} if y is None else {"x": shape, "y": y}
@@ -63,6 +77,7 @@ def net(name: str, shape: tuple[int, ...], outputs: list[str], free: dict[str, i
 
 
 twice, siamese = conv(3, 3, 3, padding=1), conv(4, 2)
+rms = eq.RMSNorm(np.array([0.5, -1.0, 2.0]), eps=1e-2)
 
 NETS = [
     net("chain", (2,), ["fc2"], {"fc1": 3}, "x fc2",
@@ -167,13 +182,13 @@ NETS = [
     net("one channel of three into a curve", (2,), ["head"], {"fc": 2}, "x fc first curve cat head",
         ("fc", dense(3, 2), ["x"]), ("first", eq.Slice(0, 1), ["fc"]), ("curve", eq.Tanh(), ["first"]), ("rest", eq.Slice(1, 3), ["fc"]),
         ("cat", eq.Concat(), ["curve", "rest"]), ("head", dense(1, 3), ["cat"])),
-    net("squeeze and excite", (2, 3, 3), ["head"], {"squeeze": 2}, "x stem gap excite gate mul head",
+    net("squeeze and excite", (2, 3, 3), ["head"], {"stem": 4, "squeeze": 2}, "x excite gate head",
         ("stem", conv(4, 2), ["x"]), ("gap", eq.GlobalAvgPool(), ["stem"]), ("squeeze", conv(2, 4), ["gap"]),
         ("act", eq.ReLU(), ["squeeze"]), ("excite", conv(4, 2), ["act"]), ("gate", eq.Sigmoid(), ["excite"]),
         ("mul", eq.Mul(), ["stem", "gate"]), ("head", conv(2, 4), ["mul"])),
     net("softmax", (2,), ["head"], {"fc1": 3}, "x fc2 prob head",
         ("fc1", dense(3, 2), ["x"]), ("fc2", dense(3, 3), ["fc1"]), ("prob", eq.Softmax(), ["fc2"]), ("head", dense(2, 3), ["prob"])),
-    net("product", (2,), ["head"], {"fc": 4}, "x a b mul head",
+    net("product", (2,), ["head"], {"a": 3, "b": 3, "fc": 4}, "x head",
         ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("mul", eq.Mul(), ["a", "b"]), ("fc", dense(4, 3), ["mul"]),
         ("head", dense(1, 4), ["fc"])),
     net("3d", (1, 2, 3, 2), ["head"], {"conv": 2, "dw": 4}, "x head",
@@ -181,6 +196,57 @@ NETS = [
         ("flat", eq.Flatten(), ["gap"]), ("head", dense(1, 4), ["flat"])),
     net("dead end", (2,), ["head"], {"stem": 3, "loose": 2}, "x head",  # nobody reads it: no equation holds it
         ("stem", dense(3, 2), ["x"]), ("loose", dense(2, 3), ["stem"]), ("looser", eq.ReLU(), ["loose"]), ("head", dense(1, 3), ["stem"])),
+    net("product that is an output", (2,), ["mul"], {"a": 3}, "x mul",  # b carries the inverse of a
+        ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("mul", eq.Mul(), ["a", "b"])),
+    net("product of three", (2,), ["head"], {"a": 3, "b": 3, "c": 3}, "x head",
+        ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("c", dense(3, 2), ["x"]), ("mul", eq.Mul(), ["a", "b", "c"]),
+        ("head", dense(1, 3), ["mul"])),
+    net("one channel times many", (2, 3), ["head"], {"one": 1, "many": 3}, "x head",
+        ("one", conv(1, 2, axes=1), ["x"]), ("many", conv(3, 2, axes=1), ["x"]), ("mul", eq.Mul(), ["many", "one"]),
+        ("head", conv(2, 3, axes=1), ["mul"])),
+    net("square", (2,), ["head"], {"stem": 3}, "x head",
+        ("stem", dense(3, 2), ["x"]), ("square", eq.Mul(), ["stem", "stem"]), ("head", dense(1, 3), ["square"])),
+    net("square that is an output", (2,), ["square"], {}, "x stem square",  # 2 u = 0
+        ("stem", dense(3, 2), ["x"]), ("square", eq.Mul(), ["stem", "stem"])),
+    net("square and cube made equal", (2,), ["head"], {"half": 3}, "x head",  # 2 u = 3 v: u = 3 t, v = 2 t
+        ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("square", eq.Mul(), ["a", "a"]), ("cube", eq.Mul(), ["b", "b", "b"]),
+        ("add", eq.Add(), ["square", "cube"]), ("head", dense(1, 3), ["add"])),
+    net("residual around a product", (2,), ["head"], {"stem": 3}, "x gate head",  # x + x gate
+        ("stem", dense(3, 2), ["x"]), ("gate", dense(3, 2), ["x"]), ("mul", eq.Mul(), ["stem", "gate"]),
+        ("add", eq.Add(), ["stem", "mul"]), ("head", dense(1, 3), ["add"])),
+    net("shared gate", (2,), ["head"], {"a": 3, "b": 3}, "x gate curve head",
+        ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("gate", dense(3, 2), ["x"]), ("curve", eq.Sigmoid(), ["gate"]),
+        ("of_a", eq.Mul(), ["a", "curve"]), ("of_b", eq.Mul(), ["b", "curve"]), ("cat", eq.Concat(), ["of_a", "of_b"]),
+        ("head", dense(1, 6), ["cat"])),
+    net("swiglu", (3, 4), ["down"], {"norm": 3, "up": 5}, "x gate curve down",
+        ("norm", rmsnorm(3), ["x"]), ("gate", conv(5, 3, axes=1), ["norm"]), ("up", conv(5, 3, axes=1), ["norm"]),
+        ("curve", eq.SiLU(), ["gate"]), ("mul", eq.Mul(), ["curve", "up"]), ("down", conv(3, 5, axes=1), ["mul"])),
+    net("layernorm", (2, 4), ["head"], {"stem": 1, "norm": 3}, "x head",  # all channels of the stem share one factor
+        ("stem", conv(3, 2, axes=1), ["x"]), ("norm", layernorm(3), ["stem"]), ("head", conv(2, 3, axes=1), ["norm"])),
+    net("groupnorm", (2, 3, 3), ["head"], {"stem": 2, "norm": 4}, "x head",
+        ("stem", conv(4, 2), ["x"]), ("norm", eq.GroupNorm(2, np.array([0.5, -1.0, 2.0, 1.0]), bias(4)), ["stem"]),
+        ("head", conv(2, 4), ["norm"])),
+    net("instancenorm", (2, 3, 3), ["head"], {"stem": 4, "norm": 4}, "x head",
+        ("stem", conv(4, 2), ["x"]), ("norm", eq.InstanceNorm(np.array([0.5, -1.0, 2.0, 1.0]), bias(4)), ["stem"]), ("act", eq.ReLU(), ["norm"]),
+        ("head", conv(2, 4), ["act"])),
+    net("norm used twice", (3, 4), ["head"], {"norm": 3}, "x mid head",
+        ("first", rms, ["x"]), ("mid", conv(3, 3, axes=1), ["first"]), ("second", rms, ["mid"]), ("head", conv(2, 3, axes=1), ["second"])),
+    net("attention", (3, 5), ["out"], {"norm": 3, "q": 4, "v": 4}, "x scores prob out",  # k carries the inverse of q
+        ("norm", layernorm(3), ["x"]), ("q", conv(4, 3, axes=1), ["norm"]), ("k", conv(4, 3, axes=1), ["norm"]),
+        ("v", conv(4, 3, axes=1), ["norm"]), ("scores", eq.Scores(2, scale=0.5), ["q", "k"]), ("prob", eq.Softmax(-1, "causal"), ["scores"]),
+        ("mix", eq.Mix(2), ["prob", "v"]), ("out", conv(3, 4, axes=1), ["mix"])),
+    net("grouped queries, rotary", (3, 5), ["out"], {"k": 4, "v": 8}, "x scores prob out",  # of k two pairs a head
+        ("q", conv(16, 3, axes=1), ["x"]), ("k", conv(8, 3, axes=1), ["x"]), ("v", conv(8, 3, axes=1), ["x"]),
+        ("turned_q", rotary(4), ["q"]), ("turned_k", rotary(2), ["k"]), ("scores", eq.Scores(4, 2, 0.5), ["turned_q", "turned_k"]),
+        ("prob", eq.Softmax(-1), ["scores"]), ("mix", eq.Mix(4, 2), ["prob", "v"]), ("out", conv(3, 16, axes=1), ["mix"])),
+    net("linear attention", (3, 4), ["out"], {"q": 4, "k": 1, "v": 4}, "x out",  # no softmax: the head carries a factor of its own
+        ("q", conv(4, 3, axes=1), ["x"]), ("k", conv(4, 3, axes=1), ["x"]), ("v", conv(4, 3, axes=1), ["x"]),
+        ("scores", eq.Scores(1), ["q", "k"]), ("mix", eq.Mix(1), ["scores", "v"]), ("out", conv(3, 4, axes=1), ["mix"])),
+    net("pre-norm block", (3, 4), ["head"], {"stem": 1, "v": 3, "last": 3}, "x norm scores prob head",  # norm norm: 2 u = 0
+        ("stem", conv(3, 3, axes=1), ["x"]), ("norm", layernorm(3), ["stem"]), ("v", conv(3, 3, axes=1), ["norm"]),
+        ("scores", eq.Scores(1), ["norm", "norm"]), ("prob", eq.Softmax(-1), ["scores"]), ("mix", eq.Mix(1), ["prob", "v"]),
+        ("out", conv(3, 3, axes=1), ["mix"]), ("add", eq.Add(), ["stem", "out"]), ("last", layernorm(3), ["add"]),
+        ("head", conv(2, 3, axes=1), ["last"])),
 ]
 
 BY_NAME = {net.name: net for net in NETS}

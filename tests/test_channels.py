@@ -1,5 +1,7 @@
 """Labels, ties, pins and degrees of freedom: counted by hand, counted by rank, and tried out."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,9 +9,11 @@ from hypothesis import strategies as st
 from nets import BY_NAME, NETS, conv, dense
 
 import eqfact as eq
+from eqfact.ops.base import Relation
 from eqfact.testing import laws
 from eqfact.testing.strategies import batches, networks
 
+module = sys.modules["eqfact.channels"]
 any_net = pytest.mark.parametrize("net", NETS, ids=str)
 
 
@@ -59,8 +63,12 @@ def test_labels_number_the_free_factors_in_order(graph):
     resolved = eq.channels(graph)
     assert list(resolved.labels) == list(graph.shapes)
     assert all(labels.shape == graph.shapes[value][:1] for value, labels in resolved.labels.items())
-    seen = list(dict.fromkeys(np.concatenate([*resolved.labels.values(), [0]]).tolist()))
-    assert sorted(seen) == list(range(resolved.degrees_of_freedom + 1))
+    seen = np.unique(np.concatenate([*resolved.labels.values(), [0]]))
+    assert seen[-1] < resolved.size and resolved.forms.shape == (resolved.size, resolved.degrees_of_freedom + 1)
+    if graph.traced.relations:  # a free number may stand in forms of several only: 2 u = 3 v
+        assert abs(resolved.forms[seen]).sum(axis=0)[1:].all()
+    else:
+        assert seen.tolist() == list(range(resolved.degrees_of_freedom + 1)) and resolved.compound is None
 
 
 @given(networks())
@@ -81,12 +89,99 @@ def test_ends_are_pinned(graph):
 @given(networks())
 def test_tied_channels_are_those_that_merging_joins(graph):
     resolved, classes = eq.channels(graph), laws.tie_classes(graph)
-    root_of = {}
+    root_of, label_of = {}, {}
     for value, labels in resolved.labels.items():
         for label, root in zip(labels.tolist(), classes[value].tolist(), strict=True):
-            if label:
+            assert label_of.setdefault(root, label) == label
+            if label and not graph.traced.relations:  # these tie channels, too
                 assert root_of.setdefault(label, root) == root
-    assert len(set(root_of.values())) == len(root_of)
+
+
+@given(networks())
+def test_forms_solve_every_relation(graph):
+    resolved = eq.channels(graph)
+    of_raw = np.zeros(graph.traced.size, np.int64)
+    for value, full in graph.labels.items():
+        of_raw[full.reshape(len(full), -1)[:, 0]] = resolved.labels[value]
+    for relation in graph.traced.relations:
+        total = sum(c * resolved.forms[of_raw[term]] for c, term in zip(relation.coefficients, relation.labels.T, strict=True))
+        assert not total.toarray()[:, 1:].any()
+
+
+# ------------------------------------------------------------------------------------------------ whole-number systems
+
+
+def solved(system):
+    """Pins and ties left aside: the forms of as many variables as there are columns."""
+    rows, count = system
+    reason_of = np.full(count, -1)
+    relations = [Relation(tuple(c for _, c in row), np.array([[v for v, _ in row]]), f"row {i}", "why") for i, row in enumerate(rows)]
+    return module._solve(np.arange(count), relations, reason_of, 0), reason_of
+
+
+systems = st.integers(1, 8).flatmap(lambda count: st.tuples(
+    st.lists(st.lists(st.tuples(st.integers(0, count - 1), st.integers(-6, 6)), min_size=1, max_size=4), max_size=8), st.just(count)))
+
+
+def matrix(rows, count):
+    a = np.zeros((len(rows), count), np.int64)
+    for i, row in enumerate(rows):
+        for variable, c in row:
+            a[i, variable] += c
+    return a
+
+
+@given(systems)
+def test_every_whole_solution_is_a_whole_combination_and_none_is_left_out(system):
+    forms, reason_of = solved(system)
+    a, b = matrix(*system), forms.toarray()
+    assert not (a @ b).any()
+    assert b.shape[1] == a.shape[1] - (np.linalg.matrix_rank(a.astype(float)) if a.size else 0)
+    for prime in (2, 3, 5, 7, 11, 13):  # u = B t whole with t not whole would make B t = 0 modulo some prime
+        assert rank_modulo(b, prime) == b.shape[1]
+    assert ((reason_of >= 0) == ~b.any(axis=1)).all()
+
+
+def rank_modulo(matrix_, prime):
+    rows, rank = [[int(x) % prime for x in row] for row in matrix_], 0
+    for column in range(matrix_.shape[1]):
+        pivot = next((i for i in range(rank, len(rows)) if rows[i][column]), None)
+        if pivot is None:
+            continue
+        rows[rank], rows[pivot] = rows[pivot], rows[rank]
+        inverse = pow(rows[rank][column], -1, prime)
+        for i in range(rank + 1, len(rows)):
+            factor = rows[i][column] * inverse % prime
+            rows[i] = [(x - factor * y) % prime for x, y in zip(rows[i], rows[rank], strict=True)]
+        rank += 1
+    return rank
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ([(0, 2)], [[]]), ([(0, 2), (1, -2)], [[1], [1]]), ([(0, 2), (1, -3)], [[3], [2]]), ([(0, 1), (1, 1)], [[-1], [1]]),
+    ([(0, 1), (0, 1), (1, -1)], [[1], [2]]), ([(0, 6), (1, 10), (1, -1)], [[-3], [2]]),
+])
+def test_one_relation_by_hand(row, expected):
+    forms, _ = solved(([row], 1 + max(v for v, _ in row)))
+    got = forms.toarray().tolist()
+    assert got == expected or got == [[-x for x in line] for line in expected]
+
+
+def test_what_follows_is_expressed_by_what_it_follows_from():
+    """The first term of a relation gives way: the output of a product, not the inputs."""
+    forms, _ = solved(([[(2, 1), (0, -1), (1, -1)]], 3))
+    assert forms.toarray().tolist() == [[1, 0], [0, 1], [1, 1]]
+
+
+def test_a_pin_that_follows_from_several_relations_has_a_reason():
+    _, reason_of = solved(([[(0, 1), (1, 1)], [(0, 1), (1, -1)]], 2))  # u + v = 0 = u - v
+    assert (reason_of == 1).all()
+
+
+def test_eliminations_that_forget_a_remainder_are_caught(monkeypatch):
+    monkeypatch.setattr(module._Elimination, "_replace", lambda self, variable, form, cause: self.forms.update({variable: {}}))
+    with pytest.raises((AssertionError, IndexError)):
+        test_every_whole_solution_is_a_whole_combination_and_none_is_left_out.hypothesis.inner_test(([[(0, 2), (1, -3)]], 2))
 
 
 # ------------------------------------------------------------------------------------------------ labels by hand
@@ -140,7 +235,10 @@ def test_a_pin_holds_one_channel_only():
     ("inner value that is an output", "fc1", "network output 'act'"),
     ("sigmoid", "fc1", "read by 'curve': Sigmoid is not positively homogeneous"),
     ("sigmoid", "curve", "made by 'curve': Sigmoid is not positively homogeneous"),
-    ("squeeze and excite", "stem", "read by 'mul': Mul multiplies two values, whose factors would multiply too"),
+    ("residual around a product", "gate", "held by 'mul': Mul multiplies values, and the factors of the others leave it none"),
+    ("square that is an output", "stem", "held by 'square': Mul multiplies values, and the factors of the others leave it none"),
+    ("squeeze and excite", "excite", "read by 'gate': Sigmoid is not positively homogeneous"),
+    ("attention", "scores", "read by 'prob': Softmax is not positively homogeneous"),
     ("pad with a constant", "stem", "read by 'pad': Pad with the constant 1.5 would have to pad 1.5 * f"),
     ("residual onto the input", "narrow", "network input 'x'"),
     ("one channel of three into a curve", "fc", "1 of 3 channels: read by 'curve': Tanh is not positively homogeneous"),

@@ -144,7 +144,7 @@ def test_powers_of_two_are_the_nearest(case):
     _, _, f = case
     rounded = f.power_of_two()
     assert laws.powers_of_two(rounded.by_label)
-    assert np.all(np.abs(np.log2(rounded.by_label / f.by_label)) <= 0.5 + 1e-12)
+    assert np.all(np.abs(np.log2(rounded.free / f.free)) <= 0.5 + 1e-12)
     laws.same_factors(rounded.power_of_two(), rounded)
 
 
@@ -163,8 +163,25 @@ def test_there_are_factors_for_every_value(net):
 
 @any_net
 def test_a_factorization_is_made_again_from_its_factors(net):
+    laws.same_factors(eq.Factorization.of(net.graph, some(net.graph)), some(net.graph))
     f = some(net.graph, powers_of_two=False)
-    laws.same_factors(eq.Factorization.of(net.graph, f), f)
+    again = eq.Factorization.of(net.graph, f)
+    for value, factors in f.items():
+        assert again[value] == pytest.approx(factors, rel=1e-12)
+        if not net.graph.traced.relations:
+            assert np.array_equal(again[value], factors)
+
+
+def test_what_follows_from_a_named_product_is_as_little_as_it_can_be():
+    graph = BY_NAME["product"].graph
+    f = eq.Factorization.of(graph, {"a": [2.0, 1.0, 4.0], "b": [1.0, 8.0, 0.25]})
+    assert f["mul"].tolist() == [2, 8, 1]
+    assert eq.Factorization.of(graph, {"mul": [2.0, 8.0, 1.0], "a": [2.0, 1.0, 4.0]})["b"].tolist() == [1, 8, 0.25]
+    alone = eq.Factorization.of(graph, {"mul": [2.0, 8.0, 1.0]})
+    assert alone["a"].tolist() == [2, 8, 1] and np.all(alone["b"] == 1)
+    assert eq.Factorization.of(BY_NAME["square and cube made equal"].graph, {"add": [64.0, 1.0, 1.0]})["b"].tolist() == [4, 1, 1]
+    with pytest.raises(ValueError, match="value 'mul', channel 1: this channel's factor follows from others as 8 .*, got 4"):
+        eq.Factorization.of(graph, {"mul": [2.0, 4.0, 1.0], "a": [2.0, 1.0, 4.0], "b": [1.0, 8.0, 0.25]})
 
 
 def test_what_is_tied_to_a_named_value_follows():

@@ -53,6 +53,8 @@ def replaced(op, weight):
 
     if isinstance(op, eq.BatchNorm):  # var = 1, eps = 0 makes gamma the slope
         return eq.BatchNorm(weight[:, 0], op.beta, op.mean, np.ones_like(op.var), eps=0.0)
+    if isinstance(op, eq.ops.Normalization):
+        return replace(op, gamma=weight[:, 0])
     return replace(op, weight=weight)
 
 

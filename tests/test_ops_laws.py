@@ -10,6 +10,7 @@ from cases import CASES, IN_FLOAT64, WEIGHTED
 import eqfact as eq
 from eqfact.testing import laws
 
+LINEAR = [case for case in WEIGHTED if not isinstance(case.op, eq.ops.Normalization)]
 PASSING = [case for case in CASES if not isinstance(case.op, eq.ops.Weighted)]
 
 
@@ -65,7 +66,7 @@ def test_magnitude_bounds_forward(case):
     laws.magnitude_bounds_forward(case.op, [-100 * np.abs(x) for x in inputs])
 
 
-@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+@pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_magnitude_of_a_positive_weighted_op_is_its_output(case):
     # the bound is attained, so it is not merely large
     keys = ("gamma", "beta") if isinstance(case.op, eq.BatchNorm) else ("weight", "bias")
@@ -79,6 +80,27 @@ def test_magnitude_of_a_positive_weighted_op_is_its_output(case):
         assert np.all(np.abs(bound - y) <= 4 * np.finfo(case.dtype).eps * y)
     else:
         assert np.array_equal(bound, y)
+
+
+@pytest.mark.parametrize("case", [case for case in WEIGHTED if isinstance(case.op, eq.ops.Normalization)], ids=str)
+def test_a_normalisation_is_bounded_by_the_root_of_how_many_it_normalises(case):
+    """One entry far from all others comes near that bound, one far from zero among all others does not exceed it."""
+    (x,) = case.inputs()
+    first = (slice(None), 0, *(0,) * (x.ndim - 2))
+    x[first] = 1e4
+    bound, y = case.op.magnitude(np.abs(x)), case.op.forward(x)
+    assert np.all(np.abs(y) <= bound * (1 + 1e-5))
+    beta = 0 if case.op.beta is None else case.op.beta[0]
+    assert np.all(np.abs(y[first] - beta) >= 0.7 * (bound[first] - np.abs(beta)))
+
+
+def test_the_gain_of_a_normalisation_is_that_at_the_value():
+    """The smaller what it divides by, the more of an error passes."""
+    op, e = eq.RMSNorm(np.ones(2), eps=0.0), np.full((1, 2), 1.0)
+    small, large = (op.passes([e], [np.array([[size, size]])], 1e-9) for size in (1e-3, 1e3))
+    assert small == pytest.approx(2e3, rel=1e-5) and large == pytest.approx(2e-3, rel=1e-5)
+    assert np.all(op.passes([e], [np.zeros((1, 2))], 1e-9) <= 2 * math.sqrt(2) / 1e-9)
+    assert np.all(op.passes([0 * e], [np.zeros((1, 2))], 1e-9) == 0)
 
 
 #: From far within a rounding of the entries to intervals that reach over every limit.
@@ -222,7 +244,7 @@ def test_taps_are_the_weights_by_group_output_and_input(case):
         assert np.array_equal(op.taps()[group, within, i], op.weight[o, i].ravel())
 
 
-@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+@pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_columns_say_which_input_channel_they_read(case):
     """An input that lives in one channel only sees that channel's column."""
     (x,) = case.inputs()

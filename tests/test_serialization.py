@@ -52,7 +52,9 @@ def every_op(dtype=np.float64):
         eq.Flatten(), ops.Transpose((2, 0, 1)), eq.Slice(-3, 4), eq.Permute((2, 0, 3, 1)),
         eq.Rearrange(((2, 2), (6,), (3, 2)), ((), (2, 0), (4, 1, 3))), eq.Take((3, 0, 0), axis=1), eq.Affine(w(4, 1, 1), w(1, 6, 6)),
         eq.Sigmoid(), ops.HardSigmoid(third), eq.Tanh(), eq.SiLU(), eq.HardSwish(), ops.Erf(), eq.GELU(), eq.GELU(approximate=True),
-        eq.Softmax(), eq.Softmax(axis=-1), eq.FakeQuantize(eq.UniformQuantizer(bits=4, rounding="floor").grid(-w(4), w(4))),
+        eq.Softmax(), eq.Softmax(axis=-1), eq.Softmax(-1, "causal"), eq.Softmax(2, np.log(np.abs(w(1, 6, 6)))),
+        eq.LayerNorm(w(4), w(4)), eq.RMSNorm(w(4), eps=third), eq.GroupNorm(2, w(4), eps=np.array([third, 1.0])), eq.InstanceNorm(w(4), w(4)),
+        eq.FakeQuantize(eq.UniformQuantizer(bits=4, rounding="floor").grid(-w(4), w(4))),
         eq.FakeQuantize(eq.UniformQuantizer(symmetric=False).grid([0.0], [third]), step=w(4).astype(np.float64)),
     ]
 
@@ -73,6 +75,15 @@ def branching(dtype=np.float64):
     ], ["fc", "add"])
 
 
+def attention(dtype=np.float64):
+    q, k, v = (eq.Conv(draw(4, 3, 1, dtype=dtype)) for _ in "qkv")
+    return eq.Graph({"x": (3, 5)}, [
+        eq.Node("q", q, ["x"]), eq.Node("k", k, ["x"]), eq.Node("v", v, ["x"]),
+        eq.Node("turned", eq.Rotary(2, draw(1, 5, dtype=dtype), draw(1, 5, dtype=dtype), interleaved=True), ["q"]),
+        eq.Node("scores", eq.Scores(2, scale=1 / 3), ["turned", "k"]), eq.Node("prob", eq.Softmax(-1), ["scores"]),
+        eq.Node("mix", eq.Mix(2), ["prob", "v"])], ["mix"])
+
+
 def tiny():
     return eq.Graph.chain((2,), fc=eq.Dense(draw(2, 2)), act=eq.Clip(0, np.inf), out=eq.Dense(draw(1, 2), draw(1)))
 
@@ -87,6 +98,7 @@ def nets():
     for dtype in DTYPES:
         for i, op in enumerate(every_op(dtype)):
             yield pytest.param(one_op(op), id=f"{type(op).__name__}-{i}-{dtype.__name__}")
+        yield pytest.param(attention(dtype), id=f"attention-{dtype.__name__}")
         yield pytest.param(branching(dtype), id=f"branching-{dtype.__name__}")
         yield pytest.param(quantized(dtype), id=f"quantized-{dtype.__name__}")
     yield pytest.param(eq.Graph.chain((6,), deep=ops.Unflatten((2, 3)), flat=eq.Flatten()), id="unflatten")

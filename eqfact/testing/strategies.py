@@ -2,7 +2,7 @@
 
 Networks are small (up to six channels a layer, up to six pixels an axis) and ill on purpose: fan-out, residuals, concats,
 groups, one op at several nodes, dead and nearly dead channels, inner values that are outputs, several inputs, limits,
-non-zero padding, products. Nothing is filtered: every draw is a network. Magnitudes are tracked while building, so that no
+non-zero padding, products of values, normalisations, attention. Nothing is filtered: every draw is a network. Magnitudes are tracked while building, so that no
 value overflows and none gets so small that powers of two would round.
 
 >>> from hypothesis import given
@@ -31,6 +31,8 @@ from eqfact.ops.base import Padding
 LARGEST_INPUT = 2.0
 #: Values may not grow beyond this before a product or a saturating curve reads them: keeps exp(-x) and its products normal.
 LARGEST_SATURATING = 16.0
+#: Nor beyond this before layers that make queries and keys of it, whose products go through an exponential.
+LARGEST_QUERY = 3.0
 #: Rows of weights are normalised to at most 1 and spread down to this.
 SMALLEST_ROW = 2.0**-3
 #: The rows of a nearly dead channel are multiplied by this, once in a network.
@@ -132,7 +134,11 @@ class _Builder:
         if self.largest(value) <= LARGEST_SATURATING:
             menu += [self.curve, self.curve]
             if self.products < 2:
-                menu += [self.mul] + [self.gate] * bool(sizes)
+                menu += [self.mul, self.gated] + [self.gate] * bool(sizes)
+        if pixels > 1 or channels > 1:
+            menu += [self.norm]
+        if self.products < 2 and 1 <= len(sizes) <= 2 and pixels <= 36 and self.largest(value) <= LARGEST_QUERY:
+            menu += [self.attention] * 6
         if any(self.accepts(node.op, value) for node in self.nodes):
             menu += [self.again]
         return menu
@@ -398,6 +404,53 @@ class _Builder:
         self.products += 1
         mates = [name for name in self.mates(value) if self.largest(name) <= LARGEST_SATURATING]
         return self.add(ops.Mul(), value, self.draw(st.sampled_from(mates)))
+
+    def gated(self, value: str) -> str:
+        """Two layers of one value multiplied, one of them perhaps through a curve (GLU, SwiGLU)."""
+        self.products += 1
+        out = self.draw(st.integers(1, 4))
+        a, b = (self.add(self.pointwise(value, out), value) for _ in range(2))
+        return self.add(ops.Mul(), self.add(ops.SiLU(), a) if self.draw(st.booleans()) else a, b)
+
+    def attention(self, value: str) -> str:
+        """Queries, keys and values of one value; grouped, rotary, masked, without Softmax, with a residual: each perhaps."""
+        self.products += 2
+        channels, *_, tokens = self.shapes[value]
+        kv_heads, width = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 3))
+        heads = kv_heads * self.draw(st.integers(1, 2))
+        q, k, v = (self.add(self.pointwise(value, n * width), value) for n in (heads, kv_heads, kv_heads))
+        if width > 1 and self.draw(st.booleans()):
+            angle = self.rng.uniform(-3, 3, (1, tokens))
+            cos, sin, interleaved = np.cos(angle).astype(self.dtype), np.sin(angle).astype(self.dtype), self.draw(st.booleans())
+            q, k = (self.add(ops.Rotary(n, cos, sin, interleaved), x) for n, x in ((heads, q), (kv_heads, k)))
+        scores = self.add(ops.Scores(heads, kv_heads, self.draw(st.sampled_from([1.0, 0.5]))), q, k)
+        if self.draw(st.sampled_from([True, True, False])):
+            mask = self.draw(st.sampled_from(["causal", "numbers", None]))
+            if mask == "numbers":
+                shape = self.shapes[scores]
+                mask = np.where(self.rng.random((1, *shape[1:])) < 0.3, -np.inf, self.rng.normal(size=(1, *shape[1:]))).astype(self.dtype)
+                mask[..., 0] = 0
+            scores = self.add(ops.Softmax(-1, mask), scores)
+        out = self.add(ops.Mix(heads, kv_heads), scores, v)
+        if self.draw(st.booleans()):
+            return self.add(ops.Add(), self.add(self.pointwise(out, channels), out), value)
+        return out
+
+    def pointwise(self, value: str, out: int) -> Op:
+        """A layer of each pixel by itself."""
+        channels, *sizes = self.shapes[value]
+        weight, bias = self.weights(out, channels, *(1 for _ in sizes))
+        return ops.Conv(weight, bias) if sizes else ops.Dense(weight, bias)
+
+    def norm(self, value: str) -> str:
+        channels, *sizes = self.shapes[value]
+        gamma, beta = ((self.rng.normal(size=channels) / 2).astype(self.dtype) for _ in range(2))
+        eps = self.draw(st.sampled_from([1e-5, 1e-2]))
+        groups = self.draw(st.sampled_from([g for g in (2, 3, 1, channels) if channels % g == 0]))
+        norms: list[Op] = [ops.LayerNorm(gamma, beta, eps), ops.RMSNorm(gamma, eps=eps)] * (channels > 1)
+        norms += [ops.GroupNorm(groups, gamma, beta, eps)] * 2
+        norms += [ops.InstanceNorm(gamma, beta, eps)] * (math.prod(sizes) > 1)
+        return self.add(self.draw(st.sampled_from(norms)), value)
 
     def gate(self, value: str) -> str:
         """Squeeze and excite: a value times a curve of its own mean."""
