@@ -13,6 +13,7 @@ from eqfact.correction import Correction, absorb_high_bias, batchnorm_gaussians,
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.factorization import Factorization
 from eqfact.folding import fold_batchnorm, folding_obstacles
+from eqfact.freeing import add_scales, slope_gates
 from eqfact.gradients import Gradients, backward
 from eqfact.graph import Graph, Node, forward, values
 from eqfact.metrics import sqnr
@@ -29,9 +30,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Channels", "Correction", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node", "NoiseModel",
     "Sensitivities", "Statistics", "UniformQuantizer", "ValueStatistics", "Verification",
-    "absorb_high_bias", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias", "correct_bias_analytically",
+    "absorb_high_bias", "add_scales", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias", "correct_bias_analytically",
     "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "forward_sensitivities",
-    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "sqnr", "values", "verify",
+    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "slope_gates", "sqnr", "values", "verify",
     *_ops,
 ]
 

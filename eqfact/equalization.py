@@ -18,6 +18,7 @@ from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, la
 from eqfact.calibration import Statistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
+from eqfact.freeing import freed_by_slopes
 from eqfact.graph import Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import decibels_above, objective_at, optimal
@@ -116,6 +117,8 @@ def equalize(graph: Graph, method: str | Rule = "cross_layer", *, stats: Statist
         gap_db = _gap_db(found, wanted, factorization, objective)
         what = "expected noise" if objective == "noise" else "mean of all squared ranges"
         message += f"; no factors within these bounds lower the {what} by more than {gap_db:.2g} dB"
+    if more := freed_by_slopes(graph):
+        message += f"; {more} more factors would be free with a slope a channel in gates (eqfact.slope_gates)"
     return replace(found, graph=factorization.apply(graph), factorization=factorization, predicted=predicted, message=message,
                    gap_db=gap_db)
 

@@ -270,16 +270,30 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
     """The values that an integer engine rounds and stores, in dependency order.
 
     Not stored are: a value whose only reader is an activation (it is fused with it), what ops that only move entries make
-    (it is on its input's grid already), and, unless ``outputs``, network outputs that no node reads.
+    (it is on its input's grid already), scores on their way to a Softmax (engines go on with their sums), and, unless ``outputs``,
+    network outputs that no node reads.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.ones((3, 1))), act=ReLU(), fc2=Dense(np.ones((1, 3))))
     >>> stored_values(net)
     ['x', 'act']
     """
     readers = graph.readers
-    moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves}
+    moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves} | _sums(graph)
     return [value for value in graph.shapes if value not in moved and (
         (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or fused_activation(readers[value]) is None)]
+
+
+def _sums(graph: Graph) -> set[str]:
+    """Values that are sums of products of values, perhaps with a mask or a scale on them, and that nothing but a Softmax reads."""
+    sums = set[str]()
+    for node in graph.nodes:
+        if node.op.sums or (isinstance(node.op, Commuting) and not sums.isdisjoint(node.inputs)):
+            sums.add(node.name)
+    readers = graph.readers
+    for value in reversed([name for name in graph.shapes if name in sums]):
+        if value in graph.outputs or not readers[value] or any(r.name not in sums and not r.op.exponential for r in readers[value]):
+            sums.remove(value)
+    return sums
 
 
 def fused_activation(readers: tuple[Node, ...]) -> Node | None:

@@ -108,7 +108,9 @@ class Side:
         if isinstance(op, Weighted):
             weights = op.absolute.taps().sum(axis=3, dtype=np.float64)
             groups, out, inner = weights.shape
-            read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0) if op.divides else np.array([1.0, 0.0])
+            read = np.broadcast_to([1.0, 0.0], (groups, inner, 2))
+            if op.divides:
+                read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0)
             s = np.matmul(weights, read).reshape(groups * out, 2).T.copy()
         else:
             # what carries a channel of the input on has its label; what is related to channels of the input moves with them (docs/algebra.md);

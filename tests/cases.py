@@ -447,6 +447,14 @@ def table(dtype: Any) -> list[Case]:
     row("gelu", eq.GELU(), (3, 4), expected=entrywise(lambda x: x * math.erfc(-x / math.sqrt(2)) / 2))
     row("gelu, approximate", eq.GELU(approximate=True), (3, 4), expected=entrywise(
         lambda x: x / (1 + math.exp(-math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)))))
+    c = np.exp2(a(3))
+    for inner, name in ((eq.SiLU(), "silu"), (eq.HardSwish(), "hardswish"), (eq.GELU(), "gelu")):
+        row(f"{name} with a slope a channel", eq.Sloped(inner, c), (3, 4), expected=by_channel({
+            "silu": lambda x, i, c=c: x / (1 + math.exp(-x * float(c[i]))),
+            "hardswish": lambda x, i, c=c: x * sorted([0, x * float(c[i]) / 6 + 0.5, 1])[1],
+            "gelu": lambda x, i, c=c: x * math.erfc(-x * float(c[i]) / math.sqrt(2)) / 2}[name]))
+    row("gelu with one slope", eq.Sloped(eq.GELU(approximate=True), 0.5), (3,), expected=entrywise(
+        lambda x: x / (1 + math.exp(-math.sqrt(8 / math.pi) * (x / 2 + 0.044715 * x**3 / 8)))))
     row("erf", eq.Erf(), (3, 4), expected=entrywise(math.erf))
     row("hardsigmoid", eq.HardSigmoid(), (3, 4), expected=entrywise(lambda x: sorted([0, 0.2 * x + 0.5, 1])[1]))
     row("hardsigmoid, alpha and beta", eq.HardSigmoid(0.125, 0.25), (3, 4), expected=onnx("HardSigmoid", alpha=0.125, beta=0.25))

@@ -218,6 +218,8 @@ NETS = [
         ("a", dense(3, 2), ["x"]), ("b", dense(3, 2), ["x"]), ("gate", dense(3, 2), ["x"]), ("curve", eq.Sigmoid(), ["gate"]),
         ("of_a", eq.Mul(), ["a", "curve"]), ("of_b", eq.Mul(), ["b", "curve"]), ("cat", eq.Concat(), ["of_a", "of_b"]),
         ("head", dense(1, 6), ["cat"])),
+    net("slopes", (2,), ["head"], {"fc": 4}, "x head",
+        ("fc", dense(4, 2), ["x"]), ("act", eq.Sloped(eq.SiLU(), np.array([1.0, 2.0, 0.5, 1.0])), ["fc"]), ("head", dense(1, 4), ["act"])),
     net("swiglu", (3, 4), ["down"], {"norm": 3, "up": 5}, "x gate curve down",
         ("norm", rmsnorm(3), ["x"]), ("gate", conv(5, 3, axes=1), ["norm"]), ("up", conv(5, 3, axes=1), ["norm"]),
         ("curve", eq.SiLU(), ["gate"]), ("mul", eq.Mul(), ["curve", "up"]), ("down", conv(3, 5, axes=1), ["mul"])),

@@ -45,8 +45,8 @@ def keeps_the_function(graph, x, result, method):
     """Equal within rounding; factors finite, positive and within the method's bound; 1 where pinned."""
     verdict = eq.verify(graph, result.graph, x)
     assert verdict.equal, verdict.message
-    f = factors_of(result)
-    assert np.isfinite(f).all()
+    f = result.factorization.free  # what multiplies q divides k
+    assert np.isfinite(factors_of(result)).all()
     assert f.min() >= SMALLEST[method] * (1 - 1e-12)
     assert f.max() <= LARGEST[method]
     for value, labels in result.factorization.channels.labels.items():
@@ -302,28 +302,33 @@ def test_fault_6_outputs_without_relu_range_over_their_magnitude():
 
 
 def ranges_of(graph, resolved):
-    """Largest weight that makes and that reads each free label, by loops over the weights of a graph."""
-    made, read = {}, {}
+    """Largest weight that grows and that shrinks with each free number, by loops over the weights of a graph."""
+    growing, shrinking, forms = {}, {}, resolved.forms.toarray()
+
+    def note(label, largest, makes):
+        for number in np.flatnonzero(forms[label]).tolist():
+            side = growing if (forms[label, number] > 0) == makes else shrinking
+            side[number] = max(side.get(number, 0.0), float(largest))
+
     for node in graph:
         if not isinstance(node.op, eq.Weighted):
             continue
         weight, groups = np.abs(node.op.weight.astype(np.float64)), node.op.groups
         per_group = len(weight) // groups
         for o, label in enumerate(resolved.labels[node.name].tolist()):
-            made[label] = max(made.get(label, 0.0), float(weight[o].max()))
-        for i, label in enumerate(resolved.labels[node.inputs[0]].tolist()):
+            note(label, weight[o].max(), True)
+        for i, label in enumerate(resolved.labels[node.inputs[0]].tolist() if node.op.divides else ()):
             group, place = divmod(i, weight.shape[1])
-            column = weight[group * per_group:(group + 1) * per_group, place]
-            read[label] = max(read.get(label, 0.0), float(column.max()))
-    return made, read
+            note(label, weight[group * per_group:(group + 1) * per_group, place].max(), False)
+    return growing, shrinking
 
 
 def made_equals_read(result, tolerance):
-    """At convergence every free channel ranges alike as made and as read, unless it is dead or at the bound."""
+    """At convergence every free number ranges alike as made and as read, unless it is dead or at the bound."""
     made, read = ranges_of(result.graph, result.factorization.channels)
-    for label, f in enumerate(result.factorization.by_label.tolist()):
-        a, b = made.get(label, 0.0), read.get(label, 0.0)
-        if label == 0:
+    for number, f in enumerate(result.factorization.free.tolist()):
+        a, b = made.get(number, 0.0), read.get(number, 0.0)
+        if number == 0:
             continue
         if a == 0 or b == 0:
             assert f == 1, f"dead channel with factor {f}"
@@ -332,7 +337,7 @@ def made_equals_read(result, tolerance):
         elif f <= 1 / 1024:
             assert b <= a
         else:
-            assert abs(np.log(a / b)) <= tolerance, f"label {label} is made with {a}, read with {b}"
+            assert abs(np.log(a / b)) <= tolerance, f"free number {number} is made with {a}, read with {b}"
 
 
 @settings(max_examples=150)

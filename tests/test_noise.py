@@ -272,7 +272,7 @@ def paths(graph, value, channel, ends):
 
 
 #: Layers and what only adds and moves: where slopes are the same everywhere.
-BENT = (eq.ops.Blocking, eq.Max, eq.MaxPool, eq.Pad, eq.Mul, eq.Scores, eq.Mix, eq.ops.Normalization)
+BENT = (eq.ops.Blocking, eq.Max, eq.MaxPool, eq.Pad, eq.Mul, eq.Scores, eq.Mix, eq.ops.Normalization, eq.Sloped)
 LINEAR = [net for net in NETS if not any(getattr(n.op, "activation", False) or isinstance(n.op, BENT) for n in net.graph)]
 
 

@@ -6,7 +6,7 @@ A new layer goes into the module of its family and into ``ALL`` here; a user's o
 
 from eqfact.ops.attention import Mix, Rotary, Scores
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Trace, Weighted
-from eqfact.ops.blocking import GELU, Erf, HardSigmoid, HardSwish, Sigmoid, SiLU, Softmax, Tanh
+from eqfact.ops.blocking import GELU, Erf, HardSigmoid, HardSwish, Sigmoid, SiLU, Sloped, Softmax, Tanh
 from eqfact.ops.elementwise import Abs, Affine, Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Extend, Flatten, Max, Min, Permute, Slice, Sub, Transpose, Unflatten
 from eqfact.ops.moving import Rearrange, Take
@@ -31,7 +31,7 @@ ALL: tuple[type[Op], ...] = (
     Identity, Abs, ReLU, LeakyReLU, PReLU, Clip, Affine,
     MaxPool, MinPool, AvgPool, LpPool, GlobalAvgPool, Pad, Upsample, Blend,
     Add, Sub, Max, Min, Concat, Extend, Flatten, Unflatten, Transpose, Slice, Permute, Rearrange, Take,
-    Sigmoid, HardSigmoid, Tanh, SiLU, HardSwish, Erf, GELU, Softmax,
+    Sigmoid, HardSigmoid, Tanh, SiLU, HardSwish, Erf, GELU, Sloped, Softmax,
     Mul, Scores, Mix, Rotary,
 )
 
@@ -41,6 +41,6 @@ __all__ = [  # noqa: RUF022  # by family; names written out, so that type checke
     "Identity", "Abs", "ReLU", "LeakyReLU", "PReLU", "Clip", "Affine",
     "MaxPool", "MinPool", "AvgPool", "LpPool", "GlobalAvgPool", "Pad", "Upsample", "Blend",
     "Add", "Sub", "Max", "Min", "Concat", "Extend", "Flatten", "Unflatten", "Transpose", "Slice", "Permute", "Rearrange", "Take",
-    "Sigmoid", "HardSigmoid", "Tanh", "SiLU", "HardSwish", "Erf", "GELU", "Softmax",
+    "Sigmoid", "HardSigmoid", "Tanh", "SiLU", "HardSwish", "Erf", "GELU", "Sloped", "Softmax",
     "Mul", "Scores", "Mix", "Rotary",
 ]

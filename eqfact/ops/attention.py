@@ -91,6 +91,7 @@ class Scores(_OfHeads):
     heads: int
     kv_heads: int = 0
     scale: float = 1.0
+    sums = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

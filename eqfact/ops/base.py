@@ -38,6 +38,10 @@ class Op(ABC):
     registry, a subclass is all that a new layer needs.
     """
 
+    #: What the op makes are sums of products of values, which engines take on as they are into an ``exponential`` op.
+    sums: bool = False
+    exponential: bool = False
+
     @property
     def roundings(self) -> int:
         """How many floating-point roundings lie between input and output, for the bound of :func:`eqfact.verify`."""

@@ -1,4 +1,4 @@
-"""Which layers let no factor pass? Curves that are not positively homogeneous, and Softmax.
+"""Which layers let no factor pass? Curves that are not positively homogeneous, and Softmax; but some can be opened by a slope.
 
 All that they read and make is pinned to the factor 1. How an error passes depends on the value: a sigmoid at -80 passes next to none of
 it, and makes roundings as small as its output. So each states how steep it is near a value, for the bound of :func:`eqfact.verify`.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special
 
-from eqfact.ops.base import Array, Blocking, Shape, finite_magnitude, one_input, parameter
+from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, along_channels, finite_magnitude, one_input, parameter
 
 #: Beyond this the tails of the curves below are 0 or 1 in every precision.
 FAR = 40.0
@@ -234,6 +234,64 @@ class GELU(_Curve):
 
 
 @dataclass(frozen=True, eq=False)
+class Sloped(Commuting):
+    """``x g(slope x)`` for an activation ``x g(x)`` (SiLU, GELU, HardSwish), with one positive slope or one a channel, ``(C,)``.
+
+    A factor passes, which the slope takes up: ``f x g(slope x) == (f x) g(slope / f (f x))``. It is computed as ``op(slope x) / slope``.
+
+    >>> Sloped(SiLU(), 2.0).rescale(np.array([4.0]), np.array([4.0])).slope
+    0.5
+    """
+
+    op: Op
+    slope: float | Array = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.op, (SiLU, GELU, HardSwish)):
+            raise TypeError(f"Sloped needs an activation x g(x), SiLU(), GELU() or HardSwish(), got {self.op!r}")
+        slope: float | Array = float(self.slope) if np.ndim(self.slope) == 0 else parameter("Sloped slope", self.slope, 1)
+        if not (np.isfinite(slope).all() and np.all(np.asarray(slope) > 0)):
+            raise ValueError(f"Sloped slope must be positive and finite, got {np.min(slope):g}")
+        object.__setattr__(self, "slope", slope)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = one_input(self, shapes)
+        if np.size(self.slope) not in (1, shape[0]):
+            raise ValueError(f"Sloped has {np.size(self.slope)} slopes for {shape[0]} channels")
+        return tuple(shape)
+
+    def _slope(self, x: Array) -> Array:
+        return along_channels(np.atleast_1d(np.asarray(self.slope)).astype(x.dtype), x.ndim - 1)
+
+    def forward(self, *inputs: Array) -> Array:
+        (x,) = inputs
+        slope = self._slope(x)
+        y: Array = self.op.forward(x * slope) / slope
+        return y
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        return self.op.vjp(cotangent, inputs[0] * self._slope(inputs[0]))
+
+    def rescale(self, f_out: Array, *f_in: Array) -> Op:
+        super().rescale(f_out, *f_in)
+        f = np.asarray(f_out, np.float64)
+        if np.all(f == f[0]) and isinstance(self.slope, float):
+            return replace(self, slope=self.slope / float(f[0]))  # one slope for all channels stays one
+        return replace(self, slope=self.slope / f)
+
+    def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
+        (e,), (x,) = errors, inputs
+        slope = self._slope(x)
+        passed: Array = self.op.passes([e * slope], [x * slope], u) / slope
+        return passed
+
+    def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
+        slope = self._slope(inputs[0])
+        rounded: Array = self.op.rounds([inputs[0] * slope], output * slope) / slope
+        return rounded + self.roundings * finite_magnitude(output)
+
+
+@dataclass(frozen=True, eq=False)
 class Softmax(Blocking):
     """``y = exp(x) / sum(exp(x))`` along ``axis`` of ``(N, C, *spatial)``, the channels by default.
 
@@ -249,6 +307,7 @@ class Softmax(Blocking):
 
     axis: int = 1
     mask: Array | str | None = None
+    exponential = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, (int, np.integer)) or self.axis == 0:

@@ -17,7 +17,7 @@ from eqfact.calibration import Statistics, ValueStatistics, calibrate
 from eqfact.channels import channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, values
-from eqfact.ops import Affine, Array, Clip, Extend, Normalization, Op, Weighted
+from eqfact.ops import Affine, Array, Clip, Extend, Normalization, Op, Sloped, Weighted
 from eqfact.ops.base import Labels, along_channels
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -327,6 +327,8 @@ def _naive(op: Op, f_out: Array, f_in: Sequence[Array]) -> Op:
         return op.rescale(f_out, *f_in)
     if isinstance(op, Clip):
         return dataclasses.replace(op, low=op.low * f_out, high=op.high * f_out)
+    if isinstance(op, Sloped):
+        return dataclasses.replace(op, slope=op.slope / f_out)
     if isinstance(op, Affine):
         return dataclasses.replace(op, shift=op.shift * along_channels(np.asarray(f_out), op.shift.ndim))
     if isinstance(op, Extend):

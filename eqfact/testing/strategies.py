@@ -397,8 +397,12 @@ class _Builder:
         axes = len(self.shapes[value])
         return self.add(self.draw(st.sampled_from([
             ops.Sigmoid(), ops.HardSigmoid(), ops.Tanh(), ops.SiLU(), ops.HardSwish(), ops.Erf(), ops.GELU(), ops.GELU(approximate=True),
-            ops.Softmax(), ops.Softmax(axes),
+            ops.Softmax(), ops.Softmax(axes), ops.Sloped(ops.SiLU(), 2.0), ops.Sloped(ops.HardSwish(), self.slopes(value)),
         ])), value)
+
+    def slopes(self, value: str) -> Array:
+        slopes: Array = self.rng.uniform(0.5, 2, self.shapes[value][0]).astype(self.dtype)
+        return slopes
 
     def mul(self, value: str) -> str:
         self.products += 1
