@@ -102,7 +102,8 @@ def _merged(call: Call, view: View, c: int, node: Node, name: str, **others: Non
     if math.prod(own.shape[1:]) != 1:
         return None
     vector = np.ascontiguousarray(np.broadcast_to(own.reshape(-1), (view.shape[0],)))
-    merged = call.emit(replace(node.op, **{name: vector}, **others), *node.inputs, names={name: c})
+    changed = replace(node.op, **{name: vector}, **others)  # type: ignore[type-var]  # final ops are dataclasses
+    merged = call.emit(changed, *node.inputs, names={name: c})
     call.building.inherit(merged.value, node)
     return view.of(merged.value)
 

@@ -99,10 +99,9 @@ class Building:
         del self.nodes[from_.name]
         own, other = node.origin, from_.origin
         assert isinstance(own, Origin) and isinstance(other, Origin)
-        there = {name for name in (*other.initializers, *own.initializers) if getattr(node.op, name) is not None}
-        merged = replace(own, reads=other.reads, span=other.span, **{
-            field: {name: known for name, known in {**getattr(other, field), **getattr(own, field)}.items() if name in there}
-            for field in ("initializers", "places")})
+        names = [name for name in {**other.places, **own.places} if getattr(node.op, name) is not None]
+        merged = replace(own, initializers={name: {**other.initializers, **own.initializers}[name] for name in names},
+                         places={name: {**other.places, **own.places}[name] for name in names}, reads=other.reads, span=other.span)
         self.nodes[name] = replace(node, origin=merged)
 
     def rename(self, old: str, new: str) -> None:
@@ -136,7 +135,8 @@ class Building:
             last = i == len(ops) - 1
             own = at if at is not None else name if name not in self.nodes and name != reader else None
             made = own if last and own is not None else self.fresh(f"{name}.{type(op).__name__.lower()}")
-            value = self.add(made, op, (value,), Origin(str(self.makers[name].name) if last and name in self.makers else "", source=self.source)).value
+            maker = str(self.makers[name].name) if last and name in self.makers else ""
+            value = self.add(made, op, (value,), Origin(maker, source=self.source)).value
         self._written[view] = value
         return value
 

@@ -283,7 +283,7 @@ class Call:
         return view.of_flat(made.value)
 
     def alone(self, i: int, kinds: tuple[type[Op], ...], *, moved: bool = False) -> Node | None:
-        """The node that makes input ``i``, if it is of these kinds and nothing else reads it; with ``moved`` its entries may be moved between."""
+        """The node that makes input ``i``, if it is of these kinds and nothing else reads it; ``moved``: entries may be moved between."""
         value, name, building = self.view(i).value, str(self.node.input[i]), self.building
         while moved and name != value and building.reads.get(name) == 1 and name in building.makers:
             name = str(building.makers[name].input[0])

@@ -75,12 +75,12 @@ def decomposed(make: Callable[..., Op]) -> Reader:
         axes = sorted({view.axis(a) for a in call.integers("axes")})
         if eps.size != 1 or eps.ndim > view.ndim:
             call.refuse(f"its eps has the shape {eps.shape}")
-        options = {"eps": float(eps.reshape(()))}
+        number = float(eps.reshape(()))
         if len(axes) == 1 and axes[0] in (view.ndim - 1, view.home):
-            return _features(call, view, axes[0], make(np.ones(view.size(axes[0]), eps.dtype), **options), {"eps": 1})
+            return _features(call, view, axes[0], make(np.ones(view.size(axes[0]), eps.dtype), eps=number), {"eps": 1})
         groups, gamma = _groups(view, axes), np.ones(view.shape[0], eps.dtype)
         if make is not LayerNorm or groups is None:
             call.refuse(f"it normalizes over the axes {axes} together")
-        op = InstanceNorm(gamma, **options) if groups == len(gamma) else GroupNorm(groups, gamma, **options)
+        op = InstanceNorm(gamma, eps=number) if groups == len(gamma) else GroupNorm(groups, gamma, eps=number)
         return view.of(call.emit(op, view.value, names={"eps": 1}).value)
     return read

@@ -7,6 +7,7 @@ the same. The value has the name of the node; what stands between several ONNX n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,12 @@ from eqfact.ops import (
     Extend,
     Flatten,
     GlobalAvgPool,
+    GroupNorm,
     HardSigmoid,
     HardSwish,
     Identity,
+    InstanceNorm,
+    LayerNorm,
     LeakyReLU,
     LpPool,
     Max,
@@ -42,12 +46,14 @@ from eqfact.ops import (
     Min,
     MinPool,
     Mul,
+    Normalization,
     Op,
     Pad,
     Permute,
     PReLU,
     Rearrange,
     ReLU,
+    RMSNorm,
     Sigmoid,
     SiLU,
     Slice,
@@ -118,6 +124,81 @@ def batch_norm(w: Writer, node: Node, op: BatchNorm) -> None:
                        suffix="" if last else ".mul")
     if shift.any() or (slope == 1).all():
         w.node("Add", [value, w.vector(node, "beta", shift)], node.name, node)
+
+
+def _scaled(w: Writer, node: Node, op: Normalization) -> tuple[str, float]:
+    """What is normalized, and the one eps that ONNX has: of several, the input is multiplied instead."""
+    (value,) = node.inputs
+    eps, factor = one_eps(op)
+    if factor is not None:
+        value = w.node("Mul", [value, w.vector(node, "factor", factor)], w.inner(node, "scaled"), node, ".mul")
+    return value, eps
+
+
+def one_eps(op: Normalization, eps: float | AnyArray | None = None) -> tuple[float, AnyArray | None]:
+    """One eps for all groups of channels, and by what the channels are multiplied so that it is theirs, if they have several.
+
+    >>> one_eps(GroupNorm(2, np.ones(4), eps=np.array([4.0, 1.0])))
+    (4.0, array([1., 1., 2., 2.]))
+    """
+    own = np.atleast_1d(np.asarray(op.eps))
+    if np.all(own == own[0]):
+        return float(own[0]), None
+    if not own.all():
+        raise ValueError("some of its groups have an eps of 0, and others not")
+    most = float(own.max()) if eps is None else float(eps)
+    return most, np.repeat(np.sqrt(most / own), len(op.gamma) // op.norm_groups).astype(op.gamma.dtype)
+
+
+def layer_norm(w: Writer, node: Node, op: LayerNorm) -> None:
+    w.need_opset(17, node)
+    _last("LayerNormalization", w, node, op)
+
+
+def rms_norm(w: Writer, node: Node, op: RMSNorm) -> None:
+    """With a shift as a node of its own, and in steps before opset 23."""
+    made = node.name if op.beta is None else w.inner(node, "scaled")
+    if w.standard.version >= 23:
+        _last("RMSNormalization", w, replace(node, name=made), replace(op, beta=None))
+    else:
+        (x,) = node.inputs
+        square = w.node("Mul", [x, x], w.inner(node, "square"), node, ".square")
+        old: dict[str, Any] = {"axes": [1]} if w.standard.version < 18 else {}
+        axes = [] if old else [w.integers(node, "axes", [1])]
+        mean = w.node("ReduceMean", [square, *axes], w.inner(node, "mean"), node, ".mean", **old)
+        power = w.node("Add", [mean, w.parameter(node, "eps", op.eps, ())], w.inner(node, "power"), node, ".power")
+        root = w.node("Sqrt", [power], w.inner(node, "root"), node, ".root")
+        unit = w.node("Div", [x, root], w.inner(node, "unit"), node, ".unit")
+        w.node("Mul", [unit, w.vector(node, "gamma", op.gamma)], made, node, ".mul" if op.beta is not None else "")
+    if op.beta is not None:
+        w.node("Add", [made, w.vector(node, "beta", op.beta)], node.name, node)
+
+
+def _last(kind: str, w: Writer, node: Node, op: LayerNorm | RMSNorm) -> None:
+    """An operator over the last axis, to which the channels are moved and back."""
+    axes, (value,) = w.spatial(node) + 2, node.inputs
+    own = [w.parameter(node, name, array) for name, array in (("gamma", op.gamma), ("beta", op.beta)) if array is not None]
+    if axes == 2:
+        w.node(kind, [value, *own], node.name, node, axis=-1, epsilon=op.eps)
+        return
+    value = w.node("Transpose", [value], w.inner(node, "turned"), node, ".turn", perm=[0, *range(2, axes), 1])
+    made = w.node(kind, [value, *own], w.inner(node, "normalized"), node, ".normalize", axis=-1, epsilon=op.eps)
+    w.node("Transpose", [made], node.name, node, perm=[0, axes - 1, *range(1, axes - 1)])
+
+
+def group_norm(w: Writer, node: Node, op: GroupNorm) -> None:
+    w.need_opset(21, node)
+    value, eps = _scaled(w, node, op)
+    w.node("GroupNormalization", [value, *_both(w, node, op)], node.name, node, num_groups=op.norm_groups, epsilon=eps)
+
+
+def instance_norm(w: Writer, node: Node, op: InstanceNorm) -> None:
+    value, eps = _scaled(w, node, op)
+    w.node("InstanceNormalization", [value, *_both(w, node, op)], node.name, node, epsilon=eps)
+
+
+def _both(w: Writer, node: Node, op: Normalization) -> list[str]:
+    return [w.parameter(node, "gamma", op.gamma), w.parameter(node, "beta", np.zeros_like(op.gamma) if op.beta is None else op.beta)]
 
 
 def prelu(w: Writer, node: Node, op: PReLU) -> None:
@@ -283,6 +364,7 @@ def take(w: Writer, node: Node, op: Take) -> None:
 
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
+    LayerNorm: layer_norm, RMSNorm: rms_norm, GroupNorm: group_norm, InstanceNorm: instance_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
     Abs: _plain("Abs"), MaxPool: _pool("MaxPool", 10), MinPool: min_pool, AvgPool: _pool("AveragePool", 19, "count_include_pad"),
     LpPool: _pool("LpPool", 18, "p"), GlobalAvgPool: _plain("GlobalAveragePool"),
