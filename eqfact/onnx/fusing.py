@@ -44,16 +44,20 @@ def _tanh() -> tuple[Any, ...]:
     return "Tanh", [("Mul", [("Add", "x", cubes), ("Mul", "x", one_more)], k), ("Mul", ("Mul", "x", k), one_more)]
 
 
+def _mean(x: Any) -> list[Any]:
+    return [("ReduceMean", x), ("Mul", ("ReduceSum", x), "share")]
+
+
 def _divided(x: Any) -> list[Any]:
     """``x / sqrt(mean(x**2) + eps)``."""
-    power = ("Add", ("ReduceMean", [("Pow", x, 2.0), ("Mul", x, x)]), "eps")
+    power = ("Add", _mean([("Pow", x, 2.0), ("Mul", x, x)]), "eps")
     root = [("Sqrt", power), ("Pow", power, 0.5)]
     return [("Div", x, root), ("Mul", x, [("Reciprocal", root), ("Div", 1.0, root), ("Pow", power, -0.5)])]
 
 
 #: What is looked for, in this order: the reader's name (:data:`eqfact.onnx.nodes.FUSED`), and the pattern of the last node.
 PATTERNS: tuple[tuple[str, Any], ...] = (
-    ("LayerNorm", _divided(("Sub", "x", ("ReduceMean", "x")))), ("RMSNorm", _divided("x")),
+    ("LayerNorm", _divided(("Sub", "x", _mean("x")))), ("RMSNorm", _divided("x")),
     ("GELU", _gelu(("Erf", [("Div", "x", math.sqrt(2)), ("Mul", "x", math.sqrt(0.5))]))), ("tanh GELU", _gelu(_tanh())),
     ("SiLU", ("Mul", "x", ("Sigmoid", ["x", ("Mul", "x", 1.0)]))),
 )
@@ -90,14 +94,15 @@ class Group:
         if isinstance(building.tensors.get(self.names["x"].tensor), Constant):
             return None
         last = self.nodes[self.last]
-        node = helper.make_node(self.kind, [tie.tensor for tie in self.names.values()], list(last.output), name=last.name)
-        means = [Call(building, proto, opset) for proto in self.nodes.values() if proto.op_type == "ReduceMean"]
+        ties = [self.names[name] for name in ("x", "eps", "share") if name in self.names]
+        node = helper.make_node(self.kind, [tie.tensor for tie in ties], list(last.output), name=last.name)
+        means = [Call(building, proto, opset) for proto in self.nodes.values() if proto.op_type in ("ReduceMean", "ReduceSum")]
         axes = {tuple(mean.listed("axes", 1, ()) or ()) if mean.integer("keepdims", 1) else () for mean in means}
         if means:
             if len(axes) > 1 or () in axes:
                 return None
             node.attribute.append(helper.make_attribute("axes", axes.pop()))
-        return Call(building, node, opset, [tie.place for tie in self.names.values()], tuple(self.nodes))
+        return Call(building, node, opset, [tie.place for tie in ties], tuple(self.nodes))
 
 
 def groups(nodes: Sequence[onnx.NodeProto], building: Building) -> dict[str, Group]:

@@ -235,6 +235,8 @@ class Importer:
                 raise self.error(proto, f"{reason}; eqfact.onnx.open (and the command line without --strict) keeps such nodes as they are; "
                                         "or export the network without it", UnsupportedNode) from error
         self.kept.append((proto, reason))
+        for name in proto.output:  # read before it was refused
+            self.building.nodes.pop(name, None)
         return [Foreign(name, f"it is made by a kept node, {proto.op_type}") for name in proto.output]
 
     def _computed(self, proto: onnx.NodeProto, call: Call) -> Sequence[Tensor]:

@@ -6,6 +6,7 @@ value. Factor and shift of one entry a channel that follow (:mod:`eqfact.onnx.ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -40,13 +41,10 @@ def _features(call: Call, view: View, axis: int, op: Op, names: Mapping[str, int
 
 
 def group_normalization(call: Call) -> View:
-    """Before opset 21 it has one factor and shift a group, which the file has no place for what a channel needs."""
-    x = call.value(call.view())
-    channels, groups = call.building.shapes[x][0], call.integer("num_groups", 1)
-    names = call.given(gamma=1, beta=2)
-    repeats = 1 if call.opset >= 21 else channels // groups
-    own = {name: _vector(call, i, channels, repeats) for name, i in names.items()}
-    return call.emit(GroupNorm(groups, **own, eps=call.number("epsilon", 1e-5)), x, names=names if repeats == 1 else {})
+    """Of opset 21: the one before, with a factor and a shift a group, is invalid in the standard itself."""
+    view, names = call.view(), {"gamma": 1, "beta": 2}
+    own = {name: _vector(call, i, view.size(1)) for name, i in names.items()}
+    return _features(call, view, 1, GroupNorm(call.integer("num_groups", 1), **own, eps=call.number("epsilon", 1e-5)), names)
 
 
 def instance_normalization(call: Call) -> View:
@@ -76,9 +74,12 @@ def decomposed(make: Callable[..., Op]) -> Reader:
         if eps.size != 1 or eps.ndim > view.ndim:
             call.refuse(f"its eps has the shape {eps.shape}")
         number = float(eps.reshape(()))
-        if len(axes) == 1 and axes[0] in (view.ndim - 1, view.home):
-            return _features(call, view, axes[0], make(np.ones(view.size(axes[0]), eps.dtype), eps=number), {"eps": 1})
+        if call.has(2) and not np.allclose(call.parameter(2) * math.prod(view.size(a) for a in axes), 1, rtol=2**-9, atol=0):
+            call.refuse("its means are none")
         groups, gamma = _groups(view, axes), np.ones(view.shape[0], eps.dtype)
+        with_space = any(a.axis > 0 for i in axes for a in view.axes[i])
+        if len(axes) == 1 and axes[0] in (view.ndim - 1, view.home) and not (with_space and groups not in (None, 1, len(gamma))):
+            return _features(call, view, axes[0], make(np.ones(view.size(axes[0]), eps.dtype), eps=number), {"eps": 1})
         if make is not LayerNorm or groups is None:
             call.refuse(f"it normalizes over the axes {axes} together")
         op = InstanceNorm(gamma, eps=number) if groups == len(gamma) else GroupNorm(groups, gamma, eps=number)

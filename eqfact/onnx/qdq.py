@@ -23,7 +23,7 @@ from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Add, AvgPool, Blend, GlobalAvgPool, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Blend, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
@@ -99,7 +99,7 @@ class QdqWriter(GraphWriter):
         """Would onnxruntime's integer kernel compute something else, or refuse?"""
         op = node.op
         if isinstance(op, Weighted):
-            return op.gridded and not self._in_integers(node, op)
+            return not isinstance(op, BatchNorm) and not self._in_integers(node, op)
         if isinstance(op, (AvgPool, GlobalAvgPool)) and (grid := self._grid(node.inputs[0])) is not None:
             made = [reader.op.grid.scale for reader in self.graph.readers[node.name] if isinstance(reader.op, FakeQuantize)]
             return any((np.abs(np.log2(grid.scale / scale)) >= AVERAGED_BITS).any() for scale in made)

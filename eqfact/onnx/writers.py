@@ -129,6 +129,8 @@ def batch_norm(w: Writer, node: Node, op: BatchNorm) -> None:
 def _scaled(w: Writer, node: Node, op: Normalization) -> tuple[str, float]:
     """What is normalized, and the one eps that ONNX has: of several, the input is multiplied instead."""
     (value,) = node.inputs
+    if np.any(op.eps) and not np.all(op.eps):
+        raise OnnxError(f"{w.path}: node '{node.name}': some of its groups have an eps of 0, and others not; give all of them one")
     eps, factor = one_eps(op)
     if factor is not None:
         value = w.node("Mul", [value, w.vector(node, "factor", factor)], w.inner(node, "scaled"), node, ".mul")
@@ -144,8 +146,6 @@ def one_eps(op: Normalization, eps: float | AnyArray | None = None) -> tuple[flo
     own = np.atleast_1d(np.asarray(op.eps))
     if np.all(own == own[0]):
         return float(own[0]), None
-    if not own.all():
-        raise ValueError("some of its groups have an eps of 0, and others not")
     most = float(own.max()) if eps is None else float(eps)
     return most, np.repeat(np.sqrt(most / own), len(op.gamma) // op.norm_groups).astype(op.gamma.dtype)
 
@@ -163,9 +163,8 @@ def rms_norm(w: Writer, node: Node, op: RMSNorm) -> None:
     else:
         (x,) = node.inputs
         square = w.node("Mul", [x, x], w.inner(node, "square"), node, ".square")
-        old: dict[str, Any] = {"axes": [1]} if w.standard.version < 18 else {}
-        axes = [] if old else [w.integers(node, "axes", [1])]
-        mean = w.node("ReduceMean", [square, *axes], w.inner(node, "mean"), node, ".mean", **old)
+        total = w.node("ReduceSum", [square, w.integers(node, "axes", [1])], w.inner(node, "sum"), node, ".sum")  # alike in all opsets
+        mean = w.node("Mul", [total, w.parameter(node, "share", 1 / len(op.gamma), ())], w.inner(node, "mean"), node, ".mean")
         power = w.node("Add", [mean, w.parameter(node, "eps", op.eps, ())], w.inner(node, "power"), node, ".power")
         root = w.node("Sqrt", [power], w.inner(node, "root"), node, ".root")
         unit = w.node("Div", [x, root], w.inner(node, "unit"), node, ".unit")
@@ -193,6 +192,11 @@ def group_norm(w: Writer, node: Node, op: GroupNorm) -> None:
 
 
 def instance_norm(w: Writer, node: Node, op: InstanceNorm) -> None:
+    """Where there is no space, nothing is left but the shift."""
+    if not w.spatial(node):
+        zero = w.node("Sub", [*node.inputs, *node.inputs], w.inner(node, "zero"), node, ".zero")
+        w.node("Add", [zero, w.vector(node, "beta", np.zeros_like(op.gamma) if op.beta is None else op.beta)], node.name, node)
+        return
     value, eps = _scaled(w, node, op)
     w.node("InstanceNormalization", [value, *_both(w, node, op)], node.name, node, epsilon=eps)
 
