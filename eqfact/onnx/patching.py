@@ -38,8 +38,8 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     One that came from a file and has its structure (rescaled, or with BatchNorms folded) is that file with other parameters: every node
     that did not change is as it was read, and sizes that the file leaves open stay open. Any other network is written anew, with a free
     batch, or with the batch of the file that it came from; opset and IR version are those of that file (at least 13 and 8), or 17 and 8;
-    a newer opset is taken where an op needs one (GELU: 20). Float64 networks stay in float64, which onnxruntime does not run for every op:
-    convert the weights to float32 for deployment.
+    a newer opset is taken where an op needs one (dilated AvgPool: 19). Float64 networks stay in float64, which onnxruntime does not run for
+    every op: convert the weights to float32 for deployment.
 
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
     """

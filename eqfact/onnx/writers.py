@@ -6,8 +6,8 @@ the same. The value has the name of the node; what stands between several ONNX n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,45 +150,60 @@ def one_eps(op: Normalization, eps: float | AnyArray | None = None) -> tuple[flo
     return most, np.repeat(np.sqrt(most / own), len(op.gamma) // op.norm_groups).astype(op.gamma.dtype)
 
 
-def layer_norm(w: Writer, node: Node, op: LayerNorm) -> None:
-    w.need_opset(17, node)
-    _last("LayerNormalization", w, node, op)
+def over_features(kind: str, opset: int) -> Callable[[Writer, Node, Any], None]:
+    """A writer of the operator, which has the opset ``opset`` and the last axis for its channels; before that, in steps."""
+    def write(w: Writer, node: Node, op: LayerNorm | RMSNorm) -> None:
+        if w.standard.version < opset:
+            _behind(w, node, op, _unit(w, node, op))
+            return
+        axes, (value,) = w.spatial(node) + 2, node.inputs
+        shifted = op.beta is not None and not op.centred  # RMSNormalization has no shift
+        made = w.inner(node, "unshifted") if shifted else node.name
+        own = [w.parameter(node, "gamma", op.gamma), *([] if op.beta is None or shifted else [w.parameter(node, "beta", op.beta)])]
+        if axes > 2:
+            value = w.node("Transpose", [value], w.inner(node, "turned"), node, ".turn", perm=[0, *range(2, axes), 1])
+        last = w.inner(node, "normalized") if axes > 2 else made
+        w.node(kind, [value, *own], last, node, ".normalize" if last != node.name else "", axis=-1, epsilon=op.eps)
+        if axes > 2:
+            w.node("Transpose", [last], made, node, ".back" if shifted else "", perm=[0, axes - 1, *range(1, axes - 1)])
+        if shifted:
+            w.node("Add", [made, w.vector(node, "beta", np.asarray(op.beta))], node.name, node)
+    return write
 
 
-def rms_norm(w: Writer, node: Node, op: RMSNorm) -> None:
-    """With a shift as a node of its own, and in steps before opset 23."""
-    made = node.name if op.beta is None else w.inner(node, "scaled")
-    if w.standard.version >= 23:
-        _last("RMSNormalization", w, replace(node, name=made), replace(op, beta=None))
-    else:
-        (x,) = node.inputs
-        square = w.node("Mul", [x, x], w.inner(node, "square"), node, ".square")
-        total = w.node("ReduceSum", [square, w.integers(node, "axes", [1])], w.inner(node, "sum"), node, ".sum")  # alike in all opsets
-        mean = w.node("Mul", [total, w.parameter(node, "share", 1 / len(op.gamma), ())], w.inner(node, "mean"), node, ".mean")
-        power = w.node("Add", [mean, w.parameter(node, "eps", op.eps, ())], w.inner(node, "power"), node, ".power")
-        root = w.node("Sqrt", [power], w.inner(node, "root"), node, ".root")
-        unit = w.node("Div", [x, root], w.inner(node, "unit"), node, ".unit")
-        w.node("Mul", [unit, w.vector(node, "gamma", op.gamma)], made, node, ".mul" if op.beta is not None else "")
+def _unit(w: Writer, node: Node, op: LayerNorm | RMSNorm) -> str:
+    """``x / sqrt(mean(x**2) + eps)``, after the mean was taken off if the op does so. ReduceSum is alike in all opsets, ReduceMean not."""
+    (x,) = node.inputs
+    axes, share = w.integers(node, "axes", [1]), w.parameter(node, "share", 1 / len(op.gamma), ())
+
+    def step(kind: str, inputs: list[str], name: str) -> str:
+        return w.node(kind, inputs, w.inner(node, name), node, f".{name}")
+    if op.centred:
+        x = step("Sub", [x, step("Mul", [step("ReduceSum", [x, axes], "sum"), share], "mean")], "centred")
+    power = step("Mul", [step("ReduceSum", [step("Mul", [x, x], "square"), axes], "squares"), share], "power")
+    return step("Div", [x, step("Sqrt", [step("Add", [power, w.parameter(node, "eps", op.eps, ())], "more")], "root")], "unit")
+
+
+def _behind(w: Writer, node: Node, op: Normalization, value: str) -> None:
+    """Factor and shift as nodes of their own."""
+    scaled = w.node("Mul", [value, w.vector(node, "gamma", op.gamma)], *(
+        (node.name, node) if op.beta is None else (w.inner(node, "scaled"), node, ".mul")))
     if op.beta is not None:
-        w.node("Add", [made, w.vector(node, "beta", op.beta)], node.name, node)
-
-
-def _last(kind: str, w: Writer, node: Node, op: LayerNorm | RMSNorm) -> None:
-    """An operator over the last axis, to which the channels are moved and back."""
-    axes, (value,) = w.spatial(node) + 2, node.inputs
-    own = [w.parameter(node, name, array) for name, array in (("gamma", op.gamma), ("beta", op.beta)) if array is not None]
-    if axes == 2:
-        w.node(kind, [value, *own], node.name, node, axis=-1, epsilon=op.eps)
-        return
-    value = w.node("Transpose", [value], w.inner(node, "turned"), node, ".turn", perm=[0, *range(2, axes), 1])
-    made = w.node(kind, [value, *own], w.inner(node, "normalized"), node, ".normalize", axis=-1, epsilon=op.eps)
-    w.node("Transpose", [made], node.name, node, perm=[0, axes - 1, *range(1, axes - 1)])
+        w.node("Add", [scaled, w.vector(node, "beta", op.beta)], node.name, node)
 
 
 def group_norm(w: Writer, node: Node, op: GroupNorm) -> None:
-    w.need_opset(21, node)
+    """Before opset 21 as the instances of what is reshaped to have the groups for channels."""
     value, eps = _scaled(w, node, op)
-    w.node("GroupNormalization", [value, *_both(w, node, op)], node.name, node, num_groups=op.norm_groups, epsilon=eps)
+    if w.standard.version >= 21:
+        w.node("GroupNormalization", [value, *_both(w, node, op)], node.name, node, num_groups=op.norm_groups, epsilon=eps)
+        return
+    one = np.ones(op.norm_groups, op.gamma.dtype)
+    inputs = [w.parameter(node, "one", one), w.parameter(node, "zero", 0 * one)]
+    sizes = w.node("Shape", [value], w.inner(node, "sizes"), node, ".sizes")
+    split = w.node("Reshape", [value, w.integers(node, "split", [0, op.norm_groups, -1])], w.inner(node, "split"), node, ".split")
+    made = w.node("InstanceNormalization", [split, *inputs], w.inner(node, "normalized"), node, ".normalize", epsilon=eps)
+    _behind(w, node, op, w.node("Reshape", [made, sizes], w.inner(node, "unit"), node, ".unit"))
 
 
 def instance_norm(w: Writer, node: Node, op: InstanceNorm) -> None:
@@ -330,8 +345,22 @@ def hard_swish(w: Writer, node: Node, op: HardSwish) -> None:
 
 
 def gelu(w: Writer, node: Node, op: GELU) -> None:
-    w.need_opset(20, node)
-    w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+    """In steps before opset 20, as exporters write it."""
+    if w.standard.version >= 20:
+        w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+        return
+    (x,) = node.inputs
+
+    def step(kind: str, inputs: list[str | float], name: str) -> str:
+        given = [i if isinstance(i, str) else w.parameter(node, f"{name}_by", i, ()) for i in inputs]
+        return w.node(kind, given, w.inner(node, name), node, f".{name}")
+    if op.approximate:
+        cube = step("Mul", [step("Mul", [x, step("Mul", [x, x], "square")], "cube"), 0.044715], "small")
+        curve = step("Tanh", [step("Mul", [step("Add", [x, cube], "sum"), math.sqrt(2 / math.pi)], "argument")], "curve")
+    else:
+        curve = step("Erf", [step("Div", [x, math.sqrt(2)], "argument")], "curve")
+    twice = step("Mul", [x, step("Add", [curve, 1.0], "more")], "twice")
+    w.node("Mul", [twice, w.parameter(node, "half", 0.5, ())], node.name, node)
 
 
 def affine(w: Writer, node: Node, op: Affine) -> None:
@@ -368,7 +397,8 @@ def take(w: Writer, node: Node, op: Take) -> None:
 
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
-    LayerNorm: layer_norm, RMSNorm: rms_norm, GroupNorm: group_norm, InstanceNorm: instance_norm,
+    LayerNorm: over_features("LayerNormalization", 17), RMSNorm: over_features("RMSNormalization", 23),
+    GroupNorm: group_norm, InstanceNorm: instance_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
     Abs: _plain("Abs"), MaxPool: _pool("MaxPool", 10), MinPool: min_pool, AvgPool: _pool("AveragePool", 19, "count_include_pad"),
     LpPool: _pool("LpPool", 18, "p"), GlobalAvgPool: _plain("GlobalAveragePool"),
