@@ -82,6 +82,10 @@ EXAMPLES = [
     Example("MatMul", "w x", "with a constant in front, over space", constants={"w": ones(3, 6)}),
     Example("Einsum", "x w", "with a constant", constants={"w": ones(4, 3)}, attributes={"equation": "nchw,cd->ndhw"}),
     Example("BatchNormalization", "x g b m v", constants={name: ones(4) for name in "gbmv"}),
+    Example("LayerNormalization", "x g b", constants={"g": ones(6), "b": ones(6)}),
+    Example("RMSNormalization", "x g", constants={"g": ones(6)}, opset=23),
+    Example("GroupNormalization", "x g b", constants={"g": ones(4), "b": ones(4)}, attributes={"num_groups": 2}, opset=21),
+    Example("InstanceNormalization", "x g b", constants={"g": ones(4), "b": ones(4)}),
     # pools and reductions
     *(Example(kind, attributes={"kernel_shape": [2, 2]}) for kind in ("MaxPool", "AveragePool", "LpPool")),
     *(Example(kind) for kind in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")),
@@ -138,7 +142,7 @@ KEPT = {
         ReduceLogSum ReduceLogSumExp ReduceProd ReduceSumSquare Round Selu Shrink Sign Sin Sinh Softplus Softsign Sqrt Tan
         ThresholdedRelu""",
     "normalizes: no factor of what it reads is left in what it makes": """
-        GroupNormalization InstanceNormalization LayerNormalization LpNormalization MeanVarianceNormalization RMSNormalization""",
+        LpNormalization MeanVarianceNormalization""",
     "multiplies values, or runs gates": "Attention GRU LSTM LinearAttention RNN SwiGLU",
     "homogeneous or linear, and not read (yet)": """
         AffineGrid CausalConvWithState CenterCropPad Col2Im Compress DFT DeformConv GatherElements GatherND GridSample MaxRoiPool MaxUnpool

@@ -53,6 +53,18 @@ EXCLUDED = {
         split_zero_size_splits_opset18 split_1d_uneven_split_opset18 einsum_inner_prod einsum_scalar cumsum_1d cumsum_1d_exclusive
         cumsum_1d_reverse cumsum_1d_reverse_exclusive
         """,
+    "it normalizes over several axes, with a factor and a shift for every entry of them": """
+        layer_normalization_4d_axis0 layer_normalization_4d_axis_negative_4 layer_normalization_4d_axis1
+        layer_normalization_4d_axis_negative_3 layer_normalization_4d_axis2 layer_normalization_4d_axis_negative_2
+        layer_normalization_2d_axis0 layer_normalization_2d_axis_negative_2 layer_normalization_3d_axis0_epsilon
+        layer_normalization_3d_axis_negative_3_epsilon layer_normalization_3d_axis1_epsilon
+        layer_normalization_3d_axis_negative_2_epsilon
+        rms_normalization_4d_axis0 rms_normalization_4d_axis_negative_4 rms_normalization_4d_axis1
+        rms_normalization_4d_axis_negative_3 rms_normalization_4d_axis2 rms_normalization_4d_axis_negative_2
+        rms_normalization_2d_axis0 rms_normalization_2d_axis_negative_2 rms_normalization_3d_axis0_epsilon
+        rms_normalization_3d_axis_negative_3_epsilon rms_normalization_3d_axis1_epsilon
+        rms_normalization_3d_axis_negative_2_epsilon
+        """,
     "an axis has the size 0": """
         reduce_max_empty_set reduce_min_empty_set reduce_l1_empty_set reduce_l2_empty_set reduce_sum_empty_set
         reduce_sum_empty_set_non_reduced_axis_zero reshape_allowzero_reordered slice_start_out_of_bounds

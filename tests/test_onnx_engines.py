@@ -46,6 +46,7 @@ OTHERS = [
     eq.Unflatten((2, 2, 6)), eq.Transpose((1, 0)), eq.Slice(1, 3), eq.Permute((3, 1, 0, 2)), eq.Sigmoid(), eq.HardSigmoid(), eq.Tanh(),
     eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(), eq.Sub(), eq.Max(), eq.Min(),
     eq.Abs(), eq.MinPool(2), eq.LpPool(2), eq.Blend(floats(3, 6)), eq.Extend(floats(2, 6)),
+    eq.LayerNorm(floats(4), floats(4)), eq.RMSNorm(floats(4)), eq.GroupNorm(2, floats(4), floats(4)), eq.InstanceNorm(floats(4), floats(4)),
 ]
 OPS = [*LAYERS, *OTHERS]
 WEIGHTS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, **granularity) for granularity, symmetric, bits in itertools.product(

@@ -221,7 +221,7 @@ def test_one_side_of_max_and_min(tmp_path):
 
 @pytest.mark.parametrize("nodes, opset, expected", [
     ([node("HardSigmoid", ["x"], ["h"], alpha=1 / 6, beta=0.5), node("Mul", ["x", "h"], ["y"])], 17, ["HardSigmoid", "Mul"]),
-    ([node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"])], 17, ["Sigmoid", "Mul"]),
+    ([node("Sigmoid", ["x"], ["s"]), node("Mul", ["x", "s"], ["y"])], 17, ["SiLU"]),
     ([node("HardSwish", ["x"], ["y"])], 17, ["HardSwish"]),
     ([node("Gelu", ["x"], ["y"])], 20, ["GELU"]),
     ([node("Gelu", ["x"], ["y"], approximate="tanh")], 20, ["GELU"]),

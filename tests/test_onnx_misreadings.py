@@ -12,7 +12,8 @@ from onnx import helper
 
 import eqfact as eq
 from eqfact.__main__ import main
-from eqfact.onnx.nodes import READERS
+from eqfact.onnx.fusing import PATTERNS
+from eqfact.onnx.nodes import FUSED, READERS
 from eqfact.onnx.origin import Constant
 from eqfact.onnx.views import View
 
@@ -44,6 +45,8 @@ FOLLOWS = {
     "GlobalLpPool": ([], {}, 17), "ReduceMin": ([], {"axes": [2, 3]}, 17), "ReduceL1": ([], {"axes": [2, 3]}, 17),
     "ReduceL2": ([], {"axes": [2, 3]}, 17), "ReduceSum": ([ints(2, 3)], {}, 17), "CumSum": ([np.int64(2)], {}, 17), "Abs": ([], {}, 17),
     "Tile": ([ints(1, 1, 2, 1)], {}, 17),
+    "LayerNormalization": ([floats(6)], {}, 17), "RMSNormalization": ([floats(6)], {}, 23),
+    "GroupNormalization": ([FOUR, floats(4)], {"num_groups": 2}, 21), "InstanceNormalization": ([FOUR, floats(4)], {}, 17),
 }
 
 
@@ -60,6 +63,11 @@ def written(kind, path):
     elif kind == "Gemm":
         rest, opset = [node("Flatten", ["h"], ["f"]), node("Gemm", ["f", "v"], ["y"])], 17
         constants["v"] = floats(144, 3)
+    elif kind in FUSED:
+        (pattern,) = (pattern for name, pattern in PATTERNS if name == kind)
+        rest, opset = [], 17
+        spell(pattern, rest, constants)
+        rest[-1].output[0] = "y"
     else:
         others, attributes, opset = FOLLOWS[kind]
         names = []
@@ -68,6 +76,20 @@ def written(kind, path):
             constants |= {} if isinstance(other, str) else {f"c{i}": other}
         rest = [node(kind, ["h", *names], ["y"], **attributes)]
     onnx.save(small.model([node("Conv", ["x", "w"], ["h"]), *rest], {"x": ["N", 2, 6, 6]}, ["y"], constants, opset), path)
+
+
+def spell(pattern, nodes, constants):
+    """The nodes of the first tree that a pattern stands for; the tensor that they make."""
+    pattern = pattern[0] if isinstance(pattern, list) else pattern
+    if pattern == "x":
+        return "h"
+    if not isinstance(pattern, tuple):
+        name = f"c{len(constants)}"
+        constants[name] = np.float32(1e-3 if pattern == "eps" else pattern)
+        return name
+    inputs = [spell(each, nodes, constants) for each in pattern[1:]]
+    nodes.append(helper.make_node(pattern[0], inputs, [f"t{len(nodes)}"], **({"axes": [-1]} if pattern[0] == "ReduceMean" else {})))
+    return nodes[-1].output[0]
 
 
 def misread(reader):
@@ -90,7 +112,7 @@ def test_every_reader_is_in_the_table():
     assert {*FOLLOWS, "Shape", "Size", "Gemm"} == set(READERS)
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", [*READERS, *FUSED])
 def test_the_command_line_notices_a_misreading(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written(kind, "net.onnx")
@@ -98,7 +120,8 @@ def test_the_command_line_notices_a_misreading(kind, tmp_path, monkeypatch, caps
     assert main(line) == 0, capsys.readouterr().err
     (tmp_path / "out.onnx").unlink()
     capsys.readouterr()
-    monkeypatch.setitem(READERS, kind, misread(READERS[kind]))
+    table = FUSED if kind in FUSED else READERS
+    monkeypatch.setitem(table, kind, misread(table[kind]))
     if kind in ("Shape", "Size"):  # the shape that is computed from it fits nothing, so that the Reshape is kept: nothing is misread
         assert main(line) in (0, 3)
         assert not (tmp_path / "out.onnx").exists() or "1 kept (Reshape" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from eqfact.graph import Node
 from eqfact.onnx.call import Call, Reader
 from eqfact.onnx.moving import identity
 from eqfact.onnx.origin import Constant
@@ -31,6 +32,7 @@ from eqfact.ops import (
     Max,
     Min,
     Mul,
+    Normalization,
     Op,
     PReLU,
     SiLU,
@@ -77,15 +79,33 @@ def add(call: Call) -> View:
         return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
     x, c = pair
     view, constant = call.view(x), call.parameter(c)
-    product = None if "axis" in call.attributes else call.alone(x, LAYERS)
-    if product is not None and isinstance(product.op, LAYERS) and product.op.bias is None:  # a layer, and its bias as a node of its own
-        bias = call.constants_on(view, {"bias": constant})["bias"]
-        if math.prod(bias.shape[1:]) == 1:
-            vector = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (view.shape[0],)))
-            merged = call.emit(replace(product.op, bias=vector), *product.inputs, names={"bias": c})
-            call.building.inherit(merged.value, product)
-            return view.of(merged.value)
+    if "axis" not in call.attributes:
+        layer, norm = call.alone(x, LAYERS), call.alone(x, (Normalization,), moved=True)
+        if layer is not None and isinstance(layer.op, LAYERS) and layer.op.bias is None:  # a layer, and its bias as a node of its own
+            made = _merged(call, view, c, layer, "bias")
+        elif norm is not None and isinstance(norm.op, Normalization) and not _shifts(norm.op):
+            made = _merged(call, view, c, norm, "beta")
+        else:
+            made = None
+        if made is not None:
+            return made
     return _affine(call, 1, constant, beta=c)
+
+
+def _shifts(op: Normalization) -> bool:
+    return op.beta is not None and bool(op.beta.any())
+
+
+def _merged(call: Call, view: View, c: int, node: Node, name: str, **others: None) -> View | None:
+    """The node before with the constant ``c`` as this parameter, if it has one entry a channel."""
+    own = call.constants_on(view, {name: call.parameter(c)})[name]
+    if math.prod(own.shape[1:]) != 1:
+        return None
+    vector = np.ascontiguousarray(np.broadcast_to(own.reshape(-1), (view.shape[0],)))
+    changed = replace(node.op, **{name: vector}, **others)  # type: ignore[type-var]  # final ops are dataclasses
+    merged = call.emit(changed, *node.inputs, names={name: c})
+    call.building.inherit(merged.value, node)
+    return view.of(merged.value)
 
 
 def subtract(call: Call) -> View:
@@ -100,6 +120,11 @@ def multiply(call: Call) -> View:
     pair = _with_constant(call)
     if pair is None:
         return call.entrywise(Mul(), *call.views())
+    norm = None if "axis" in call.attributes else call.alone(pair[0], (Normalization,), moved=True)
+    if norm is not None and isinstance(norm.op, Normalization) and (norm.op.gamma == 1).all() and not _shifts(norm.op):
+        made = _merged(call, call.view(pair[0]), pair[1], norm, "gamma", beta=None)
+        if made is not None:
+            return made
     return _affine(call, call.parameter(pair[1]), 0, gamma=pair[1])
 
 

@@ -43,7 +43,7 @@ class Building:
         self._channels = 0
         graph = source.model.graph
         self.names = {*source.initializers, *(i.name for i in graph.input), *(name for node in graph.node for name in node.output)}
-        self._makers = {name: str(node.name) for node in graph.node for name in node.output}
+        self.makers = {str(name): node for node in graph.node for name in node.output}
         for name in (*(name for node in graph.node for name in names_read(node)), *(output.name for output in graph.output)):
             self.reads[name] = self.reads.get(name, 0) + 1
 
@@ -99,7 +99,9 @@ class Building:
         del self.nodes[from_.name]
         own, other = node.origin, from_.origin
         assert isinstance(own, Origin) and isinstance(other, Origin)
-        merged = replace(own, initializers={**other.initializers, **own.initializers}, reads=other.reads)
+        names = [name for name in {**other.places, **own.places} if getattr(node.op, name) is not None]
+        merged = replace(own, initializers={name: {**other.initializers, **own.initializers}[name] for name in names},
+                         places={name: {**other.places, **own.places}[name] for name in names}, reads=other.reads, span=other.span)
         self.nodes[name] = replace(node, origin=merged)
 
     def rename(self, old: str, new: str) -> None:
@@ -133,7 +135,8 @@ class Building:
             last = i == len(ops) - 1
             own = at if at is not None else name if name not in self.nodes and name != reader else None
             made = own if last and own is not None else self.fresh(f"{name}.{type(op).__name__.lower()}")
-            value = self.add(made, op, (value,), Origin(self._makers.get(name, "") if last else "", source=self.source)).value
+            maker = str(self.makers[name].name) if last and name in self.makers else ""
+            value = self.add(made, op, (value,), Origin(maker, source=self.source)).value
         self._written[view] = value
         return value
 

@@ -32,12 +32,18 @@ class Standing(NamedTuple):
 
 
 class Call:
-    """One node of the file, with its attributes and the tensors that it reads: what a reader function sees."""
+    """One node of the file, or several that are one, with its attributes and the tensors that it reads: what a reader function sees.
 
-    def __init__(self, building: Building, node: onnx.NodeProto, opset: int) -> None:
+    ``places`` says where in the file the inputs stand, and ``span`` what the nodes make, if these are several.
+    """
+
+    def __init__(self, building: Building, node: onnx.NodeProto, opset: int, places: Sequence[tuple[str, int]] | None = None,
+                 span: tuple[str, ...] = ()) -> None:
         self.building, self.node, self.opset = building, node, opset
+        self.places = [(self.output, i) for i in range(len(node.input))] if places is None else places
+        self.span = span or (self.output,)
         self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        self.inputs = [building.tensors[name] if name else None for name in node.input]
+        self.inputs = [building.tensors.get(name) for name in node.input]
 
     @property
     def output(self) -> str:
@@ -143,11 +149,12 @@ class Call:
         initializers = {name: str(self.node.input[i]) for name, i in (names or {}).items()}
         reads = tuple(str(name) for name, tensor in zip(self.node.input, self.inputs, strict=True)
                       if tensor is not None and not isinstance(tensor, Constant))
-        return Origin(str(self.node.name), initializers, self.building.source, reads, self.output)
+        places = {name: self.places[i] for name, i in (names or {}).items()}
+        return Origin(str(self.node.name), initializers, self.building.source, reads, self.output, places, self.span)
 
     def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, suffix: str = "") -> View:
         """A node with ``op`` on eqfact values, named after the first output; ``names`` says which inputs are its parameters."""
-        if isinstance(op, Weighted):
+        if isinstance(op, Weighted) and not {"eps"}.issuperset(names or ()):
             op = self.building.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant))))
         return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names))
 
@@ -275,10 +282,12 @@ class Call:
         made = self.emit(make(**spread), self.value(view.flat()), names=names, suffix=".flat")
         return view.of_flat(made.value)
 
-    def alone(self, i: int, kinds: tuple[type[Op], ...]) -> Node | None:
-        """The node that makes input ``i``, if it is of these kinds and nothing else reads it."""
-        value, building = self.view(i).value, self.building
-        node = building.nodes.get(value) if value == self.node.input[i] else None
+    def alone(self, i: int, kinds: tuple[type[Op], ...], *, moved: bool = False) -> Node | None:
+        """The node that makes input ``i``, if it is of these kinds and nothing else reads it; ``moved``: entries may be moved between."""
+        value, name, building = self.view(i).value, str(self.node.input[i]), self.building
+        while moved and name != value and building.reads.get(name) == 1 and name in building.makers:
+            name = str(building.makers[name].input[0])
+        node = building.nodes.get(value) if value == name else None
         return node if node is not None and isinstance(node.op, kinds) and building.reads.get(value) == 1 else None
 
 

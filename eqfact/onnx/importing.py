@@ -17,10 +17,10 @@ import numpy as np
 import onnx
 
 from eqfact.graph import Graph
-from eqfact.onnx import folding
+from eqfact.onnx import folding, fusing
 from eqfact.onnx.building import Building
 from eqfact.onnx.call import Call
-from eqfact.onnx.nodes import READERS
+from eqfact.onnx.nodes import FUSED, READERS
 from eqfact.onnx.origin import FLOATS, Constant, Foreign, OnnxError, Source, Tensor, UnsupportedNode, errors_of, sizes
 from eqfact.onnx.reading import opset, read_model
 from eqfact.onnx.views import OneSample, View
@@ -157,13 +157,21 @@ class Importer:
         self.model.graph.node.extend(nodes)
 
     def _flat(self, nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-        """Read the nodes, and yield them; of an If whose condition is known, those of its branch instead."""
+        """Read the nodes, and yield them; of an If whose condition is known, those of its branch instead.
+
+        Of nodes that may be one op together all are read with the last.
+        """
+        groups = fusing.groups(nodes, self.building)
         for node in nodes:
             proto = onnx.NodeProto()
             proto.CopyFrom(node)
-            for name in proto.input:
-                if name and name not in self.source.tensors:
-                    raise self.error(proto, f"it reads '{name}', which nothing before it makes")
+            group = groups.get(proto.output[0]) if proto.output else None
+            if group is not None:
+                if proto.output[0] == group.last and not self._fused(group):
+                    for each in group.nodes.values():
+                        self._read(each)
+                yield proto
+                continue
             branch = self._branch(proto)
             if branch is not None:
                 for name, value in folding.constant_arrays(branch.initializer).items():
@@ -173,10 +181,28 @@ class Importer:
                 for name, output in zip(proto.output, branch.output, strict=True):
                     yield from self._flat([onnx.helper.make_node("Identity", [output.name], [name])])
                 continue
-            for name, tensor in zip(proto.output, self._made(proto), strict=False):
-                if name:
-                    self.source.tensors[name] = tensor
+            self._read(proto)
             yield proto
+
+    def _read(self, proto: onnx.NodeProto) -> None:
+        """Note what a node makes."""
+        for name in proto.input:
+            if name and name not in self.source.tensors:
+                raise self.error(proto, f"it reads '{name}', which nothing before it makes")
+        for name, tensor in zip(proto.output, self._made(proto), strict=False):
+            if name:
+                self.source.tensors[name] = tensor
+
+    def _fused(self, group: fusing.Group) -> bool:
+        """Whether nodes are one op together, whose output is then noted."""
+        try:
+            call = group.call(self.building, self.opset)
+            made = None if call is None else FUSED[group.kind](call)
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # read one by one they say what is the matter
+            return False
+        if isinstance(made, View):
+            self.source.tensors[group.last] = made
+        return made is not None
 
     def _branch(self, proto: onnx.NodeProto) -> onnx.GraphProto | None:
         """What an If comes down to, if that is known."""
@@ -209,6 +235,8 @@ class Importer:
                 raise self.error(proto, f"{reason}; eqfact.onnx.open (and the command line without --strict) keeps such nodes as they are; "
                                         "or export the network without it", UnsupportedNode) from error
         self.kept.append((proto, reason))
+        for name in proto.output:  # read before it was refused
+            self.building.nodes.pop(name, None)
         return [Foreign(name, f"it is made by a kept node, {proto.op_type}") for name in proto.output]
 
     def _computed(self, proto: onnx.NodeProto, call: Call) -> Sequence[Tensor]:

@@ -8,14 +8,33 @@ from __future__ import annotations
 
 from functools import partial
 
-from eqfact.onnx import arithmetic, layers, moving, resizing
+from eqfact.onnx import arithmetic, layers, moving, normalizing, resizing
 from eqfact.onnx.call import Reader
-from eqfact.ops import Abs, AvgPool, Erf, HardSigmoid, HardSwish, LeakyReLU, LpPool, MaxPool, MinPool, ReLU, Sigmoid, Tanh
+from eqfact.ops import (
+    GELU,
+    Abs,
+    AvgPool,
+    Erf,
+    HardSigmoid,
+    HardSwish,
+    LayerNorm,
+    LeakyReLU,
+    LpPool,
+    MaxPool,
+    MinPool,
+    ReLU,
+    RMSNorm,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
 
 READERS: dict[str, Reader] = {
     "Conv": layers.conv, "ConvTranspose": layers.conv_transpose, "Gemm": layers.gemm, "MatMul": layers.matmul,
     "Einsum": layers.einsum,
     "BatchNormalization": layers.batch_normalization,
+    "LayerNormalization": normalizing.over_features(LayerNorm), "RMSNormalization": normalizing.over_features(RMSNorm),
+    "GroupNormalization": normalizing.group_normalization, "InstanceNormalization": normalizing.instance_normalization,
     "MaxPool": layers.max_pool, "AveragePool": layers.average_pool, "LpPool": layers.lp_pool,
     "GlobalAveragePool": layers.global_average_pool, "GlobalMaxPool": layers.global_max_pool, "GlobalLpPool": layers.global_lp_pool,
     "ReduceMean": layers.reduce_space(AvgPool), "ReduceMax": layers.reduce_space(MaxPool), "ReduceMin": layers.reduce_space(MinPool),
@@ -36,4 +55,11 @@ READERS: dict[str, Reader] = {
     "Transpose": moving.transpose, "Slice": moving.slice_, "Split": moving.split, "Gather": moving.gather,
     "Expand": moving.expand, "Tile": moving.tile,
     "DepthToSpace": moving.depth_to_space, "SpaceToDepth": moving.space_to_depth,
+}
+
+#: The same for several nodes that are one op together (:mod:`eqfact.onnx.fusing`).
+FUSED: dict[str, Reader] = {
+    "LayerNorm": normalizing.decomposed(LayerNorm), "RMSNorm": normalizing.decomposed(RMSNorm),
+    "GELU": arithmetic.plain(lambda _: GELU()), "tanh GELU": arithmetic.plain(lambda _: GELU(approximate=True)),
+    "SiLU": arithmetic.plain(lambda _: SiLU()),
 }

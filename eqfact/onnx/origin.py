@@ -132,3 +132,7 @@ class Origin:
     #: The ONNX tensors that the ONNX node reads, constants apart, and the one that it makes; none for a node that stands in no file.
     reads: tuple[str, ...] = ()
     makes: str = ""
+    #: Where its parameters stand in the file: the tensor that a node makes, and which of that node's inputs it is.
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    #: What the nodes make that are the op together; a factor or shift behind it that went into its parameters is none of them.
+    span: tuple[str, ...] = ()

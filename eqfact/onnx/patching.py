@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from eqfact.onnx.exporting import write_model
 from eqfact.onnx.layers import Einsum
 from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
-from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Conv, ConvTranspose, Dense, Extend
+from eqfact.onnx.writers import GraphWriter, one_eps
+from eqfact.ops import Conv, ConvTranspose, Dense, Extend, Normalization
 
 #: From which opset on these take a second input as it is written here.
 OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
@@ -38,8 +38,8 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     One that came from a file and has its structure (rescaled, or with BatchNorms folded) is that file with other parameters: every node
     that did not change is as it was read, and sizes that the file leaves open stay open. Any other network is written anew, with a free
     batch, or with the batch of the file that it came from; opset and IR version are those of that file (at least 13 and 8), or 17 and 8;
-    a newer opset is taken where an op needs one (GELU: 20). Float64 networks stay in float64, which onnxruntime does not run for every op:
-    convert the weights to float32 for deployment.
+    a newer opset is taken where an op needs one (dilated AvgPool: 19). Float64 networks stay in float64, which onnxruntime does not run for
+    every op: convert the weights to float32 for deployment.
 
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
     """
@@ -71,25 +71,31 @@ class Patcher(GraphWriter):
 
     def model(self) -> onnx.ModelProto:
         """The whole file."""
-        protos, outputs = self.source.model.graph.node, {str(info.name) for info in self.source.model.graph.output}
+        protos, outputs = list(self.source.model.graph.node), {str(info.name) for info in self.source.model.graph.output}
         made = {str(name): i for i, proto in enumerate(protos) for name in proto.output if name}
         placed: dict[int, Node] = {}
-        passed: dict[int, onnx.NodeProto] = {}
+        norms: list[tuple[Node, Node]] = []
         for node in self.graph.nodes:
             old = self.before.get(node.name)
             if old is None or old.op is not node.op or old.inputs != node.inputs:
-                new = self._placed(node)
-                placed[made[new.name]] = new
+                if isinstance(node.op, Normalization):
+                    new = self._emptied(node, protos, made)
+                    norms.append((node, new))
+                else:
+                    new = self._placed(node)
+                    placed[made[new.name]] = new
                 makes = self._makes(node.name)
                 if makes != new.name:  # folded across moves: what was folded passes its input on
                     proto = protos[made[makes]]
                     (value,) = (name for name in proto.input if isinstance(self.source.tensors.get(name), View))
-                    passed[made[makes]] = helper.make_node("Identity", [value], [makes], name=proto.name)
-        protos = [passed.get(i, proto) for i, proto in enumerate(protos)]
+                    protos[made[makes]] = helper.make_node("Identity", [value], [makes], name=proto.name)
         alive = _alive([(placed[i].inputs if i in placed else names_read(proto), proto.output) for i, proto in enumerate(protos)], outputs)
         as_read = [proto for i, proto in enumerate(protos) if i in alive and i not in placed]
         self.names = {name for proto in protos for name in proto.output} | {name for proto in as_read for name in names_read(proto)} | {
             str(info.name) for info in self.source.model.graph.input}
+        lines = [[proto] for proto in protos]
+        for node, old in norms:
+            self._filled(node, old, lines, made)
         nodes: list[onnx.NodeProto] = []
         for i, proto in enumerate(protos):
             if i in placed:
@@ -99,7 +105,7 @@ class Patcher(GraphWriter):
                 self.write(placed[i])
                 nodes += self._as_they_were()
             elif i in alive:
-                nodes.append(proto)
+                nodes += lines[i]
         model = onnx.ModelProto()
         model.CopyFrom(self.source.model)
         del model.graph.node[:]
@@ -115,9 +121,8 @@ class Patcher(GraphWriter):
         if any(proto is None or proto.op_type != node.op_type for proto, node in zip(before, self.nodes, strict=True)):
             return self.nodes
         made = []
-        for proto, node in zip(before, self.nodes, strict=True):
-            same = onnx.NodeProto()
-            same.CopyFrom(proto)
+        for node in self.nodes:
+            same = copied(self._makers[node.output[0]])
             same.input[:] = node.input
             for attribute in [a for a in same.attribute if a.name in SCALING]:
                 same.attribute.remove(attribute)  # they went into the parameters
@@ -131,8 +136,8 @@ class Patcher(GraphWriter):
         origin, makes = node.origin, self._makes(node.name)
         if not isinstance(origin, Origin) or not origin.reads or not makes:
             raise self._refused(node)
-        own = next((n for n in self.before.values() if n.origin is origin), None)
-        if own is None or not self._makes(own.name):
+        own = self._own(node)
+        if not self._makes(own.name):
             raise self._refused(node)
         if any(isinstance(part := self.before[i].origin, Origin) and part.makes == origin.makes for i in own.inputs if i in self.before):
             raise self._refused(node)  # it is the last of several that one node of the file became
@@ -146,6 +151,13 @@ class Patcher(GraphWriter):
                 raise self._refused(node)
             reads, inputs = folded_from.reads, folded.inputs
         return replace(node, name=makes, inputs=reads)
+
+    def _own(self, node: Node) -> Node:
+        """The node as it was read."""
+        own = next((n for n in self.before.values() if n.origin is node.origin), None)
+        if own is None:
+            raise self._refused(node)
+        return own
 
     def _makes(self, value: str) -> str:
         """The tensor of the file that a value's own node makes; none if it is not the value itself, or there is none."""
@@ -224,6 +236,62 @@ class Patcher(GraphWriter):
         else:
             super().write(node)
 
+    def _emptied(self, node: Node, protos: list[onnx.NodeProto], made: Mapping[str, int]) -> Node:
+        """A normalization as it was read. Its ONNX nodes stay, without those parameters that change."""
+        own, new = self._own(node), node.op
+        old, origin = own.op, own.origin
+        assert isinstance(old, Normalization) and isinstance(new, Normalization) and isinstance(origin, Origin)
+        if own.inputs != node.inputs:
+            raise self._refused(node)
+        values: dict[str, Any] = {"gamma": new.gamma, "beta": new.beta, "eps": one_eps(new, old.eps)[0]}
+        for name, (tensor, i) in origin.places.items():
+            if not np.array_equal(getattr(old, name), values[name]):
+                protos[made[tensor]] = copied(protos[made[tensor]])
+                protos[made[tensor]].input[i] = ""
+        return replace(own, name=origin.makes)
+
+    def _filled(self, node: Node, own: Node, lines: list[list[onnx.NodeProto]], made: Mapping[str, int]) -> None:
+        """The parameters that change; for those without a place in the file, nodes beside its own."""
+        old, new, origin = own.op, node.op, own.origin
+        assert isinstance(old, Normalization) and isinstance(new, Normalization) and isinstance(origin, Origin)
+        (eps, factor), core = one_eps(new, old.eps), origin.span[-1]
+        for name, (tensor, i) in origin.places.items():
+            (*_, proto), self._view = lines[made[tensor]], self._tensor(core if name == "eps" else tensor)
+            if not proto.input[i]:
+                proto.input[i] = (self.vector(node, name, getattr(new, name)) if proto.op_type in ("Add", "Mul") and name != "eps" else
+                                  self.parameter(node, name, *((eps, ()) if name == "eps" else (getattr(new, name),))))
+        if "eps" not in origin.places and eps != old.eps:
+            lines[made[core]] = [copied(proto, epsilon=eps) for proto in lines[made[core]]]
+        self._view, self.nodes = self._tensor(core), []
+        if factor is not None:  # one eps for all groups: their inputs are multiplied
+            reads = {name for tensor in origin.span for name in lines[made[tensor]][0].input
+                     if name not in origin.span and not isinstance(self.source.tensors.get(name), Constant | None)}
+            scaled = self.node("Mul", [min(reads), self.vector(node, "factor", factor)], self.inner(node, "scaled"), node, ".scaled")
+            for tensor in origin.span:
+                (proto,) = lines[made[tensor]]
+                lines[made[tensor]] = [copied(proto)]
+                lines[made[tensor]][0].input[:] = [scaled if name in reads else name for name in proto.input]
+            first = made[origin.span[0]]
+            lines[first] = [*self.nodes, *lines[first]]
+        shift = 0 if new.beta is None else new.beta
+        if "gamma" not in origin.places:
+            slope = np.divide(new.gamma, old.gamma, out=np.ones_like(new.gamma), where=old.gamma != 0)
+            self._behind(node, "Mul", "gamma", slope, lines[made[core]])
+            shift = shift - (0 if old.beta is None else slope * old.beta)
+        if "beta" not in origin.places:
+            self._view = self._tensor(origin.makes)
+            self._behind(node, "Add", "beta", shift + 0 * new.gamma, lines[made[origin.makes]])
+
+    def _behind(self, node: Node, kind: str, name: str, value: AnyArray, line: list[onnx.NodeProto]) -> None:
+        """One more node at the end of a line, if it does something."""
+        if (value == (kind == "Mul")).all():
+            return
+        last = line[-1] = copied(line[-1])
+        made, last.output[0] = last.output[0], self.inner(node, f"before_{name}")
+        self.nodes = []
+        self.node(kind, [last.output[0], self.vector(node, name, value)], made, node, f".{name}")
+        line += self.nodes
+
     def _sum(self, node: Node, op: Conv | ConvTranspose | Dense, origin: Origin) -> None:
         """A layer whose bias is added by a node of its own."""
         proto = self._makers[origin.makes]
@@ -257,6 +325,16 @@ class Patcher(GraphWriter):
             return
         made = self.node(proto.op_type, inputs, self.inner(node, "product"), node, ".product", **options)
         self.node("Add", [made, self.vector(node, "bias", op.bias)], node.name, node)
+
+
+def copied(proto: onnx.NodeProto, **attributes: Any) -> onnx.NodeProto:
+    """A copy of a node, to be changed; some attributes are others."""
+    made = onnx.NodeProto()
+    made.CopyFrom(proto)
+    for attribute in [a for a in made.attribute if a.name in attributes]:
+        made.attribute.remove(attribute)
+    made.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return made
 
 
 def _alive(nodes: Sequence[tuple[Sequence[str], Sequence[str]]], outputs: set[str]) -> set[int]:

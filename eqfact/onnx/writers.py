@@ -6,6 +6,7 @@ the same. The value has the name of the node; what stands between several ONNX n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,12 @@ from eqfact.ops import (
     Extend,
     Flatten,
     GlobalAvgPool,
+    GroupNorm,
     HardSigmoid,
     HardSwish,
     Identity,
+    InstanceNorm,
+    LayerNorm,
     LeakyReLU,
     LpPool,
     Max,
@@ -42,12 +46,14 @@ from eqfact.ops import (
     Min,
     MinPool,
     Mul,
+    Normalization,
     Op,
     Pad,
     Permute,
     PReLU,
     Rearrange,
     ReLU,
+    RMSNorm,
     Sigmoid,
     SiLU,
     Slice,
@@ -118,6 +124,100 @@ def batch_norm(w: Writer, node: Node, op: BatchNorm) -> None:
                        suffix="" if last else ".mul")
     if shift.any() or (slope == 1).all():
         w.node("Add", [value, w.vector(node, "beta", shift)], node.name, node)
+
+
+def _scaled(w: Writer, node: Node, op: Normalization) -> tuple[str, float]:
+    """What is normalized, and the one eps that ONNX has: of several, the input is multiplied instead."""
+    (value,) = node.inputs
+    if np.any(op.eps) and not np.all(op.eps):
+        raise OnnxError(f"{w.path}: node '{node.name}': some of its groups have an eps of 0, and others not; give all of them one")
+    eps, factor = one_eps(op)
+    if factor is not None:
+        value = w.node("Mul", [value, w.vector(node, "factor", factor)], w.inner(node, "scaled"), node, ".mul")
+    return value, eps
+
+
+def one_eps(op: Normalization, eps: float | AnyArray | None = None) -> tuple[float, AnyArray | None]:
+    """One eps for all groups of channels, and by what the channels are multiplied so that it is theirs, if they have several.
+
+    >>> one_eps(GroupNorm(2, np.ones(4), eps=np.array([4.0, 1.0])))
+    (4.0, array([1., 1., 2., 2.]))
+    """
+    own = np.atleast_1d(np.asarray(op.eps))
+    if np.all(own == own[0]):
+        return float(own[0]), None
+    most = float(own.max()) if eps is None else float(eps)
+    return most, np.repeat(np.sqrt(most / own), len(op.gamma) // op.norm_groups).astype(op.gamma.dtype)
+
+
+def over_features(kind: str, opset: int) -> Callable[[Writer, Node, Any], None]:
+    """A writer of the operator, which has the opset ``opset`` and the last axis for its channels; before that, in steps."""
+    def write(w: Writer, node: Node, op: LayerNorm | RMSNorm) -> None:
+        if w.standard.version < opset:
+            _behind(w, node, op, _unit(w, node, op))
+            return
+        axes, (value,) = w.spatial(node) + 2, node.inputs
+        shifted = op.beta is not None and not op.centred  # RMSNormalization has no shift
+        made = w.inner(node, "unshifted") if shifted else node.name
+        own = [w.parameter(node, "gamma", op.gamma), *([] if op.beta is None or shifted else [w.parameter(node, "beta", op.beta)])]
+        if axes > 2:
+            value = w.node("Transpose", [value], w.inner(node, "turned"), node, ".turn", perm=[0, *range(2, axes), 1])
+        last = w.inner(node, "normalized") if axes > 2 else made
+        w.node(kind, [value, *own], last, node, ".normalize" if last != node.name else "", axis=-1, epsilon=op.eps)
+        if axes > 2:
+            w.node("Transpose", [last], made, node, ".back" if shifted else "", perm=[0, axes - 1, *range(1, axes - 1)])
+        if shifted:
+            w.node("Add", [made, w.vector(node, "beta", np.asarray(op.beta))], node.name, node)
+    return write
+
+
+def _unit(w: Writer, node: Node, op: LayerNorm | RMSNorm) -> str:
+    """``x / sqrt(mean(x**2) + eps)``, after the mean was taken off if the op does so. ReduceSum is alike in all opsets, ReduceMean not."""
+    (x,) = node.inputs
+    axes, share = w.integers(node, "axes", [1]), w.parameter(node, "share", 1 / len(op.gamma), ())
+
+    def step(kind: str, inputs: list[str], name: str) -> str:
+        return w.node(kind, inputs, w.inner(node, name), node, f".{name}")
+    if op.centred:
+        x = step("Sub", [x, step("Mul", [step("ReduceSum", [x, axes], "sum"), share], "mean")], "centred")
+    power = step("Mul", [step("ReduceSum", [step("Mul", [x, x], "square"), axes], "squares"), share], "power")
+    return step("Div", [x, step("Sqrt", [step("Add", [power, w.parameter(node, "eps", op.eps, ())], "more")], "root")], "unit")
+
+
+def _behind(w: Writer, node: Node, op: Normalization, value: str) -> None:
+    """Factor and shift as nodes of their own."""
+    scaled = w.node("Mul", [value, w.vector(node, "gamma", op.gamma)], *(
+        (node.name, node) if op.beta is None else (w.inner(node, "scaled"), node, ".mul")))
+    if op.beta is not None:
+        w.node("Add", [scaled, w.vector(node, "beta", op.beta)], node.name, node)
+
+
+def group_norm(w: Writer, node: Node, op: GroupNorm) -> None:
+    """Before opset 21 as the instances of what is reshaped to have the groups for channels."""
+    value, eps = _scaled(w, node, op)
+    if w.standard.version >= 21:
+        w.node("GroupNormalization", [value, *_both(w, node, op)], node.name, node, num_groups=op.norm_groups, epsilon=eps)
+        return
+    one = np.ones(op.norm_groups, op.gamma.dtype)
+    inputs = [w.parameter(node, "one", one), w.parameter(node, "zero", 0 * one)]
+    sizes = w.node("Shape", [value], w.inner(node, "sizes"), node, ".sizes")
+    split = w.node("Reshape", [value, w.integers(node, "split", [0, op.norm_groups, -1])], w.inner(node, "split"), node, ".split")
+    made = w.node("InstanceNormalization", [split, *inputs], w.inner(node, "normalized"), node, ".normalize", epsilon=eps)
+    _behind(w, node, op, w.node("Reshape", [made, sizes], w.inner(node, "unit"), node, ".unit"))
+
+
+def instance_norm(w: Writer, node: Node, op: InstanceNorm) -> None:
+    """Where there is no space, nothing is left but the shift."""
+    if not w.spatial(node):
+        zero = w.node("Sub", [*node.inputs, *node.inputs], w.inner(node, "zero"), node, ".zero")
+        w.node("Add", [zero, w.vector(node, "beta", np.zeros_like(op.gamma) if op.beta is None else op.beta)], node.name, node)
+        return
+    value, eps = _scaled(w, node, op)
+    w.node("InstanceNormalization", [value, *_both(w, node, op)], node.name, node, epsilon=eps)
+
+
+def _both(w: Writer, node: Node, op: Normalization) -> list[str]:
+    return [w.parameter(node, "gamma", op.gamma), w.parameter(node, "beta", np.zeros_like(op.gamma) if op.beta is None else op.beta)]
 
 
 def prelu(w: Writer, node: Node, op: PReLU) -> None:
@@ -245,8 +345,22 @@ def hard_swish(w: Writer, node: Node, op: HardSwish) -> None:
 
 
 def gelu(w: Writer, node: Node, op: GELU) -> None:
-    w.need_opset(20, node)
-    w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+    """In steps before opset 20, as exporters write it."""
+    if w.standard.version >= 20:
+        w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+        return
+    (x,) = node.inputs
+
+    def step(kind: str, inputs: list[str | float], name: str) -> str:
+        given = [i if isinstance(i, str) else w.parameter(node, f"{name}_by", i, ()) for i in inputs]
+        return w.node(kind, given, w.inner(node, name), node, f".{name}")
+    if op.approximate:
+        cube = step("Mul", [step("Mul", [x, step("Mul", [x, x], "square")], "cube"), 0.044715], "small")
+        curve = step("Tanh", [step("Mul", [step("Add", [x, cube], "sum"), math.sqrt(2 / math.pi)], "argument")], "curve")
+    else:
+        curve = step("Erf", [step("Div", [x, math.sqrt(2)], "argument")], "curve")
+    twice = step("Mul", [x, step("Add", [curve, 1.0], "more")], "twice")
+    w.node("Mul", [twice, w.parameter(node, "half", 0.5, ())], node.name, node)
 
 
 def affine(w: Writer, node: Node, op: Affine) -> None:
@@ -283,6 +397,8 @@ def take(w: Writer, node: Node, op: Take) -> None:
 
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
+    LayerNorm: over_features("LayerNormalization", 17), RMSNorm: over_features("RMSNormalization", 23),
+    GroupNorm: group_norm, InstanceNorm: instance_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
     Abs: _plain("Abs"), MaxPool: _pool("MaxPool", 10), MinPool: min_pool, AvgPool: _pool("AveragePool", 19, "count_include_pad"),
     LpPool: _pool("LpPool", 18, "p"), GlobalAvgPool: _plain("GlobalAveragePool"),
