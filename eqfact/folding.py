@@ -16,6 +16,7 @@ import numpy.typing as npt
 from eqfact.graph import Graph, Node
 from eqfact.ops.base import Weighted
 from eqfact.ops.elementwise import Identity
+from eqfact.ops.normalizing import Normalization
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
 
 Vector = npt.NDArray[np.float64]
@@ -91,6 +92,8 @@ def _into_reader(graph: Graph, node: Node) -> Graph | str:
     reader = readers[0]
     if not isinstance(reader.op, Weighted):
         return f"'{value}' behind it is read by '{reader.name}' ({type(reader.op).__name__}), which has no weights"
+    if not reader.op.divides:
+        return f"'{reader.name}' behind it ({type(reader.op).__name__}) divides by what it reads"
     if obstacle := _not_alone(graph, value, reader):
         return obstacle
     s, t = _affine(node)
@@ -124,6 +127,8 @@ def _scaled_rows(op: Weighted, s: Vector, t: Vector) -> Weighted:
         return replace(op, gamma=(op.gamma * s).astype(op.gamma.dtype), beta=(op.beta * s + t).astype(op.beta.dtype))
     dtype = op.weight.dtype
     bias = t if op.bias is None else op.bias * s + t
+    if isinstance(op, Normalization):
+        return replace(op, gamma=(op.gamma * s).astype(dtype), beta=bias.astype(dtype))  # type: ignore[type-var]  # final ops are dataclasses
     return _with(op, op.weight * s.reshape(-1, *(1,) * (op.weight.ndim - 1)), bias, dtype)
 
 

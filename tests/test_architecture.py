@@ -18,7 +18,7 @@ ROWS = [
     ["graph"],
     ["channels", "calibration"],
     ["factorization"],
-    ["folding", "gradients", "metrics", "quantization", "roundings", "rules"],
+    ["folding", "freeing", "gradients", "metrics", "quantization", "roundings", "rules"],
     ["noise", "verification"],
     ["blocks", "logsums", "optimal"],
     ["equalization"],

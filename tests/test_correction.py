@@ -49,7 +49,7 @@ def quantized(graph, x, setting):
 
 
 def layers(graph):
-    return [node for node in graph if isinstance(node.op, Weighted) and not isinstance(node.op, eq.BatchNorm)]
+    return [node for node in graph if isinstance(node.op, Weighted) and node.op.gridded]
 
 
 def float_name(name, graph):
