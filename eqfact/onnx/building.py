@@ -38,6 +38,10 @@ class Building:
         self.nodes: dict[str, Node] = {}
         self.shapes: dict[str, Shape] = {}
         self.reads: dict[str, int] = {}
+        #: The nodes of the file that read each tensor themselves.
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        #: Softmaxes that were made where their mask is added.
+        self.early: set[str] = set()
         self._ops: dict[tuple[object, ...], list[Op]] = {}
         self._written: dict[View, str] = {}
         self._channels = 0
@@ -46,6 +50,9 @@ class Building:
         self._makers = {name: str(node.name) for node in graph.node for name in node.output}
         for name in (*(name for node in graph.node for name in names_read(node)), *(output.name for output in graph.output)):
             self.reads[name] = self.reads.get(name, 0) + 1
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
     def view(self, name: str) -> View:
         """A tensor as a view of a value; what comes from outside becomes an input."""

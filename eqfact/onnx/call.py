@@ -109,12 +109,12 @@ class Call:
             self.refuse(f"its input {i} ('{self.node.input[i]}') depends on the size of the batch")
         return first
 
-    def parameter(self, i: int, *, cast: bool = False) -> AnyArray:
-        """Input ``i``, a constant of finite floating numbers in the network's type; ``cast`` to it if need be."""
+    def parameter(self, i: int, *, cast: bool = False, finite: bool = True) -> AnyArray:
+        """Input ``i``, a constant of (``finite``) floating numbers in the network's type; ``cast`` to it if need be."""
         value, name = self.constant(i), self.node.input[i]
         if value.dtype not in FLOATS.values():
             self.refuse(f"initializer '{name}' holds {value.dtype}; weights must be floats: export the float network")
-        if not np.isfinite(value).all():
+        if finite and not np.isfinite(value).all():
             where = tuple(int(k) for k in np.argwhere(~np.isfinite(value))[0])
             raise ValueError(f"initializer '{name}' holds {value[where]} at index {where}; weights must be finite")
         if cast and value.dtype != self.building.dtype:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from eqfact.onnx import arithmetic, layers, moving, resizing
+from eqfact.onnx import arithmetic, attention, layers, moving, resizing
 from eqfact.onnx.call import Reader
 from eqfact.ops import Abs, AvgPool, Erf, HardSigmoid, HardSwish, LeakyReLU, LpPool, MaxPool, MinPool, ReLU, Sigmoid, Tanh
 
 READERS: dict[str, Reader] = {
     "Conv": layers.conv, "ConvTranspose": layers.conv_transpose, "Gemm": layers.gemm, "MatMul": layers.matmul,
-    "Einsum": layers.einsum,
+    "Einsum": layers.einsum, "Attention": attention.attention, "RotaryEmbedding": attention.rotary_embedding,
     "BatchNormalization": layers.batch_normalization,
     "MaxPool": layers.max_pool, "AveragePool": layers.average_pool, "LpPool": layers.lp_pool,
     "GlobalAveragePool": layers.global_average_pool, "GlobalMaxPool": layers.global_max_pool, "GlobalLpPool": layers.global_lp_pool,
@@ -29,6 +29,7 @@ READERS: dict[str, Reader] = {
     "Sigmoid": arithmetic.plain(lambda _: Sigmoid()), "Tanh": arithmetic.plain(lambda _: Tanh()), "Erf": arithmetic.plain(lambda _: Erf()),
     "HardSigmoid": arithmetic.plain(lambda call: HardSigmoid(call.number("alpha", 0.2), call.number("beta", 0.5))),
     "HardSwish": arithmetic.plain(lambda _: HardSwish()), "Gelu": arithmetic.gelu, "Swish": arithmetic.swish, "Softmax": arithmetic.softmax,
+    "Where": arithmetic.where,
     "Identity": moving.identity, "Dropout": arithmetic.dropout, "Cast": arithmetic.cast,
     "Pad": moving.pad, "Resize": resizing.resize, "Upsample": resizing.resize, "Concat": moving.concat,
     "Shape": moving.shape_of, "Size": moving.size_of, "Reshape": moving.reshape, "Flatten": moving.flatten,
