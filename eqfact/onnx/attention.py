@@ -63,8 +63,8 @@ def _turned(view: View) -> View:
     return view.with_axes(*view.axes[:-2], view.axes[-1], view.axes[-2])
 
 
-def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0) -> View:
-    """``a @ b`` of two tensors of values."""
+def product(call: Call, a: View, b: View, suffix: str = "", scale: float | None = None) -> View:
+    """``a @ b`` of two tensors of values; with a ``scale`` these are scores."""
     if min(a.ndim, b.ndim) < 2:
         call.refuse(f"it multiplies values with {a.ndim} and {b.ndim} axes; (N, ..., rows, in) times (N, ..., in, columns) is supported")
     ndim = max(a.ndim, b.ndim)
@@ -74,7 +74,7 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0) 
     if a.size(-1) != b.size(-2) or a.size(-2) < 1 or b.size(-1) < 1:
         raise ValueError(f"it multiplies {a.described()} by {b.described()}")
     pairs = [pair for i in range(ndim - 2) for pair in _paired(i, a.axes[i], b.axes[i])]
-    over_tokens = _over_space(inner) and _over_space(other) and not (_over_space(rows) and _over_space(columns))
+    over_tokens = scale is None and _over_space(inner) and _over_space(other) and not (_over_space(rows) and _over_space(columns))
     if _over_space(columns) if over_tokens else any(p.a is None for p in pairs) and all(p.b is not None for p in pairs):
         return _turned(product(call, _turned(b), _turned(a), suffix, scale))
     if any(p.a is None for p in pairs):
@@ -89,8 +89,6 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0) 
     if over_tokens:
         first = a.with_axes(batch, own, *space[0], rows, inner)
         second = b.with_axes(batch, (*theirs, *columns), *space[1], other)
-        if scale != 1:
-            call.refuse("it scales what it mixes")
         value, shared = _unrepeated(call, second, shared)
         made = call.emit(Mix(count, shared), call.value(first), value, suffix=suffix)
         width = b.size(-1)
@@ -99,7 +97,7 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0) 
         (first, own_scale), (second, other_scale) = (_unscaled(call, v) for v in (
             a.with_axes(batch, (*own, *inner), *space[0], rows), b.with_axes(batch, (*theirs, *other), *space[1], columns)))
         value, shared = _unrepeated(call, second, shared)
-        made = call.emit(Scores(count, shared, scale * own_scale * other_scale), call.value(first), value, suffix=suffix)
+        made = call.emit(Scores(count, shared, own_scale * other_scale * (1.0 if scale is None else scale)), call.value(first), value, suffix=suffix)
         width = 1
         last = run(len(before) + 1, a.size(-2)), run(len(before) + 2, b.size(-1))
     at: dict[_Pair, Atom] = {p: Atom(i + 1, p.a.size) for i, p in enumerate(before) if p.a}
@@ -173,6 +171,10 @@ def masked(call: Call, i: int, mask: AnyArray) -> View | None:
 # ------------------------------------------------------------------------------------------------- operators that hold it all
 
 
+#: Attributes of Attention; one of these is read only where it is 0, and one says what a second output is.
+_KNOWN = {"q_num_heads", "kv_num_heads", "scale", "is_causal", "softmax_precision", "softcap", "qk_matmul_output_mode"}
+
+
 def _as(call: Call, view: View, shape: Callable[[Shape], Sequence[int]]) -> View:
     batches = call.building.batches
     return view.reshape(*(shape(view.full_shape(b)) for b in batches), batches=batches)
@@ -199,8 +201,9 @@ def attention(call: Call) -> View:
     """Scores, Softmax and Mix; what is added to the scores may be a constant or a value."""
     if any(map(call.has, range(4, len(call.inputs)))):
         call.refuse("it reads keys and values of earlier tokens, or their number")
-    if call.number("softcap", 0.0):
-        call.refuse("it has a softcap")
+    unknown = sorted(name for name, given in call.attributes.items() if name not in _KNOWN and given != -1)  # windows of any size
+    if unknown or call.number("softcap", 0.0):
+        call.refuse(f"it has the attribute {', '.join(unknown) or 'softcap'}")
     precision = call.integer("softmax_precision", 0)
     if precision and onnx.helper.tensor_dtype_to_np_dtype(precision) != call.building.dtype:
         call.refuse("its Softmax has a precision of its own")
@@ -215,6 +218,8 @@ def attention(call: Call) -> View:
         return _as(call, view, lambda s: (s[0], s[1] * s[2], *s[3:]))
     scores = whole(product(call, grouped(query, shared), _turned(grouped(key, 1)), ".scores", scale))
     mask: AnyArray | None = None
+    if call.has(3) and (call.known(3).values[0].shape if call.known(3) else call.view(3).full_shape(0))[-1:] != (scores.size(-1),):
+        call.refuse("its mask is not for all keys")
     if (known := call.known(3)) is not None:
         mask = call.constant(3) if known.values[0].dtype == bool else call.parameter(3, finite=False)
         mask = np.where(mask, 0, -np.inf).astype(call.building.dtype) if mask.dtype == bool else mask
