@@ -120,8 +120,10 @@ def divide(call: Call) -> View:
 
 def _times(call: Call, x: int, factor: Any, c: int) -> View:
     """A value times a constant; one number for all scores goes into their scale."""
-    scores, view = call.alone(x, (Scores,)), call.view(x)
-    if scores is None or not isinstance(scores.op, Scores) or factor.size > 1 or factor.ndim > view.ndim:
+    view = call.view(x)
+    scores = call.building.nodes.get(view.value)
+    if scores is None or not isinstance(scores.op, Scores) or factor.size > 1 or factor.ndim > view.ndim or not call.building.read_once(
+            scores.name):
         return _affine(call, factor, 0, gamma=c)
     merged = call.emit(replace(scores.op, scale=scores.op.scale * factor.item()), *scores.inputs)
     call.building.inherit(merged.value, scores)

@@ -97,7 +97,8 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float | None 
         (first, own_scale), (second, other_scale) = (_unscaled(call, v) for v in (
             a.with_axes(batch, (*own, *inner), *space[0], rows), b.with_axes(batch, (*theirs, *other), *space[1], columns)))
         value, shared = _unrepeated(call, second, shared)
-        made = call.emit(Scores(count, shared, own_scale * other_scale * (1.0 if scale is None else scale)), call.value(first), value, suffix=suffix)
+        scale = (1.0 if scale is None else scale) * own_scale * other_scale
+        made = call.emit(Scores(count, shared, scale), call.value(first), value, suffix=suffix)
         width = 1
         last = run(len(before) + 1, a.size(-2)), run(len(before) + 2, b.size(-1))
     at: dict[_Pair, Atom] = {p: Atom(i + 1, p.a.size) for i, p in enumerate(before) if p.a}
@@ -119,10 +120,7 @@ def _unscaled(call: Call, view: View) -> tuple[View, float]:
     while (node := building.nodes.get(value)) is not None and isinstance(node.op, (BatchNorm, Identity)):
         op = node.op
         shifts = isinstance(op, BatchNorm) and (op.beta.any() or op.mean.any() or (op.var != 1).any() or op.eps)
-        if shifts or (isinstance(op, BatchNorm) and (op.gamma != op.gamma[0]).any()):
-            break
-        names = [name for name, tensor in building.tensors.items() if isinstance(tensor, View) and tensor.value == value]
-        if any(building.reads.get(name) != 1 for name in names):
+        if shifts or (isinstance(op, BatchNorm) and (op.gamma != op.gamma[0]).any()) or not building.read_once(value):
             break
         (value,) = node.inputs
         if isinstance(op, BatchNorm):
@@ -218,9 +216,10 @@ def attention(call: Call) -> View:
         return _as(call, view, lambda s: (s[0], s[1] * s[2], *s[3:]))
     scores = whole(product(call, grouped(query, shared), _turned(grouped(key, 1)), ".scores", scale))
     mask: AnyArray | None = None
-    if call.has(3) and (call.known(3).values[0].shape if call.known(3) else call.view(3).full_shape(0))[-1:] != (scores.size(-1),):
+    known = call.known(3)
+    if call.has(3) and (call.view(3).full_shape(1) if known is None else known.values[0].shape)[-1:] != (scores.size(-1),):
         call.refuse("its mask is not for all keys")
-    if (known := call.known(3)) is not None:
+    if known is not None:
         mask = call.constant(3) if known.values[0].dtype == bool else call.parameter(3, finite=False)
         mask = np.where(mask, 0, -np.inf).astype(call.building.dtype) if mask.dtype == bool else mask
     elif call.has(3):

@@ -100,6 +100,10 @@ class Building:
         assert isinstance(found, Weighted)
         return found
 
+    def read_once(self, value: str) -> bool:
+        """Whether one node alone reads a value, however its entries are moved before."""
+        return all(self.reads.get(name) == 1 for name, tensor in self.tensors.items() if isinstance(tensor, View) and tensor.value == value)
+
     def inherit(self, name: str, from_: Node) -> None:
         """The node ``name`` takes another one's place: it reads what that one read, and remembers its initializers too."""
         node = self.nodes[name]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph, Node, forward
-from eqfact.onnx.opened import AT_ONCE, Opened, open
+from eqfact.onnx.opened import AT_ONCE, Opened, finite, open
 from eqfact.onnx.origin import OnnxError
 from eqfact.onnx.running import Arrays, Running, runtime
 from eqfact.onnx.views import View
@@ -112,7 +112,7 @@ def _held(nodes: list[Node], views: Mapping[str, tuple[str, View]], running: Run
     wanted = dict.fromkeys(value for node in nodes for value in (*node.inputs, node.name))
     names = {value: views[value] for value in wanted if value in views and value not in boundary}
     found = {**feeds, **running(feeds, list(dict.fromkeys(name for name, _ in names.values() if name not in feeds)))}
-    held = {value: view.value_of(found[name]) for value, (name, view) in names.items()}
+    held = {value: finite(view.value_of(found[name])) for value, (name, view) in names.items()}
     return held | {value: boundary[value] for value in wanted if value in boundary}
 
 
@@ -142,7 +142,7 @@ def _end_to_end(opened: Opened, graph: Graph, feeds: Arrays, boundary: Arrays,
     ours = ours if isinstance(ours, dict) else {graph.outputs[0]: ours}
     apart = 0.0
     for value, (name, view) in views.items():
-        truth = view.value_of(file[name])
+        truth = finite(view.value_of(file[name]))
         apart = max(apart, float(np.abs(ours[value] - truth).max() / (np.abs(truth).max() or 1.0)))
     return apart
 

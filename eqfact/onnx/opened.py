@@ -107,7 +107,7 @@ class Opened:
                         n for axis, n in enumerate(view.full_shape(0)) if axis != view.batch):
                     raise OnnxError(f"{self.path}: '{name}' has the shape {found[name].shape} on this data; the graph was read for samples "
                                     f"of shape {shape}: open the file with data of this size")
-                arrays[value].append(np.ascontiguousarray(view.value_of(found[name])))
+                arrays[value].append(finite(np.ascontiguousarray(view.value_of(found[name]))))
         return {value: np.concatenate(several) if len(several) > 1 else several[0] for value, several in arrays.items()}
 
     def parts(self, feeds: Feeds, first: int | None = None) -> list[Arrays]:
@@ -141,6 +141,12 @@ class Opened:
             write_model(path, QdqWriter(path, graph).model())
         else:
             write_model(path, spliced(path, graph, self.graph, self.source, QdqWriter), full=False)
+
+
+def finite(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Minus infinity, which masks scores, as the lowest number: no Softmax leaves anything of either."""
+    bounded: npt.NDArray[Any] = np.maximum(array, np.finfo(array.dtype).min)
+    return bounded
 
 
 def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.onnx.open, as it is read

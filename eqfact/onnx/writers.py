@@ -6,7 +6,7 @@ the same. The value has the name of the node; what stands between several ONNX n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from eqfact.ops import (
     MaxPool,
     Min,
     MinPool,
+    Mix,
     Mul,
     Op,
     Pad,
@@ -48,6 +49,8 @@ from eqfact.ops import (
     PReLU,
     Rearrange,
     ReLU,
+    Rotary,
+    Scores,
     Sigmoid,
     SiLU,
     Slice,
@@ -281,6 +284,72 @@ def take(w: Writer, node: Node, op: Take) -> None:
         w.node("Gather", [*node.inputs, w.integers(node, "indices", op.indices)], node.name, node, axis=axis)
 
 
+def softmax(w: Writer, node: Node, op: Softmax) -> None:
+    """The mask is added before."""
+    value, shape = node.inputs[0], w.graph.shapes[node.name]
+    if op.mask is not None:
+        mask = np.triu(np.full(shape[-2:], -np.inf), 1) if isinstance(op.mask, str) else op.mask
+        value = w.node("Add", [value, w.over_space(node, "mask", mask)], w.inner(node, "masked"), node, ".mask")
+    w.node("Softmax", [value], node.name, node, axis=op.axis)
+
+
+def _by_head(w: Writer, node: Node, i: int, heads: Sequence[int], *, channels_last: bool) -> str:
+    """Input ``i`` as ``(N, *heads, ..., T, channels)``, or with these two the other way round."""
+    space = w.graph.shapes[node.inputs[i]][1:]
+    name = "ab"[i]
+    split = w.integers(node, f"{name}.split", [0, *heads, -1, *space])
+    value = w.node("Reshape", [node.inputs[i], split], w.inner(node, f"{name}.heads"), node, f".{name}.heads")
+    count = 1 + len(heads)
+    order = [*range(count), *range(count + 1, count + len(space))]
+    order += [count + len(space), count] if channels_last else [count, count + len(space)]
+    if order == sorted(order):
+        return value
+    return w.node("Transpose", [value], w.inner(node, f"{name}.moved"), node, f".{name}.move", perm=order)
+
+
+def scores(w: Writer, node: Node, op: Scores) -> None:
+    """Queries by tokens times keys by channels; heads that share keys have an axis of their own."""
+    shared = [op.kv_heads] if op.heads == op.kv_heads else [op.kv_heads, op.heads // op.kv_heads]
+    q = _by_head(w, node, 0, shared, channels_last=True)
+    k = _by_head(w, node, 1, [op.kv_heads, 1][:len(shared)], channels_last=False)
+    grouped, scaled = len(shared) > 1, op.scale != 1
+    value = w.node("MatMul", [q, k], w.inner(node, "product") if grouped or scaled else node.name, node, ".product" * (grouped or scaled))
+    if grouped:
+        whole = w.integers(node, "shape", [0, *w.graph.shapes[node.name]])
+        value = w.node("Reshape", [value, whole], w.inner(node, "whole") if scaled else node.name, node, ".whole" * scaled)
+    if scaled:
+        w.node("Mul", [value, w.parameter(node, "scale", op.scale, ())], node.name, node)
+
+
+def mix(w: Writer, node: Node, op: Mix) -> None:
+    """Probabilities times values by tokens."""
+    p, shape = node.inputs[0], w.graph.shapes[node.name]
+    shared = [op.kv_heads] if op.heads == op.kv_heads else [op.kv_heads, op.heads // op.kv_heads]
+    if len(shared) > 1:
+        sizes = w.integers(node, "a.split", [0, *shared, *w.graph.shapes[p][1:]])
+        p = w.node("Reshape", [p, sizes], w.inner(node, "a.heads"), node, ".a.heads")
+    v = _by_head(w, node, 1, [op.kv_heads, 1][:len(shared)], channels_last=True)
+    made = w.node("MatMul", [p, v], w.inner(node, "product"), node, ".product")
+    count, before = 1 + len(shared), len(shape) - 2
+    order = [*range(count), count + before + 1, *range(count, count + before + 1)]
+    moved = w.node("Transpose", [made], w.inner(node, "moved"), node, ".move", perm=order)
+    w.node("Reshape", [moved, w.integers(node, "shape", [0, *shape])], node.name, node)
+
+
+def rotary(w: Writer, node: Node, op: Rotary) -> None:
+    """Each channel times its cosine, plus the other one of its pair times its sine, which is negative for the first."""
+    channels, *space = w.graph.shapes[node.name]
+    cos, sin, partner = np.ones((channels, space[-1])), np.zeros((channels, space[-1])), np.arange(channels)
+    first, second = op._pairs(channels)
+    cos[first], cos[second], sin[first], sin[second] = op.cos, op.cos, -op.sin, op.sin
+    partner[first], partner[second] = second, first
+    shape = (channels, *(1 for _ in space[1:]), space[-1])
+    mates = w.node("Gather", [*node.inputs, w.integers(node, "pairs", partner.tolist())], w.inner(node, "mates"), node, ".mates", axis=1)
+    own = w.node("Mul", [*node.inputs, w.over_space(node, "cos", cos.reshape(shape))], w.inner(node, "own"), node, ".own")
+    other = w.node("Mul", [mates, w.over_space(node, "sin", sin.reshape(shape))], w.inner(node, "other"), node, ".other")
+    w.node("Add", [own, other], node.name, node)
+
+
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
     Identity: _plain("Identity"), ReLU: _plain("Relu"), LeakyReLU: _plain("LeakyRelu", alpha=lambda op: op.slope), PReLU: prelu, Clip: clip,
@@ -292,7 +361,7 @@ WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Transpose: transpose, Slice: slice_, Permute: permute, Rearrange: rearrange, Take: take,
     Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
-    Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Affine: affine,
+    Softmax: softmax, Mul: mul, Scores: scores, Mix: mix, Rotary: rotary, Affine: affine,
 }
 
 
