@@ -135,7 +135,7 @@ def _unrepeated(call: Call, view: View, heads: int) -> tuple[str, int]:
             axis == run(i, n) for i, (axis, n) in enumerate(zip(view.axes[2:], view.shape[1:], strict=False), 1)):
         (value,) = node.inputs
         before, width = call.building.shapes[value][0], view.shape[0] // heads
-        taken = np.asarray(node.op.indices)[channel_order(view)]
+        taken = np.asarray(node.op.indices)[list(channel_order(view))]
         if before % width == 0 and heads % (before // width) == 0:
             once = np.arange(before).reshape(-1, width)
             if np.array_equal(taken, np.repeat(once, heads // len(once), axis=0).reshape(-1)):

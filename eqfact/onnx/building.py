@@ -93,7 +93,7 @@ class Building:
     def shared(self, op: Weighted, source: tuple[object, ...]) -> Weighted:
         """The same op object for equal uses of the same constants, so that sharing is seen by everyone."""
         known = self._ops.setdefault((type(op), *source), [])
-        found = next((other for other in known if _equal(op, other)), None)
+        found = next((other for other in known if same_op(op, other)), None)
         if found is None:
             known.append(op)
             return op
@@ -184,8 +184,10 @@ def _selection(entries: list[int], axis: int, count: int) -> Op:
     return Permute(tuple(entries)) if axis == 0 and sorted(entries) == list(range(count)) else Take(tuple(entries), axis)
 
 
-def _equal(a: Op, b: Op) -> bool:
-    """Whether two ops of one class have the same parameters, to the bit."""
+def same_op(a: Op, b: Op) -> bool:
+    """Whether two ops are of one class and have the same parameters, to the bit."""
+    if type(a) is not type(b):
+        return False
     for f in fields(a):  # type: ignore[arg-type]  # every final op is a dataclass
         x, y = getattr(a, f.name), getattr(b, f.name)
         if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):

@@ -147,8 +147,9 @@ class Call:
 
     def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, suffix: str = "") -> View:
         """A node with ``op`` on eqfact values, named after the first output; ``names`` says which inputs are its parameters."""
-        if isinstance(op, Weighted):
-            op = self.building.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant))))
+        constants = tuple(id(t) for t in self.inputs if isinstance(t, Constant))
+        if isinstance(op, Weighted) and constants:
+            op = self.building.shared(op, (self.node.op_type, *constants))
         return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names))
 
     def value(self, tensor: View) -> str:
