@@ -63,8 +63,8 @@ def _turned(view: View) -> View:
     return view.with_axes(*view.axes[:-2], view.axes[-1], view.axes[-2])
 
 
-def product(call: Call, a: View, b: View, suffix: str = "", scale: float | None = None) -> View:
-    """``a @ b`` of two tensors of values; with a ``scale`` these are scores."""
+def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0, over_tokens: bool | None = None) -> View:
+    """``a @ b`` of two tensors of values: over tokens Mix, else Scores, which are scaled; told by the views if it is not said."""
     if min(a.ndim, b.ndim) < 2:
         call.refuse(f"it multiplies values with {a.ndim} and {b.ndim} axes; (N, ..., rows, in) times (N, ..., in, columns) is supported")
     ndim = max(a.ndim, b.ndim)
@@ -74,9 +74,10 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float | None 
     if a.size(-1) != b.size(-2) or a.size(-2) < 1 or b.size(-1) < 1:
         raise ValueError(f"it multiplies {a.described()} by {b.described()}")
     pairs = [pair for i in range(ndim - 2) for pair in _paired(i, a.axes[i], b.axes[i])]
-    over_tokens = scale is None and _over_space(inner) and _over_space(other) and not (_over_space(rows) and _over_space(columns))
-    if _over_space(columns) if over_tokens else any(p.a is None for p in pairs) and all(p.b is not None for p in pairs):
-        return _turned(product(call, _turned(b), _turned(a), suffix, scale))
+    if over_tokens is None:
+        over_tokens = _over_space(inner) and _over_space(other) and not (_over_space(rows) and _over_space(columns))
+        if _over_space(columns) if over_tokens else any(p.a is None for p in pairs) and all(p.b is not None for p in pairs):
+            return _turned(product(call, _turned(b), _turned(a), suffix, scale, over_tokens))
     if any(p.a is None for p in pairs):
         call.refuse("each of its two values has heads that the other one has not")
     # heads of which the second tensor has one for all come last: so many in a row share one
@@ -97,8 +98,7 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float | None 
         (first, own_scale), (second, other_scale) = (_unscaled(call, v) for v in (
             a.with_axes(batch, (*own, *inner), *space[0], rows), b.with_axes(batch, (*theirs, *other), *space[1], columns)))
         value, shared = _unrepeated(call, second, shared)
-        scale = (1.0 if scale is None else scale) * own_scale * other_scale
-        made = call.emit(Scores(count, shared, scale), call.value(first), value, suffix=suffix)
+        made = call.emit(Scores(count, shared, scale * own_scale * other_scale), call.value(first), value, suffix=suffix)
         width = 1
         last = run(len(before) + 1, a.size(-2)), run(len(before) + 2, b.size(-1))
     at: dict[_Pair, Atom] = {p: Atom(i + 1, p.a.size) for i, p in enumerate(before) if p.a}
@@ -214,7 +214,7 @@ def attention(call: Call) -> View:
 
     def whole(view: View) -> View:
         return _as(call, view, lambda s: (s[0], s[1] * s[2], *s[3:]))
-    scores = whole(product(call, grouped(query, shared), _turned(grouped(key, 1)), ".scores", scale))
+    scores = whole(product(call, grouped(query, shared), _turned(grouped(key, 1)), ".scores", scale, over_tokens=False))
     mask: AnyArray | None = None
     known = call.known(3)
     if call.has(3) and (call.view(3).full_shape(1) if known is None else known.values[0].shape)[-1:] != (scores.size(-1),):
@@ -230,7 +230,7 @@ def attention(call: Call) -> View:
         mask = mask + np.triu(np.full((scores.size(-2), scores.size(-1)), -np.inf), 1).astype(mask.dtype)
     own = call.constants_on(scores, {"mask": mask})["mask"] if mask is not None else "causal" if causal else None
     weights = call.emit(Softmax(len(scores.shape), own), scores.value, suffix=".probabilities")
-    return _joined(call, whole(product(call, grouped(scores.of(weights.value), shared), grouped(value, 1))))
+    return _joined(call, whole(product(call, grouped(scores.of(weights.value), shared), grouped(value, 1), over_tokens=True)))
 
 
 def rotary_embedding(call: Call) -> View:
