@@ -46,6 +46,8 @@ OTHERS = [
     eq.Unflatten((2, 2, 6)), eq.Transpose((1, 0)), eq.Slice(1, 3), eq.Permute((3, 1, 0, 2)), eq.Sigmoid(), eq.HardSigmoid(), eq.Tanh(),
     eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(), eq.Sub(), eq.Max(), eq.Min(),
     eq.Abs(), eq.MinPool(2), eq.LpPool(2), eq.Blend(floats(3, 6)), eq.Extend(floats(2, 6)),
+    eq.Softmax(-1, np.where(np.arange(6) < 4, floats(4, 6), -np.inf).astype(np.float32)), eq.Rotary(2, floats(1, 6), floats(1, 6, seed=6)),
+    eq.Scores(2, scale=0.7), eq.Scores(2, 1), eq.Mix(2), eq.Mix(2, 1),
 ]
 OPS = [*LAYERS, *OTHERS]
 WEIGHTS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, **granularity) for granularity, symmetric, bits in itertools.product(
@@ -55,13 +57,22 @@ ACTIVATIONS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, granularit
 
 
 def name_of(op):
-    return op if isinstance(op, str) else f"{type(op).__name__}{'s' * (np.size(getattr(op, 'high', 0)) > 1)}"
+    if isinstance(op, str):
+        return op
+    more = np.size(getattr(op, "high", 0)) > 1 or getattr(op, "mask", None) is not None or getattr(op, "kv_heads", 2) == 1
+    return type(op).__name__ + "s" * more
 
 
 def network(op, biased):
     """A network in which the op reads a stored value and makes one, which a layer reads."""
     if isinstance(op, (eq.Add, eq.Sub, eq.Max, eq.Min, eq.Mul, eq.Concat)):
         first = [eq.Node("p", eq.Conv(floats(4, 4, 1)), ["x"]), eq.Node("r", eq.ReLU(), ["p"]), eq.Node("op", op, ["r", "x"])]
+        shape = (4, 6)
+    elif isinstance(op, (eq.Scores, eq.Mix)):
+        first = [eq.Node("p", eq.Conv(floats(2 * op.kv_heads, 4, 1)), ["x"]), eq.Node("op", op, ["x", "p"])]
+        if isinstance(op, eq.Mix):
+            first[1:] = [eq.Node("s", eq.Scores(2, op.kv_heads), ["x", "p"]), eq.Node("r", eq.Softmax(-1), ["s"]),
+                         eq.Node("op", op, ["r", "p"])]
         shape = (4, 6)
     else:
         shape, made = ((24,) if isinstance(op, eq.Unflatten) else (4, 6), op) if not isinstance(op, str) else (

@@ -131,7 +131,9 @@ def _beside_in_heads(call: Call, views: Sequence[View], axis: int) -> View | Non
     """Channels that stand in several axes, joined along one of them: all of them beside each other, and then in their order."""
     of_channels = [i for i, atoms in enumerate(views[0].axes) if atoms and all(a.axis == 0 for a in atoms)]
     space = [i for i in range(views[0].ndim) if i not in (*of_channels, axis, views[0].batch)]
-    if views[0].home is not None or not of_channels or views[0].axes[axis] and axis not in of_channels or any(BATCH in atoms and atoms != (BATCH,) for v in views for atoms in v.axes):
+    if views[0].home is not None or not of_channels or (views[0].axes[axis] and axis not in of_channels):
+        return None
+    if any(BATCH in atoms and atoms != (BATCH,) for v in views for atoms in v.axes):
         return None
     others = [i for i in of_channels if i != axis]
     batch = () if views[0].batch is None else (BATCH,)

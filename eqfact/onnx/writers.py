@@ -295,45 +295,53 @@ def softmax(w: Writer, node: Node, op: Softmax) -> None:
 
 def _by_head(w: Writer, node: Node, i: int, heads: Sequence[int], *, channels_last: bool) -> str:
     """Input ``i`` as ``(N, *heads, ..., T, channels)``, or with these two the other way round."""
-    space = w.graph.shapes[node.inputs[i]][1:]
-    name = "ab"[i]
-    split = w.integers(node, f"{name}.split", [0, *heads, -1, *space])
-    value = w.node("Reshape", [node.inputs[i], split], w.inner(node, f"{name}.heads"), node, f".{name}.heads")
-    count = 1 + len(heads)
-    order = [*range(count), *range(count + 1, count + len(space))]
-    order += [count + len(space), count] if channels_last else [count, count + len(space)]
+    space, name = w.graph.shapes[node.inputs[i]][1:], "ab"[i]
+    value = _split(w, node, i, [*heads, -1, *space])
+    count, last = 1 + len(heads), len(heads) + len(space)
+    order = [*range(count), *range(count + 1, last + 1), *((last + 1, count) if channels_last else (count, last + 1))]
     if order == sorted(order):
         return value
-    return w.node("Transpose", [value], w.inner(node, f"{name}.moved"), node, f".{name}.move", perm=order)
+    value = w.node("Transpose", [value], w.inner(node, f"{name}.moved"), node, f".{name}.move", perm=order)
+    return w.moved(node, value, i, f".{name}.moved")
+
+
+def _split(w: Writer, node: Node, i: int, sizes: Sequence[int]) -> str:
+    name = "ab"[i]
+    shape = w.integers(node, f"{name}.split", [0, *sizes])
+    value = w.node("Reshape", [node.inputs[i], shape], w.inner(node, f"{name}.heads"), node, f".{name}.heads")
+    return w.moved(node, value, i, f".{name}.heads")
+
+
+def _shared(op: Scores | Mix) -> tuple[list[int], list[int]]:
+    """The axes of heads that both inputs of a product have: those that share keys or values have one of their own."""
+    if op.heads == op.kv_heads:
+        return [op.heads], [op.heads]
+    return [op.kv_heads, op.heads // op.kv_heads], [op.kv_heads, 1]
 
 
 def scores(w: Writer, node: Node, op: Scores) -> None:
-    """Queries by tokens times keys by channels; heads that share keys have an axis of their own."""
-    shared = [op.kv_heads] if op.heads == op.kv_heads else [op.kv_heads, op.heads // op.kv_heads]
-    q = _by_head(w, node, 0, shared, channels_last=True)
-    k = _by_head(w, node, 1, [op.kv_heads, 1][:len(shared)], channels_last=False)
-    grouped, scaled = len(shared) > 1, op.scale != 1
-    value = w.node("MatMul", [q, k], w.inner(node, "product") if grouped or scaled else node.name, node, ".product" * (grouped or scaled))
-    if grouped:
-        whole = w.integers(node, "shape", [0, *w.graph.shapes[node.name]])
-        value = w.node("Reshape", [value, whole], w.inner(node, "whole") if scaled else node.name, node, ".whole" * scaled)
-    if scaled:
-        w.node("Mul", [value, w.parameter(node, "scale", op.scale, ())], node.name, node)
+    """Queries by tokens times keys by channels."""
+    (ours, theirs), shape = _shared(op), w.graph.shapes[node.name]
+    factors = [_by_head(w, node, 0, ours, channels_last=True), _by_head(w, node, 1, theirs, channels_last=False)]
+    steps: list[tuple[str, str, list[str]]] = [("product", "MatMul", factors)]
+    if len(ours) > 1:
+        steps.append(("whole", "Reshape", [w.integers(node, "shape", [0, *shape])]))
+    if op.scale != 1:
+        steps.append(("scaled", "Mul", [w.parameter(node, "scale", op.scale, ())]))
+    value: list[str] = []
+    for i, (name, kind, others) in enumerate(steps, 1):
+        last = i == len(steps)
+        value = [w.node(kind, [*value, *others], node.name if last else w.inner(node, name), node, "" if last else f".{name}")]
 
 
 def mix(w: Writer, node: Node, op: Mix) -> None:
     """Probabilities times values by tokens."""
-    p, shape = node.inputs[0], w.graph.shapes[node.name]
-    shared = [op.kv_heads] if op.heads == op.kv_heads else [op.kv_heads, op.heads // op.kv_heads]
-    if len(shared) > 1:
-        sizes = w.integers(node, "a.split", [0, *shared, *w.graph.shapes[p][1:]])
-        p = w.node("Reshape", [p, sizes], w.inner(node, "a.heads"), node, ".a.heads")
-    v = _by_head(w, node, 1, [op.kv_heads, 1][:len(shared)], channels_last=True)
-    made = w.node("MatMul", [p, v], w.inner(node, "product"), node, ".product")
-    count, before = 1 + len(shared), len(shape) - 2
-    order = [*range(count), count + before + 1, *range(count, count + before + 1)]
-    moved = w.node("Transpose", [made], w.inner(node, "moved"), node, ".move", perm=order)
-    w.node("Reshape", [moved, w.integers(node, "shape", [0, *shape])], node.name, node)
+    (ours, theirs), shape = _shared(op), w.graph.shapes[node.name]
+    p = node.inputs[0] if len(ours) == 1 else _split(w, node, 0, [*ours, *w.graph.shapes[node.inputs[0]][1:]])
+    made = w.node("MatMul", [p, _by_head(w, node, 1, theirs, channels_last=True)], w.inner(node, "product"), node, ".product")
+    count, last = 1 + len(ours), len(ours) + len(shape)
+    turned = w.node("Transpose", [made], w.inner(node, "moved"), node, ".move", perm=[*range(count), last, *range(count, last)])
+    w.node("Reshape", [turned, w.integers(node, "shape", [0, *shape])], node.name, node)
 
 
 def rotary(w: Writer, node: Node, op: Rotary) -> None:
