@@ -486,6 +486,13 @@ def fused_heads(net):
     net.out(net.node("Attention", q, k, v))
 
 
+@row("Einsum")
+def einsum(net):
+    q, k, v = (net.node("Reshape", net.linear(), ints(0, -1, H, D)) for _ in range(3))
+    p = net.softmax(net.node("Einsum", q, k, equation="bqhd,bkhd->bhqk"))
+    net.linear(net.node("Reshape", net.node("Einsum", p, v, equation="bhqk, bkhd -> bqhd"), ints(0, -1, WIDTH)), 3, to="y")
+
+
 # ------------------------------------------------------------------------------------------------ the laws
 
 
@@ -662,6 +669,13 @@ def mask_read_twice(net):
     q, kt, v = net.qkv()
     masked = net.node("Add", net.node("MatMul", q, kt), BIAS)
     net.out(net.node("MatMul", net.node("Mul", net.softmax(masked), net.node("Sigmoid", masked)), v))
+
+
+@miss("an Einsum that adds up over two axes is kept")
+def einsum_of_two_axes(net):
+    q, kt, v = net.qkv()
+    scores = net.node("Einsum", q, kt, equation="bhqd,bgdk->bqk")
+    net.out(net.node("MatMul", net.softmax(net.node("Unsqueeze", scores, ints(1))), v))
 
 
 @miss("a mask of another axis")

@@ -110,6 +110,21 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0, 
     return made.with_axes(*axes, *last)
 
 
+def einsum(call: Call, equation: str) -> View:
+    """The same, its axes named by letters."""
+    terms, _, made = equation.replace(" ", "").partition("->")
+    first, second = terms.split(",")
+    a, b = call.views()
+    shared, inner = ([x for x in first if x in second and (x in made) == wanted] for wanted in (True, False))
+    rows, columns = ([x for x in term if x not in (*shared, *inner)] for term in (first, second))
+    order = [*shared, *rows, *columns]
+    if (len(first), len(second), len(inner), len(rows), len(columns)) != (a.ndim, b.ndim, 1, 1, 1) or sorted(order) != sorted(made):
+        call.refuse(f"'{equation}' is no product of matrices")
+    a, b = (v.transpose([term.index(x) for x in letters]) for v, term, letters in (
+        (a, first, [*shared, *rows, *inner]), (b, second, [*shared, *inner, *columns])))
+    return product(call, a, b).transpose([order.index(x) for x in made])
+
+
 def _over_space(axis: Axis) -> bool:
     return bool(axis) and all(a.axis > 0 for a in axis)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eqfact.onnx.attention import product
+from eqfact.onnx import attention
 from eqfact.onnx.call import AnyArray, Call, Reader
 from eqfact.onnx.views import View
 from eqfact.ops import AvgPool, BatchNorm, Blend, Conv, ConvTranspose, Dense, GlobalAvgPool, Identity, LpPool, MaxPool, Op, Pad, Shape
@@ -256,7 +256,7 @@ def matmul(call: Call) -> View:
     if call.known(0) is not None:
         return _matmul_from_the_left(call)
     if call.known(1) is None:
-        return product(call, call.view(0), call.view(1))
+        return attention.product(call, call.view(0), call.view(1))
     view, weight = call.view(), call.parameter(1)
     if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
@@ -335,8 +335,10 @@ class Einsum(NamedTuple):
 
 
 def einsum(call: Call) -> View:
-    """A layer with weights, if that is what it comes to."""
+    """A layer with weights, or a product of two values, if that is what it comes to."""
     constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    if len(call.inputs) == 2 and not constants:
+        return attention.einsum(call, call.text("equation", ""))
     if len(call.inputs) != 2 or len(constants) != 1:
         call.refuse(f"it joins {len(call.inputs) - len(constants)} values and {len(constants)} constants; one of each is supported")
     (i,) = constants
