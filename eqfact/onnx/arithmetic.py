@@ -78,7 +78,7 @@ def add(call: Call) -> View:
     if pair is None:
         return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
     x, c = pair
-    made = masked(call, x, call.parameter(c, finite=False))
+    made = None if "axis" in call.attributes else masked(call, x, call.parameter(c, finite=False), {"mask": c})
     if made is not None:
         return made
     view, constant = call.view(x), call.parameter(c)
@@ -136,7 +136,7 @@ def where(call: Call) -> View:
     constant, condition = call.parameter(3 - x, finite=False), call.constant(0)
     kept = condition if x == 1 else ~condition
     if (constant == -np.inf).all():
-        made = masked(call, x, np.where(kept, constant.dtype.type(0), constant))
+        made = masked(call, x, np.where(kept, constant.dtype.type(0), constant), {})
         if made is not None:
             return made
     constant = call.parameter(3 - x)

@@ -8,7 +8,7 @@ any other is one of the two, too, once its entries are moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def product(call: Call, a: View, b: View, suffix: str = "", scale: float = 1.0, 
     a, b = (v.with_axes(*((),) * (ndim - v.ndim), *v.axes) for v in (a, b))
     rows, inner = a.axes[-2:]
     other, columns = b.axes[-2:]
-    if a.size(-1) != b.size(-2) or a.size(-2) < 1 or b.size(-1) < 1:
+    if a.size(-1) != b.size(-2) or not (a.size(-2) and b.size(-1)):  # none of them is the batch
         raise ValueError(f"it multiplies {a.described()} by {b.described()}")
     pairs = [pair for i in range(ndim - 2) for pair in _paired(i, a.axes[i], b.axes[i])]
     if over_tokens is None:
@@ -161,7 +161,7 @@ def _unrepeated(call: Call, view: View, heads: int) -> tuple[str, int]:
 # ------------------------------------------------------------------------------------------------- masks
 
 
-def masked(call: Call, i: int, mask: AnyArray) -> View | None:
+def masked(call: Call, i: int, mask: AnyArray, names: Mapping[str, int]) -> View | None:
     """Scores of which a Softmax alone reads the sum with a constant ``mask``: that Softmax, which is made here already.
 
     None where input ``i`` is none, or is read by something else.
@@ -176,7 +176,7 @@ def masked(call: Call, i: int, mask: AnyArray) -> View | None:
     if reader.op_type != "Softmax" or axis not in (-1, view.ndim - 1) or view.axes[-1] != run(len(view.shape) - 1, view.shape[-1]):
         return None
     own = call.constants_on(view, {"mask": mask})["mask"]
-    made = call.emit(Softmax(len(view.shape), own), view.value, names={"mask": 1 - i})
+    made = call.emit(Softmax(len(view.shape), own), view.value, names=names)
     building.early.add(made.value)
     return view.of(made.value)
 

@@ -120,13 +120,16 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
     """The largest difference against what is allowed in its channel, and that."""
     if y.shape != truth.shape or not np.isfinite(truth).all():
         return np.inf, 0.0
-    axes = (0, *range(2, y.ndim))
+    axes, limits = (0, *range(2, y.ndim)), np.finfo(truth.dtype)
+    masked = truth < limits.min / 2  # the lowest number, give or take a score: it tells nothing of the size of others
+    if (masked != (y < limits.min / 2)).any():
+        return np.inf, 0.0
+    y, truth = (np.where(masked, 0, v) for v in (y, truth))
     error = np.abs(y.astype(np.float64) - truth).max(axis=axes)
     if isinstance(node.op, Weighted):
         scale = node.op.magnitude(*map(np.abs, inputs)).max(axis=axes)
     else:  # runtimes approximate curves, by so much of the largest value that they can take
         scale = np.full(len(error), max(float(np.abs(truth).max()), float(isinstance(node.op, Blocking))))
-    limits = np.finfo(truth.dtype)
     bound = float(limits.eps / 2) ** 0.5 / NEAR * scale.astype(np.float64) + float(limits.tiny)  # engines drop what is subnormal
     channel = int(np.argmax(error - bound))
     return float(error[channel]), float(bound[channel])
