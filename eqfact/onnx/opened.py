@@ -155,7 +155,8 @@ def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.o
 
     ``data`` holds the file's inputs by name, in the types of the file, with the batch as first axis where that is open; sizes that
     the file leaves open, and those of tensors that eqfact does not make, are taken from it. Without data random numbers of the sizes that
-    the file gives stand in, with ``input_shapes`` (without batch, ``(C, *spatial)`` by name) where it leaves them open.
+    the file gives stand in, with ``input_shapes`` (without batch, ``(C, *spatial)`` by name) where it leaves them open. Data may hold minus
+    infinity, as masks do; where it enters the graph it is the lowest number.
 
     Raises :class:`OnnxError` as :func:`eqfact.onnx.load`, but for nodes that are not supported, or if nothing is understood.
     """
