@@ -48,7 +48,7 @@ class Example:
         values = [name for name in dict.fromkeys(names) if name.startswith("x")]
         made = [f"y{i}" for i in range(self.outputs)]
         constants = {name: np.asarray(value, np.float64 if np.asarray(value).dtype.kind == "f" else np.int64)
-                     for name, value in self.constants.items()}
+                     if np.asarray(value).dtype != bool else np.asarray(value) for name, value in self.constants.items()}
         if "scales" in constants:  # single by definition; another constant says in what the network is computed
             constants |= {"scales": constants["scales"].astype(np.float32), "unread": np.zeros(9)}
         infos = [[helper.make_tensor_value_info(name, TensorProto.DOUBLE, shape) for name, shape in some] for some in (
@@ -80,6 +80,10 @@ EXAMPLES = [
     Example("MatMul", "x w", "with a constant behind", constants={"w": ones(6, 3)}, shapes={"x": (6,)}),
     Example("MatMul", "w x", "with a constant in front, over the channels", {"x": (4, 5)}, {"w": ones(3, 4)}),
     Example("MatMul", "w x", "with a constant in front, over space", constants={"w": ones(3, 6)}),
+    Example("MatMul", "x x2", "of values", {"x": (4, 5, 6), "x2": (4, 6, 3)}),
+    Example("Attention", "x x2 x3", says="of values", shapes={"x": (4, 5, 6), "x2": (2, 3, 6), "x3": (2, 3, 6)}, opset=23),
+    Example("RotaryEmbedding", "x c s i", constants={"c": ones(9, 3), "s": ones(9, 3), "i": [range(5)]}, shapes={"x": (4, 5, 6)}, opset=23,
+            batch=1),
     Example("Einsum", "x w", "with a constant", constants={"w": ones(4, 3)}, attributes={"equation": "nchw,cd->ndhw"}),
     Example("BatchNormalization", "x g b m v", constants={name: ones(4) for name in "gbmv"}),
     Example("LayerNormalization", "x g b", constants={"g": ones(6), "b": ones(6)}),
@@ -104,6 +108,7 @@ EXAMPLES = [
     # activations
     *map(_entrywise, ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "HardSwish", "Gelu", "Identity", "Dropout")),
     Example("Swish", opset=24), Example("Softmax", attributes={"axis": 1}), Example("Cast", attributes={"to": int(TensorProto.DOUBLE)}),
+    Example("Where", "b x c", constants={"b": np.eye(6) > 0, "c": OVER_SPACE}),
     Example("PRelu", "x c", constants={"c": A_CHANNEL}), Example("Clip", "x low high", constants={"low": 0.0, "high": 6.0}),
     # space
     Example("Pad", "x pads", "with zeros", constants={"pads": [0, 0, 1, 1, 0, 0, 1, 1]}),
@@ -143,10 +148,10 @@ KEPT = {
         ThresholdedRelu""",
     "normalizes: no factor of what it reads is left in what it makes": """
         LpNormalization MeanVarianceNormalization""",
-    "multiplies values, or runs gates": "Attention GRU LSTM LinearAttention RNN SwiGLU",
+    "multiplies values, or runs gates": "GRU LSTM LinearAttention RNN SwiGLU",
     "homogeneous or linear, and not read (yet)": """
         AffineGrid CausalConvWithState CenterCropPad Col2Im Compress DFT DeformConv GatherElements GatherND GridSample MaxRoiPool MaxUnpool
-        Mean ReverseSequence RoiAlign RotaryEmbedding STFT Scatter ScatterElements ScatterND TensorScatter TopK Trilu Unique Where""",
+        Mean ReverseSequence RoiAlign STFT Scatter ScatterElements ScatterND TensorScatter TopK Trilu Unique""",
     "makes or reads truth values, indices or other integers": """
         And ArgMax ArgMin BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CastLike Equal Greater GreaterOrEqual IsInf IsNaN Less
         LessOrEqual NonMaxSuppression NonZero Not OneHot Or Xor""",
@@ -168,7 +173,9 @@ def operators() -> list[str]:
 
 
 def kind(graph: eq.Graph) -> str:
-    """What becomes of factors between the inputs and the outputs of a graph: absorbs, passes, ties or blocks; told by its labels."""
+    """What becomes of factors between the inputs and outputs of a graph: absorbs, passes, ties, multiplies, blocks; told by its labels."""
+    if graph.traced.relations:
+        return "multiplies"
     if any("network" not in reason for _, reason in graph.traced.pins):
         return "blocks"
     read = np.concatenate([channel_vector(graph.labels[name]) for name in graph.inputs])
@@ -212,6 +219,7 @@ def page() -> str:
              "* **passes**: each channel that it makes has the factor of one that it reads, and these are free of each other;",
              "* **ties**: the same, but several channels that it reads must share one factor;",
              "* **moves only**: what it makes are entries that it reads, or zeros;",
+             "* **multiplies**: the factors that it reads, to those of what it makes (docs/algebra.md), as far as nothing ties or blocks;",
              "* **blocks**: all factors around it are 1;",
              "* **unknown**: it is kept as it is, so all factors around it are 1.", "",
              "Whatever reads constants only is computed while a file is read, if it is not random and not too large.", "",

@@ -110,8 +110,8 @@ REFUSED = {
         "one axis", "one axis, and one of one in front", "rows and samples in one axis, the rest in another",
         "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
-        "Softmax of the last axis", "Softmax of the second axis", "Concat and Slice of the last axis", "MatMul", "Pad, and Slice",
-        "Reshape to the shape of a MatMul", "Split and Concat of the last axis")},
+        "Concat and Slice of the last axis", "MatMul", "Pad, and Slice", "Reshape to the shape of a MatMul",
+        "Split and Concat of the last axis")},
     ("an axis of one behind", "Pad that reflects, and Slice"): "reflects along axis 3, which has 1 entries",
     ("an axis of one behind", "Split and Concat of the last axis"): "splits 1 entries",
 }

@@ -47,6 +47,8 @@ OTHERS = [
     eq.SiLU(), eq.HardSwish(), eq.Erf(), eq.GELU(), eq.Softmax(), BATCH_NORM, eq.Add(), eq.Mul(), eq.Concat(), eq.Sub(), eq.Max(), eq.Min(),
     eq.Abs(), eq.MinPool(2), eq.LpPool(2), eq.Blend(floats(3, 6)), eq.Extend(floats(2, 6)),
     eq.LayerNorm(floats(4), floats(4)), eq.RMSNorm(floats(4)), eq.GroupNorm(2, floats(4), floats(4)), eq.InstanceNorm(floats(4), floats(4)),
+    eq.Softmax(-1, np.where(np.arange(6) < 4, floats(4, 6), -np.inf).astype(np.float32)), eq.Rotary(2, floats(1, 6), floats(1, 6, seed=6)),
+    eq.Scores(2, scale=0.7), eq.Scores(2, 1), eq.Mix(2), eq.Mix(2, 1),
 ]
 OPS = [*LAYERS, *OTHERS]
 WEIGHTS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, **granularity) for granularity, symmetric, bits in itertools.product(
@@ -56,13 +58,22 @@ ACTIVATIONS = [None, *(eq.UniformQuantizer(bits, symmetric=symmetric, granularit
 
 
 def name_of(op):
-    return op if isinstance(op, str) else f"{type(op).__name__}{'s' * (np.size(getattr(op, 'high', 0)) > 1)}"
+    if isinstance(op, str):
+        return op
+    more = np.size(getattr(op, "high", 0)) > 1 or getattr(op, "mask", None) is not None or getattr(op, "kv_heads", 2) == 1
+    return type(op).__name__ + "s" * more
 
 
 def network(op, biased):
     """A network in which the op reads a stored value and makes one, which a layer reads."""
     if isinstance(op, (eq.Add, eq.Sub, eq.Max, eq.Min, eq.Mul, eq.Concat)):
         first = [eq.Node("p", eq.Conv(floats(4, 4, 1)), ["x"]), eq.Node("r", eq.ReLU(), ["p"]), eq.Node("op", op, ["r", "x"])]
+        shape = (4, 6)
+    elif isinstance(op, (eq.Scores, eq.Mix)):
+        first = [eq.Node("p", eq.Conv(floats(2 * op.kv_heads, 4, 1)), ["x"]), eq.Node("op", op, ["x", "p"])]
+        if isinstance(op, eq.Mix):
+            first[1:] = [eq.Node("t", eq.Scores(2, op.kv_heads), ["x", "p"]), eq.Node("r", eq.Softmax(-1), ["t"]),
+                         eq.Node("op", op, ["r", "p"])]
         shape = (4, 6)
     else:
         shape, made = ((24,) if isinstance(op, eq.Unflatten) else (4, 6), op) if not isinstance(op, str) else (
@@ -142,8 +153,8 @@ def test_averages_run_however_small_they_are_beside_what_they_are_of(pool, tmp_p
 
 
 @pytest.mark.parametrize("activations", [a for a in ACTIVATIONS if a is not None and a.granularity == "per_channel"], ids=str)
-@pytest.mark.parametrize("op", ["Conv", *(op for op in OTHERS if not isinstance(op, (eq.Flatten, eq.Unflatten, eq.Transpose, eq.Slice)))],
-                         ids=name_of)
+@pytest.mark.parametrize("op", ["Conv", *(op for op in OTHERS if not isinstance(
+    op, (eq.Flatten, eq.Unflatten, eq.Transpose, eq.Slice, eq.Scores)))], ids=name_of)
 def test_a_value_of_one_channel_between_values_of_many(op, activations, tmp_path):
     """Its grid has one scale, whatever the granularity, and what is made of it has many, and the other way round."""
     graph = network(op, biased=False)

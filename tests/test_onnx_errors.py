@@ -183,7 +183,7 @@ def test_an_output_that_is_constant(tmp_path):
     (node("Max", ["x", "x", "c"], ["y"], name="n"), "2 values and 1 constants"),
     (node("Div", ["c", "x"], ["y"], name="n"), "divides by a value"),
     (node("LRN", ["x"], ["y"], name="n", size=3), "no such layer"),
-    (node("Einsum", ["x", "x"], ["y"], name="n", equation="ncl,ncl->nc"), "2 values and 0 constants"),
+    (node("Einsum", ["x", "x"], ["y"], name="n", equation="ncl,ncl->nc"), "is no product of matrices"),
     (node("Einsum", ["x", "mean"], ["y"], name="n", equation="ncl,cd->ncd"), "is no layer"),
     (node("Tile", ["x", "twice"], ["y"], name="n"), "batch"),
     (node("Tile", ["x", "huge"], ["y"], name="n"), "more than a network is read with"),

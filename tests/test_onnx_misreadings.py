@@ -44,7 +44,8 @@ FOLLOWS = {
     "Einsum": ([floats(4, 3)], {"equation": "nchw,cd->ndhw"}, 17), "LpPool": ([], {"kernel_shape": [2, 2]}, 17),
     "GlobalLpPool": ([], {}, 17), "ReduceMin": ([], {"axes": [2, 3]}, 17), "ReduceL1": ([], {"axes": [2, 3]}, 17),
     "ReduceL2": ([], {"axes": [2, 3]}, 17), "ReduceSum": ([ints(2, 3)], {}, 17), "CumSum": ([np.int64(2)], {}, 17), "Abs": ([], {}, 17),
-    "Tile": ([ints(1, 1, 2, 1)], {}, 17),
+    "Tile": ([ints(1, 1, 2, 1)], {}, 17), "Attention": (["h", "h"], {}, 23),
+    "RotaryEmbedding": ([floats(6, 3), floats(6, 3), np.tile(np.arange(6), (4, 1))], {}, 23),
     "LayerNormalization": ([floats(6)], {}, 17), "RMSNormalization": ([floats(6)], {}, 23),
     "GroupNormalization": ([FOUR, floats(4)], {"num_groups": 2}, 21), "InstanceNormalization": ([FOUR, floats(4)], {}, 17),
 }
@@ -54,10 +55,11 @@ def written(kind, path):
     """A network in which this node reads what a convolution makes."""
     node = helper.make_node
     constants = {"w": floats(4, 2, 1, 1)}
+    batch = 4 if kind == "RotaryEmbedding" else "N"
     if kind in ("Shape", "Size"):  # read to flatten
-        batch = [node("Slice", ["s", "zero", "one"], ["n"])] if kind == "Shape" else [
+        samples = [node("Slice", ["s", "zero", "one"], ["n"])] if kind == "Shape" else [
             node("Div", ["s", "rest"], ["q"]), node("Reshape", ["q", "one"], ["n"])]
-        nodes = [node(kind, ["h"], ["s"]), *batch, node("Concat", ["n", "rest"], ["t"], axis=0), node("Reshape", ["h", "t"], ["y"])]
+        nodes = [node(kind, ["h"], ["s"]), *samples, node("Concat", ["n", "rest"], ["t"], axis=0), node("Reshape", ["h", "t"], ["y"])]
         constants |= {"zero": ints(0), "one": ints(1), "rest": ints(144)}
         rest, opset = nodes, 17
     elif kind == "Gemm":
@@ -68,6 +70,9 @@ def written(kind, path):
         rest, opset = [], 17
         spell(pattern, rest, constants)
         rest[-1].output[0] = "y"
+    elif kind == "Where":
+        rest, opset = [node("Where", ["c", "h", "low"], ["y"])], 17
+        constants |= {"c": floats(6, 6) > -1, "low": np.float32(-3)}
     else:
         others, attributes, opset = FOLLOWS[kind]
         names = []
@@ -75,7 +80,7 @@ def written(kind, path):
             names.append(other if isinstance(other, str) else f"c{i}")
             constants |= {} if isinstance(other, str) else {f"c{i}": other}
         rest = [node(kind, ["h", *names], ["y"], **attributes)]
-    onnx.save(small.model([node("Conv", ["x", "w"], ["h"]), *rest], {"x": ["N", 2, 6, 6]}, ["y"], constants, opset), path)
+    onnx.save(small.model([node("Conv", ["x", "w"], ["h"]), *rest], {"x": [batch, 2, 6, 6]}, ["y"], constants, opset), path)
 
 
 def spell(pattern, nodes, constants):
@@ -109,7 +114,7 @@ def misread(reader):
 
 
 def test_every_reader_is_in_the_table():
-    assert {*FOLLOWS, "Shape", "Size", "Gemm"} == set(READERS)
+    assert {*FOLLOWS, "Shape", "Size", "Gemm", "Where"} == set(READERS)
 
 
 @pytest.mark.parametrize("kind", [*READERS, *FUSED])

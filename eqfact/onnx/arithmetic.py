@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 
 from eqfact.graph import Node
+from eqfact.onnx.attention import masked
 from eqfact.onnx.call import Call, Reader
 from eqfact.onnx.moving import identity
 from eqfact.onnx.origin import Constant
-from eqfact.onnx.views import View
+from eqfact.onnx.views import View, run
 from eqfact.ops import (
     GELU,
     Add,
@@ -35,6 +36,7 @@ from eqfact.ops import (
     Normalization,
     Op,
     PReLU,
+    Scores,
     SiLU,
     Softmax,
     Sub,
@@ -64,8 +66,8 @@ def _affine(call: Call, slope: Any, shift: Any, **names: int) -> View:
     """``slope * x + shift`` as a BatchNorm, which absorbs factors exactly."""
     if call.opset < 7 and "axis" in call.attributes:
         call.refuse("it broadcasts by an attribute, as before opset 7; convert the file with onnx.version_converter")
-    i = int(isinstance(call.inputs[0], Constant))
-    dtype = np.asarray(call.parameter(next(iter(names.values())))).dtype
+    i = next(i for i, tensor in enumerate(call.inputs) if not isinstance(tensor, Constant))
+    dtype = call.building.dtype
 
     def make(slope: Any, shift: Any) -> Op:
         zero, one = np.zeros_like(shift), np.ones_like(shift)
@@ -78,6 +80,9 @@ def add(call: Call) -> View:
     if pair is None:
         return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
     x, c = pair
+    made = None if "axis" in call.attributes else masked(call, x, call.parameter(c, finite=False), {"mask": c})
+    if made is not None:
+        return made
     view, constant = call.view(x), call.parameter(c)
     if "axis" not in call.attributes:
         layer, norm = call.alone(x, LAYERS), call.alone(x, (Normalization,), moved=True)
@@ -125,7 +130,7 @@ def multiply(call: Call) -> View:
         made = _merged(call, call.view(pair[0]), pair[1], norm, "gamma", beta=None)
         if made is not None:
             return made
-    return _affine(call, call.parameter(pair[1]), 0, gamma=pair[1])
+    return _times(call, pair[0], call.parameter(pair[1]), pair[1])
 
 
 def divide(call: Call) -> View:
@@ -135,7 +140,32 @@ def divide(call: Call) -> View:
     divisor = call.parameter(1)
     if not divisor.all():
         call.refuse("it divides by zero")
-    return _affine(call, 1 / divisor, 0, gamma=1)
+    return _times(call, 0, 1 / divisor, 1)
+
+
+def _times(call: Call, x: int, factor: Any, c: int) -> View:
+    """A value times a constant; one number for all scores goes into their scale."""
+    view = call.view(x)
+    scores = call.building.nodes.get(view.value)
+    if scores is None or not isinstance(scores.op, Scores) or factor.size > 1 or factor.ndim > view.ndim or not call.building.read_once(
+            scores.name):
+        return _affine(call, factor, 0, gamma=c)
+    merged = call.emit(replace(scores.op, scale=scores.op.scale * factor.item()), *scores.inputs)
+    call.building.inherit(merged.value, scores)
+    return view.of(merged.value)
+
+
+def where(call: Call) -> View:
+    """A constant in some places of a value; where it is minus infinity, that is a mask."""
+    x = 1 if call.known(1) is None else 2
+    constant, condition = call.parameter(3 - x, finite=False), call.constant(0)
+    kept = condition if x == 1 else ~condition
+    if (constant == -np.inf).all():
+        made = masked(call, x, np.where(kept, constant.dtype.type(0), constant), {})
+        if made is not None:
+            return made
+    constant = call.parameter(3 - x)
+    return _affine(call, np.where(kept, np.ones_like(constant), 0), np.where(kept, 0, constant), beta=3 - x)
 
 
 def negate(call: Call) -> View:
@@ -200,14 +230,20 @@ def prelu(call: Call) -> View:
 
 
 def softmax(call: Call) -> View:
-    view = call.view()
+    view, early = call.view(), call.alone(0, (Softmax,))
+    if early is not None and early.name in call.building.early:  # with its mask
+        merged = call.emit(early.op, *early.inputs)
+        call.building.inherit(merged.value, early)
+        return view.of(merged.value)
     axis = view.axis(call.integer("axis", 1 if call.opset < 13 else -1))
     n = view.size(axis)
     if call.opset < 13 and math.prod(view.size(a) for a in range(axis, view.ndim)) != n:
         call.refuse(f"before opset 13 it runs over all axes from {axis} on at once")
-    layout = view.layout()
+    layout, atoms = view.layout(), view.axes[axis]
     if layout is not None and axis in layout:
         return view.of(call.emit(Softmax(layout.index(axis) + 1), view.value).value)
+    if atoms and atoms == run(atoms[0].axis, view.shape[atoms[0].axis]):
+        return view.of(call.emit(Softmax(atoms[0].axis + 1), view.value).value)
     value, back = call.by_channel(view, axis)
     return back(call.emit(Softmax(1), value))
 

@@ -38,6 +38,10 @@ class Building:
         self.nodes: dict[str, Node] = {}
         self.shapes: dict[str, Shape] = {}
         self.reads: dict[str, int] = {}
+        #: The nodes of the file that read each tensor themselves.
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        #: Softmaxes that were made where their mask is added.
+        self.early: set[str] = set()
         self._ops: dict[tuple[object, ...], list[Op]] = {}
         self._written: dict[View, str] = {}
         self._channels = 0
@@ -46,6 +50,9 @@ class Building:
         self.makers = {str(name): node for node in graph.node for name in node.output}
         for name in (*(name for node in graph.node for name in names_read(node)), *(output.name for output in graph.output)):
             self.reads[name] = self.reads.get(name, 0) + 1
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
     def view(self, name: str) -> View:
         """A tensor as a view of a value; what comes from outside becomes an input."""
@@ -86,12 +93,16 @@ class Building:
     def shared(self, op: Weighted, source: tuple[object, ...]) -> Weighted:
         """The same op object for equal uses of the same constants, so that sharing is seen by everyone."""
         known = self._ops.setdefault((type(op), *source), [])
-        found = next((other for other in known if _equal(op, other)), None)
+        found = next((other for other in known if same_op(op, other)), None)
         if found is None:
             known.append(op)
             return op
         assert isinstance(found, Weighted)
         return found
+
+    def read_once(self, value: str) -> bool:
+        """Whether one node alone reads a value, however its entries are moved before."""
+        return all(self.reads.get(name) == 1 for name, tensor in self.tensors.items() if isinstance(tensor, View) and tensor.value == value)
 
     def inherit(self, name: str, from_: Node) -> None:
         """The node ``name`` takes another one's place: it reads what that one read, and remembers its initializers too."""
@@ -176,8 +187,10 @@ def _selection(entries: list[int], axis: int, count: int) -> Op:
     return Permute(tuple(entries)) if axis == 0 and sorted(entries) == list(range(count)) else Take(tuple(entries), axis)
 
 
-def _equal(a: Op, b: Op) -> bool:
-    """Whether two ops of one class have the same parameters, to the bit."""
+def same_op(a: Op, b: Op) -> bool:
+    """Whether two ops are of one class and have the same parameters, to the bit."""
+    if type(a) is not type(b):
+        return False
     for f in fields(a):  # type: ignore[arg-type]  # every final op is a dataclass
         x, y = getattr(a, f.name), getattr(b, f.name)
         if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):

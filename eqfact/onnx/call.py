@@ -115,12 +115,12 @@ class Call:
             self.refuse(f"its input {i} ('{self.node.input[i]}') depends on the size of the batch")
         return first
 
-    def parameter(self, i: int, *, cast: bool = False) -> AnyArray:
-        """Input ``i``, a constant of finite floating numbers in the network's type; ``cast`` to it if need be."""
+    def parameter(self, i: int, *, cast: bool = False, finite: bool = True) -> AnyArray:
+        """Input ``i``, a constant of (``finite``) floating numbers in the network's type; ``cast`` to it if need be."""
         value, name = self.constant(i), self.node.input[i]
         if value.dtype not in FLOATS.values():
             self.refuse(f"initializer '{name}' holds {value.dtype}; weights must be floats: export the float network")
-        if not np.isfinite(value).all():
+        if finite and not np.isfinite(value).all():
             where = tuple(int(k) for k in np.argwhere(~np.isfinite(value))[0])
             raise ValueError(f"initializer '{name}' holds {value[where]} at index {where}; weights must be finite")
         if cast and value.dtype != self.building.dtype:
@@ -154,8 +154,9 @@ class Call:
 
     def emit(self, op: Op, *values: str, names: Mapping[str, int] | None = None, suffix: str = "") -> View:
         """A node with ``op`` on eqfact values, named after the first output; ``names`` says which inputs are its parameters."""
-        if isinstance(op, Weighted) and not {"eps"}.issuperset(names or ()):
-            op = self.building.shared(op, (self.node.op_type, *(id(t) for t in self.inputs if isinstance(t, Constant))))
+        constants = tuple(id(t) for t in self.inputs if isinstance(t, Constant))
+        if isinstance(op, Weighted) and constants and not {"eps"}.issuperset(names or ()):
+            op = self.building.shared(op, (self.node.op_type, *constants))
         return self.building.add(f"{self.output}{suffix}", op, values, self.origin(names))
 
     def value(self, tensor: View) -> str:

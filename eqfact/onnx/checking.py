@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph, Node, forward
-from eqfact.onnx.opened import AT_ONCE, Opened, open
+from eqfact.onnx.opened import AT_ONCE, Opened, finite, open
 from eqfact.onnx.origin import OnnxError
 from eqfact.onnx.running import Arrays, Running, runtime
 from eqfact.onnx.views import View
@@ -112,7 +112,7 @@ def _held(nodes: list[Node], views: Mapping[str, tuple[str, View]], running: Run
     wanted = dict.fromkeys(value for node in nodes for value in (*node.inputs, node.name))
     names = {value: views[value] for value in wanted if value in views and value not in boundary}
     found = {**feeds, **running(feeds, list(dict.fromkeys(name for name, _ in names.values() if name not in feeds)))}
-    held = {value: view.value_of(found[name]) for value, (name, view) in names.items()}
+    held = {value: finite(view.value_of(found[name])) for value, (name, view) in names.items()}
     return held | {value: boundary[value] for value in wanted if value in boundary}
 
 
@@ -120,13 +120,16 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
     """The largest difference against what is allowed in its channel, and that."""
     if y.shape != truth.shape or not np.isfinite(truth).all():
         return np.inf, 0.0
-    axes = (0, *range(2, y.ndim))
+    axes, limits = (0, *range(2, y.ndim)), np.finfo(truth.dtype)
+    masked = truth < limits.min / 2  # the lowest number, give or take a score: it tells nothing of the size of others
+    if (masked != (y < limits.min / 2)).any():
+        return np.inf, 0.0
+    y, truth = (np.where(masked, 0, v) for v in (y, truth))
     error = np.abs(y.astype(np.float64) - truth).max(axis=axes)
     if isinstance(node.op, Weighted):
         scale = node.op.magnitude(*map(np.abs, inputs)).max(axis=axes)
     else:  # runtimes approximate curves, by so much of the largest value that they can take
         scale = np.full(len(error), max(float(np.abs(truth).max()), float(isinstance(node.op, Blocking))))
-    limits = np.finfo(truth.dtype)
     bound = float(limits.eps / 2) ** 0.5 / NEAR * scale.astype(np.float64) + float(limits.tiny)  # engines drop what is subnormal
     channel = int(np.argmax(error - bound))
     return float(error[channel]), float(bound[channel])
@@ -142,7 +145,7 @@ def _end_to_end(opened: Opened, graph: Graph, feeds: Arrays, boundary: Arrays,
     ours = ours if isinstance(ours, dict) else {graph.outputs[0]: ours}
     apart = 0.0
     for value, (name, view) in views.items():
-        truth = view.value_of(file[name])
+        truth = finite(view.value_of(file[name]))
         apart = max(apart, float(np.abs(ours[value] - truth).max() / (np.abs(truth).max() or 1.0)))
     return apart
 

@@ -145,6 +145,10 @@ class Writer(ABC):
         self.nodes.append(helper.make_node(kind, inputs, [output], name=self.fresh_node(name), **attributes))
         return output
 
+    def moved(self, node: Node, value: str, i: int, suffix: str) -> str:
+        """A value between the ONNX nodes of one eqfact node that has the entries of the node's input ``i``, as the next one reads it."""
+        return value
+
     def inner(self, node: Node, suffix: str) -> str:
         """A name for a value between the ONNX nodes of one eqfact node."""
         return self.fresh(f"{node.name}.{suffix}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eqfact.onnx import attention
 from eqfact.onnx.call import AnyArray, Call, Reader
 from eqfact.onnx.views import View
 from eqfact.ops import AvgPool, BatchNorm, Blend, Conv, ConvTranspose, Dense, GlobalAvgPool, Identity, LpPool, MaxPool, Op, Pad, Shape
@@ -251,9 +252,11 @@ def bias_row(call: Call, bias: Any, out: int) -> Any:
 
 def matmul(call: Call) -> View:
     """``x @ W`` over the last axis: Dense, or a pointwise convolution if there are axes in between. ``W @ x`` over the last but one: the
-    same if that is the channels, else a matrix along an axis of space."""
+    same if that is the channels, else a matrix along an axis of space. Of two values see :mod:`eqfact.onnx.attention`."""
     if call.known(0) is not None:
         return _matmul_from_the_left(call)
+    if call.known(1) is None:
+        return attention.product(call, call.view(0), call.view(1))
     view, weight = call.view(), call.parameter(1)
     if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
@@ -332,8 +335,10 @@ class Einsum(NamedTuple):
 
 
 def einsum(call: Call) -> View:
-    """A layer with weights, if that is what it comes to."""
+    """A layer with weights, or a product of two values, if that is what it comes to."""
     constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
+    if len(call.inputs) == 2 and not constants:
+        return attention.einsum(call, call.text("equation", ""))
     if len(call.inputs) != 2 or len(constants) != 1:
         call.refuse(f"it joins {len(call.inputs) - len(constants)} values and {len(constants)} constants; one of each is supported")
     (i,) = constants

@@ -17,8 +17,8 @@ from eqfact.onnx.building import MOST_CHANNELS
 from eqfact.onnx.call import Call
 from eqfact.onnx.layers import sides_of
 from eqfact.onnx.origin import Constant
-from eqfact.onnx.views import BATCH, View
-from eqfact.ops import Concat, Extend, Identity, Pad, Shape, Take
+from eqfact.onnx.views import BATCH, Atom, View, run
+from eqfact.ops import Concat, Extend, Identity, Pad, Permute, Shape, Take
 
 #: How ``numpy.pad`` calls the modes of ONNX that repeat entries of the tensor.
 REPEATING = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
@@ -42,6 +42,11 @@ def choose(call: Call, view: View, axis: int, indices: Any) -> View:
 def _repeat(call: Call, view: View, axis: int, count: int) -> View:
     """The one entry of an axis, so many times: entries of a value that has this axis."""
     bounded(count)
+    if view.home is None and any(a.axis == 0 for atoms in view.axes for a in atoms):  # channels, which stand in several axes
+        entries = np.arange(bounded(count * view.shape[0])) // count
+        made = call.emit(Take(tuple(entries.tolist()), 0), view.value)
+        axes = [tuple(Atom(0, a.size, a.step * count) if a.axis == 0 else a for a in atoms) for atoms in view.axes]
+        return View(made.value, made.shape, (*axes[:axis], run(0, count), *axes[axis + 1:]))
     standing = call.apart(view, {axis})
     if axis not in standing.axes:
         call.refuse("it repeats samples")
@@ -98,6 +103,8 @@ def concat(call: Call) -> View:
         raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}")
     for v in views:
         v.size(axis)
+    if len(views) == len(call.inputs) and (made := _beside_in_heads(call, views, axis)) is not None:
+        return made
     homes = {v.home for v in views}
     home = homes.pop() if len(homes) == 1 else None
     alike = len({v.layout() for v in views}) == 1
@@ -118,6 +125,34 @@ def concat(call: Call) -> View:
         if last:
             return back(View.whole(values[i], call.building.shapes[values[i]], call.building.samples))
     return back(call.emit(Concat(place), *values))
+
+
+def _beside_in_heads(call: Call, views: Sequence[View], axis: int) -> View | None:
+    """Channels that stand in several axes, joined along one of them: all of them beside each other, and then in their order."""
+    of_channels = [i for i, atoms in enumerate(views[0].axes) if atoms and all(a.axis == 0 for a in atoms)]
+    space = [i for i in range(views[0].ndim) if i not in (*of_channels, axis, views[0].batch)]
+    if views[0].home is not None or not of_channels or (views[0].axes[axis] and axis not in of_channels):
+        return None
+    if any(BATCH in atoms and atoms != (BATCH,) for v in views for atoms in v.axes):
+        return None
+    others = [i for i in of_channels if i != axis]
+    batch = () if views[0].batch is None else (BATCH,)
+    values = [call.value(v.with_axes(batch, tuple(a for i in (*others, axis) for a in v.axes[i]), *(v.axes[i] for i in space)))
+              for v in views]
+    rows = math.prod(views[0].size(i) for i in others)
+    sizes, shape = [v.size(axis) for v in views], tuple(views[0].size(i) for i in space)
+    if any(call.building.shapes[value] != (rows * n, *shape) for value, n in zip(values, sizes, strict=True)):
+        raise ValueError(f"it joins tensors of shapes {' and '.join(v.described() for v in views)}")
+    ends = np.cumsum([0, *(rows * n for n in sizes)])
+    order = np.concatenate([np.arange(a, b).reshape(rows, -1) for a, b in itertools.pairwise(ends)], axis=1)
+    joined = call.emit(Concat(), *values, suffix=".concat")
+    made = call.emit(Permute(tuple(order.reshape(-1).tolist())), joined.value)
+    step, at = sum(sizes), {axis: run(0, sum(sizes))}
+    for i in reversed(others):
+        at[i] = (Atom(0, views[0].size(i), step),)
+        step *= views[0].size(i)
+    at |= {i: run(k, n) for k, (i, n) in enumerate(zip(space, shape, strict=True), 1)}
+    return made.with_axes(*(at.get(i, batch) for i in range(views[0].ndim)))
 
 
 def _constants_beside(call: Call, axis: int, view: View, axes: dict[int, int]) -> tuple[Any, list[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from eqfact.onnx import arithmetic, layers, moving, normalizing, resizing
+from eqfact.onnx import arithmetic, attention, layers, moving, normalizing, resizing
 from eqfact.onnx.call import Reader
 from eqfact.ops import (
     GELU,
@@ -31,7 +31,7 @@ from eqfact.ops import (
 
 READERS: dict[str, Reader] = {
     "Conv": layers.conv, "ConvTranspose": layers.conv_transpose, "Gemm": layers.gemm, "MatMul": layers.matmul,
-    "Einsum": layers.einsum,
+    "Einsum": layers.einsum, "Attention": attention.attention, "RotaryEmbedding": attention.rotary_embedding,
     "BatchNormalization": layers.batch_normalization,
     "LayerNormalization": normalizing.over_features(LayerNorm), "RMSNormalization": normalizing.over_features(RMSNorm),
     "GroupNormalization": normalizing.group_normalization, "InstanceNormalization": normalizing.instance_normalization,
@@ -48,6 +48,7 @@ READERS: dict[str, Reader] = {
     "Sigmoid": arithmetic.plain(lambda _: Sigmoid()), "Tanh": arithmetic.plain(lambda _: Tanh()), "Erf": arithmetic.plain(lambda _: Erf()),
     "HardSigmoid": arithmetic.plain(lambda call: HardSigmoid(call.number("alpha", 0.2), call.number("beta", 0.5))),
     "HardSwish": arithmetic.plain(lambda _: HardSwish()), "Gelu": arithmetic.gelu, "Swish": arithmetic.swish, "Softmax": arithmetic.softmax,
+    "Where": arithmetic.where,
     "Identity": moving.identity, "Dropout": arithmetic.dropout, "Cast": arithmetic.cast,
     "Pad": moving.pad, "Resize": resizing.resize, "Upsample": resizing.resize, "Concat": moving.concat,
     "Shape": moving.shape_of, "Size": moving.size_of, "Reshape": moving.reshape, "Flatten": moving.flatten,

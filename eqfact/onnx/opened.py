@@ -107,7 +107,7 @@ class Opened:
                         n for axis, n in enumerate(view.full_shape(0)) if axis != view.batch):
                     raise OnnxError(f"{self.path}: '{name}' has the shape {found[name].shape} on this data; the graph was read for samples "
                                     f"of shape {shape}: open the file with data of this size")
-                arrays[value].append(np.ascontiguousarray(view.value_of(found[name])))
+                arrays[value].append(finite(np.ascontiguousarray(view.value_of(found[name]))))
         return {value: np.concatenate(several) if len(several) > 1 else several[0] for value, several in arrays.items()}
 
     def parts(self, feeds: Feeds, first: int | None = None) -> list[Arrays]:
@@ -143,13 +143,20 @@ class Opened:
             write_model(path, spliced(path, graph, self.graph, self.source, QdqWriter), full=False)
 
 
+def finite(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Minus infinity, which masks scores, as the lowest number: no Softmax leaves anything of either."""
+    bounded: npt.NDArray[Any] = np.maximum(array, np.finfo(array.dtype).min)
+    return bounded
+
+
 def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.onnx.open, as it is read
          input_shapes: Mapping[str, Sequence[int]] | None = None) -> Opened:
     """Read an ONNX file of which only parts may be understood.
 
     ``data`` holds the file's inputs by name, in the types of the file, with the batch as first axis where that is open; sizes that
     the file leaves open, and those of tensors that eqfact does not make, are taken from it. Without data random numbers of the sizes that
-    the file gives stand in, with ``input_shapes`` (without batch, ``(C, *spatial)`` by name) where it leaves them open.
+    the file gives stand in, with ``input_shapes`` (without batch, ``(C, *spatial)`` by name) where it leaves them open. Data may hold minus
+    infinity, as masks do; where it enters the graph it is the lowest number.
 
     Raises :class:`OnnxError` as :func:`eqfact.onnx.load`, but for nodes that are not supported, or if nothing is understood.
     """
@@ -224,7 +231,7 @@ def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None, a
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
         if array.dtype != dtype and not (array.dtype.kind == dtype.kind and np.can_cast(array.dtype, dtype, "same_kind")):
             raise OnnxError(f"{path}: input '{info.name}' holds {dtype}, got {array.dtype}; convert it with .astype")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not (array < np.inf).all():  # minus infinity masks scores
             raise OnnxError(f"{path}: input '{info.name}' holds NaN or infinity; data must be finite")
         fits = len(dims) == array.ndim and all(d in (None, n) for d, n in zip(dims[1:], array.shape[1:], strict=True))
         if array.size == 0 or (info.type.tensor_type.HasField("shape") and not (

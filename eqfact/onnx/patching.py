@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from eqfact.graph import Graph, Node
-from eqfact.onnx.building import names_read
+from eqfact.onnx.building import names_read, same_op
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import write_model
 from eqfact.onnx.layers import Einsum
@@ -77,7 +77,7 @@ class Patcher(GraphWriter):
         norms: list[tuple[Node, Node]] = []
         for node in self.graph.nodes:
             old = self.before.get(node.name)
-            if old is None or old.op is not node.op or old.inputs != node.inputs:
+            if old is None or old.inputs != node.inputs or not (old.op is node.op or same_op(old.op, node.op)):
                 if isinstance(node.op, Normalization):
                     new = self._emptied(node, protos, made)
                     norms.append((node, new))

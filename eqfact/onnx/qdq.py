@@ -175,6 +175,16 @@ class QdqWriter(GraphWriter):
             inner = pair(value, "int", self.inner(node, "by_channel"), suffix)
             self.node("Sum", [inner], node.name, node, f"{suffix}.out_float")
 
+    def moved(self, node: Node, value: str, i: int, suffix: str) -> str:
+        """On the grid of the input once more: onnxruntime moves pairs on to a product by itself, but may take the wrong type for them."""
+        grid = self._grid(node.inputs[i])
+        if grid is None or grid.scale.size > 1:
+            return value
+        name = f"{value}.stored"
+        numbers = self._numbers(name, grid.scale, grid.zero_point, self._type(grid, node, least=8), scalar=True)
+        whole = self.node("QuantizeLinear", [value, *numbers], self.fresh(f"{name}.int"), node, f"{suffix}.quantize")
+        return self.node("DequantizeLinear", [whole, *numbers], self.fresh(name), node, f"{suffix}.dequantize")
+
     def weight(self, node: Node, op: Weighted, arranged: Callable[[AnyArray], AnyArray]) -> str:
         grid = op.grid
         if grid is None:

@@ -21,10 +21,10 @@ from eqfact.onnx.exporting import Writer
 from eqfact.onnx.origin import OnnxError, Origin, Source, sizes
 from eqfact.onnx.reading import OLDEST_WRITTEN, opset
 from eqfact.onnx.views import BATCH, View
-from eqfact.ops import AvgPool, Blend, LpPool, MaxPool, MinPool, Rearrange, Take, Unflatten
+from eqfact.ops import AvgPool, Blend, LpPool, MaxPool, MinPool, Mix, Rearrange, Rotary, Scores, Take, Unflatten
 
 #: Ops that are written with sizes of their inputs in them.
-SIZED = (AvgPool, Blend, LpPool, MaxPool, MinPool, Rearrange, Take, Unflatten)
+SIZED = (AvgPool, Blend, LpPool, MaxPool, MinPool, Mix, Rearrange, Rotary, Scores, Take, Unflatten)
 
 
 def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Source, kind: type[Writer]) -> onnx.ModelProto:

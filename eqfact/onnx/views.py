@@ -57,7 +57,7 @@ class View:
     @classmethod
     def whole(cls, value: str, shape: Shape, samples: int | None = None, batch: int | None = 0) -> View:
         """The value as it is, its batch (of ``samples``, if that is known) at axis ``batch``, or without one."""
-        axes: list[Axis] = [_run(axis, n) for axis, n in enumerate(shape)]
+        axes: list[Axis] = [run(axis, n) for axis, n in enumerate(shape)]
         if batch is not None:
             axes.insert(batch, () if samples == 1 else (BATCH,))
         return cls(value, shape, tuple(axes))
@@ -136,7 +136,7 @@ class View:
         left = dict(enumerate(self.axes[1:], 1))
         found = []
         for axis, n in enumerate(self.shape):
-            at = next((i for i, atoms in left.items() if atoms == _run(axis, n)), None)
+            at = next((i for i, atoms in left.items() if atoms == run(axis, n)), None)
             if at is None:
                 return None
             del left[at]
@@ -149,7 +149,7 @@ class View:
         layout = self.layout()
         if layout is not None:
             return layout[0]
-        own = _run(0, self.shape[0])
+        own = run(0, self.shape[0])
         return next((i for i, axis in enumerate(self.axes) if own and axis == own), None)
 
     def like(self, other: View, batches: Sequence[int]) -> View:
@@ -246,7 +246,8 @@ class View:
         return sorted((a for atoms in self.axes for a in atoms if a.axis == axis), key=lambda a: -a.step)
 
 
-def _run(axis: int, n: int) -> Axis:
+def run(axis: int, n: int) -> Axis:
+    """A whole axis of a value."""
     return () if n == 1 else (Atom(axis, n),)
 
 
@@ -301,8 +302,8 @@ def moves(view: View) -> list[Op]:
             return [Flatten()]
         if len(view.shape) == 1:
             return [Unflatten(sizes)]
-    elif sizes == view.shape and groups[1:] == tuple(_run(i, n) for i, n in enumerate(view.shape) if i):
-        return [Permute(_order(split[0], groups[0], view.shape[0]))]
+    elif sizes == view.shape and groups[1:] == tuple(run(i, n) for i, n in enumerate(view.shape) if i):
+        return [Permute(channel_order(view))]
     elif len(groups) == 1:
         entries = np.arange(math.prod(view.shape)).reshape([a.size for atoms in split for a in atoms]).transpose(order)
         flat: list[Op] = [] if len(view.shape) == 1 else [Flatten()]
@@ -310,7 +311,8 @@ def moves(view: View) -> list[Op]:
     return [Rearrange(tuple(tuple(a.size for a in atoms) for atoms in split), tuple(tuple(number[a] for a in group) for group in groups))]
 
 
-def _order(split: Sequence[Atom], group: Axis, count: int) -> tuple[int, ...]:
-    """The order of channels that a group of all their atoms says."""
-    entries = np.arange(count).reshape([a.size for a in split]).transpose([split.index(a) for a in group])
+def channel_order(view: View) -> tuple[int, ...]:
+    """The channels of the value as a tensor, batch first, has them on its second axis, which holds all of them."""
+    split = view.atoms_of(0)
+    entries = np.arange(view.shape[0]).reshape([a.size for a in split]).transpose([split.index(a) for a in view.axes[1]])
     return tuple(entries.reshape(-1).tolist())

@@ -7,7 +7,7 @@ the same. The value has the name of the node; what stands between several ONNX n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ from eqfact.ops import (
     MaxPool,
     Min,
     MinPool,
+    Mix,
     Mul,
     Normalization,
     Op,
@@ -54,6 +55,8 @@ from eqfact.ops import (
     Rearrange,
     ReLU,
     RMSNorm,
+    Rotary,
+    Scores,
     Sigmoid,
     SiLU,
     Slice,
@@ -395,6 +398,80 @@ def take(w: Writer, node: Node, op: Take) -> None:
         w.node("Gather", [*node.inputs, w.integers(node, "indices", op.indices)], node.name, node, axis=axis)
 
 
+def softmax(w: Writer, node: Node, op: Softmax) -> None:
+    """The mask is added before."""
+    value, shape = node.inputs[0], w.graph.shapes[node.name]
+    if op.mask is not None:
+        mask = np.triu(np.full(shape[-2:], -np.inf), 1) if isinstance(op.mask, str) else op.mask
+        value = w.node("Add", [value, w.over_space(node, "mask", mask)], w.inner(node, "masked"), node, ".mask")
+    w.node("Softmax", [value], node.name, node, axis=op.axis)
+
+
+def _by_head(w: Writer, node: Node, i: int, heads: Sequence[int], *, channels_last: bool) -> str:
+    """Input ``i`` as ``(N, *heads, ..., T, channels)``, or with these two the other way round."""
+    space, name = w.graph.shapes[node.inputs[i]][1:], "ab"[i]
+    value = _split(w, node, i, [*heads, -1, *space])
+    count, last = 1 + len(heads), len(heads) + len(space)
+    order = [*range(count), *range(count + 1, last + 1), *((last + 1, count) if channels_last else (count, last + 1))]
+    if order == sorted(order):
+        return value
+    value = w.node("Transpose", [value], w.inner(node, f"{name}.moved"), node, f".{name}.move", perm=order)
+    return w.moved(node, value, i, f".{name}.moved")
+
+
+def _split(w: Writer, node: Node, i: int, sizes: Sequence[int]) -> str:
+    name = "ab"[i]
+    shape = w.integers(node, f"{name}.split", [0, *sizes])
+    value = w.node("Reshape", [node.inputs[i], shape], w.inner(node, f"{name}.heads"), node, f".{name}.heads")
+    return w.moved(node, value, i, f".{name}.heads")
+
+
+def _shared(op: Scores | Mix) -> tuple[list[int], list[int]]:
+    """The axes of heads that both inputs of a product have: those that share keys or values have one of their own."""
+    if op.heads == op.kv_heads:
+        return [op.heads], [op.heads]
+    return [op.kv_heads, op.heads // op.kv_heads], [op.kv_heads, 1]
+
+
+def scores(w: Writer, node: Node, op: Scores) -> None:
+    """Queries by tokens times keys by channels."""
+    (ours, theirs), shape = _shared(op), w.graph.shapes[node.name]
+    factors = [_by_head(w, node, 0, ours, channels_last=True), _by_head(w, node, 1, theirs, channels_last=False)]
+    steps: list[tuple[str, str, list[str]]] = [("product", "MatMul", factors)]
+    if len(ours) > 1:
+        steps.append(("whole", "Reshape", [w.integers(node, "shape", [0, *shape])]))
+    if op.scale != 1:
+        steps.append(("scaled", "Mul", [w.parameter(node, "scale", op.scale, ())]))
+    value: list[str] = []
+    for i, (name, kind, others) in enumerate(steps, 1):
+        last = i == len(steps)
+        value = [w.node(kind, [*value, *others], node.name if last else w.inner(node, name), node, "" if last else f".{name}")]
+
+
+def mix(w: Writer, node: Node, op: Mix) -> None:
+    """Probabilities times values by tokens."""
+    (ours, theirs), shape = _shared(op), w.graph.shapes[node.name]
+    p = node.inputs[0] if len(ours) == 1 else _split(w, node, 0, [*ours, *w.graph.shapes[node.inputs[0]][1:]])
+    made = w.node("MatMul", [p, _by_head(w, node, 1, theirs, channels_last=True)], w.inner(node, "product"), node, ".product")
+    count, last = 1 + len(ours), len(ours) + len(shape)
+    turned = w.node("Transpose", [made], w.inner(node, "moved"), node, ".move", perm=[*range(count), last, *range(count, last)])
+    w.node("Reshape", [turned, w.integers(node, "shape", [0, *shape])], node.name, node)
+
+
+def rotary(w: Writer, node: Node, op: Rotary) -> None:
+    """Each channel times its cosine, plus the other one of its pair times its sine, which is negative for the first."""
+    channels, *space = w.graph.shapes[node.name]
+    cos, sin, partner = np.ones((channels, space[-1])), np.zeros((channels, space[-1])), np.arange(channels)
+    first, second = op._pairs(channels)
+    cos[first], cos[second], sin[first], sin[second] = op.cos, op.cos, -op.sin, op.sin
+    partner[first], partner[second] = second, first
+    shape = (channels, *(1 for _ in space[1:]), space[-1])
+    mates = w.node("Gather", [*node.inputs, w.integers(node, "pairs", partner.tolist())], w.inner(node, "mates"), node, ".mates", axis=1)
+    own = w.node("Mul", [*node.inputs, w.over_space(node, "cos", cos.reshape(shape))], w.inner(node, "own"), node, ".own")
+    other = w.node("Mul", [mates, w.over_space(node, "sin", sin.reshape(shape))], w.inner(node, "other"), node, ".other")
+    w.node("Add", [own, other], node.name, node)
+
+
 WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Dense: dense, Conv: conv, ConvTranspose: conv_transpose, BatchNorm: batch_norm,
     LayerNorm: over_features("LayerNormalization", 17), RMSNorm: over_features("RMSNormalization", 23),
@@ -408,7 +485,7 @@ WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Transpose: transpose, Slice: slice_, Permute: permute, Rearrange: rearrange, Take: take,
     Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
-    Softmax: _plain("Softmax", axis=lambda op: op.axis), Mul: mul, Affine: affine,
+    Softmax: softmax, Mul: mul, Scores: scores, Mix: mix, Rotary: rotary, Affine: affine,
 }
 
 
