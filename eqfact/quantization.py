@@ -284,7 +284,7 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
 
 
 def _sums(graph: Graph) -> set[str]:
-    """Values that are sums of products of values, perhaps with a mask or a scale on them, and that nothing but a Softmax reads."""
+    """Values that are sums of products of values, perhaps with a mask or a scale on them, and that nothing but a Softmax reads; and masks."""
     sums = set[str]()
     for node in graph.nodes:
         if node.op.sums or (isinstance(node.op, Commuting) and not sums.isdisjoint(node.inputs)):
@@ -293,7 +293,7 @@ def _sums(graph: Graph) -> set[str]:
     for value in reversed([name for name in graph.shapes if name in sums]):
         if value in graph.outputs or not readers[value] or any(r.name not in sums and not r.op.exponential for r in readers[value]):
             sums.remove(value)
-    return sums
+    return sums | {value for value in graph.inputs if readers[value] and all(r.name in sums for r in readers[value])}
 
 
 def fused_activation(readers: tuple[Node, ...]) -> Node | None:

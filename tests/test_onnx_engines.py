@@ -48,6 +48,7 @@ OTHERS = [
     eq.Abs(), eq.MinPool(2), eq.LpPool(2), eq.Blend(floats(3, 6)), eq.Extend(floats(2, 6)),
     eq.LayerNorm(floats(4), floats(4)), eq.RMSNorm(floats(4)), eq.GroupNorm(2, floats(4), floats(4)), eq.InstanceNorm(floats(4), floats(4)),
     eq.Softmax(-1, np.where(np.arange(6) < 4, floats(4, 6), -np.inf).astype(np.float32)), eq.Rotary(2, floats(1, 6), floats(1, 6, seed=6)),
+    eq.Sloped(eq.SiLU(), np.abs(floats(4))), eq.Sloped(eq.GELU(), 0.5), eq.Sloped(eq.HardSwish(), np.abs(floats(4))),
     eq.Scores(2, scale=0.7), eq.Scores(2, 1), eq.Mix(2), eq.Mix(2, 1),
 ]
 OPS = [*LAYERS, *OTHERS]

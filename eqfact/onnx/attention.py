@@ -162,14 +162,15 @@ def _unrepeated(call: Call, view: View, heads: int) -> tuple[str, int]:
 
 
 def masked(call: Call, i: int, mask: AnyArray, names: Mapping[str, int]) -> View | None:
-    """Scores of which a Softmax alone reads the sum with a constant ``mask``: that Softmax, which is made here already.
+    """A value of which a Softmax alone reads the sum with a constant ``mask``: that Softmax, which is made here already.
 
-    None where input ``i`` is none, or is read by something else.
+    None where something else reads it, or where the value is no scores and the mask, all finite, may stand by itself.
     """
     building, view = call.building, call.view(i)
     node = building.nodes.get(view.value)
     readers = building.readers.get(call.output, [])
-    if node is None or not isinstance(node.op, Scores) or building.reads.get(call.output) != 1 or len(readers) != 1:
+    wanted = (node is not None and isinstance(node.op, Scores)) or not np.isfinite(mask).all()
+    if not wanted or building.reads.get(call.output) != 1 or len(readers) != 1:
         return None
     (reader,) = readers
     axis = next((a.i for a in reader.attribute if a.name == "axis"), 1 if call.opset < 13 else -1)

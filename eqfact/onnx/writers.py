@@ -60,6 +60,7 @@ from eqfact.ops import (
     Sigmoid,
     SiLU,
     Slice,
+    Sloped,
     Softmax,
     Sub,
     Take,
@@ -347,23 +348,48 @@ def hard_swish(w: Writer, node: Node, op: HardSwish) -> None:
     w.node("Mul", [*node.inputs, gate], node.name, node)
 
 
-def gelu(w: Writer, node: Node, op: GELU) -> None:
-    """In steps before opset 20, as exporters write it."""
-    if w.standard.version >= 20:
-        w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
-        return
-    (x,) = node.inputs
+Step = Callable[[str, list[str | float], str], str]
 
+
+def _steps(w: Writer, node: Node) -> Step:
+    """Writes one of the operators that a node consists of, on tensors and numbers, under a name of its own."""
     def step(kind: str, inputs: list[str | float], name: str) -> str:
         given = [i if isinstance(i, str) else w.parameter(node, f"{name}_by", i, ()) for i in inputs]
         return w.node(kind, given, w.inner(node, name), node, f".{name}")
+    return step
+
+
+def _bell(step: Step, z: str, op: GELU) -> str:
+    """``2 Phi(z)``, of which GELU is made, as exporters write it."""
     if op.approximate:
-        cube = step("Mul", [step("Mul", [x, step("Mul", [x, x], "square")], "cube"), 0.044715], "small")
-        curve = step("Tanh", [step("Mul", [step("Add", [x, cube], "sum"), math.sqrt(2 / math.pi)], "argument")], "curve")
+        cube = step("Mul", [step("Mul", [z, step("Mul", [z, z], "square")], "cube"), 0.044715], "small")
+        curve = step("Tanh", [step("Mul", [step("Add", [z, cube], "sum"), math.sqrt(2 / math.pi)], "argument")], "curve")
     else:
-        curve = step("Erf", [step("Div", [x, math.sqrt(2)], "argument")], "curve")
-    twice = step("Mul", [x, step("Add", [curve, 1.0], "more")], "twice")
-    w.node("Mul", [twice, w.parameter(node, "half", 0.5, ())], node.name, node)
+        curve = step("Erf", [step("Div", [z, math.sqrt(2)], "argument")], "curve")
+    return step("Add", [curve, 1.0], "more")
+
+
+def gelu(w: Writer, node: Node, op: GELU) -> None:
+    """In steps before opset 20."""
+    if w.standard.version >= 20:
+        w.node("Gelu", node.inputs, node.name, node, approximate="tanh" if op.approximate else "none")
+        return
+    (x,), step = node.inputs, _steps(w, node)
+    w.node("Mul", [step("Mul", [x, _bell(step, x, op)], "twice"), w.parameter(node, "half", 0.5, ())], node.name, node)
+
+
+def sloped(w: Writer, node: Node, op: Sloped) -> None:
+    """The value times a curve of what it comes to with its slopes."""
+    (x,), step, (channels, *space) = node.inputs, _steps(w, node), w.graph.shapes[node.name]
+    slope = w.over_space(node, "slope", np.broadcast_to(op.slope, channels).reshape(channels, *(1 for _ in space)))
+    z = step("Mul", [x, slope], "steeper")
+    if isinstance(op.op, GELU):
+        gate = step("Mul", [_bell(step, z, op.op), 0.5], "gate")
+    elif isinstance(op.op, SiLU):
+        gate = step("Sigmoid", [z], "gate")
+    else:
+        gate = w.node("HardSigmoid", [z], w.inner(node, "gate"), node, ".gate", alpha=1 / 6, beta=0.5)
+    w.node("Mul", [x, gate], node.name, node)
 
 
 def affine(w: Writer, node: Node, op: Affine) -> None:
@@ -485,6 +511,7 @@ WRITERS: dict[type[Op], Callable[[Writer, Node, Any], None]] = {
     Transpose: transpose, Slice: slice_, Permute: permute, Rearrange: rearrange, Take: take,
     Sigmoid: _plain("Sigmoid"), HardSigmoid: _plain("HardSigmoid", alpha=lambda op: op.alpha, beta=lambda op: op.beta),
     Tanh: _plain("Tanh"), SiLU: silu, HardSwish: hard_swish, Erf: _plain("Erf"), GELU: gelu,
+    Sloped: sloped,
     Softmax: softmax, Mul: mul, Scores: scores, Mix: mix, Rotary: rotary, Affine: affine,
 }
 
