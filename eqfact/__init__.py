@@ -30,9 +30,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Channels", "Correction", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node", "NoiseModel",
     "Sensitivities", "Statistics", "UniformQuantizer", "ValueStatistics", "Verification",
-    "absorb_high_bias", "add_scales", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias", "correct_bias_analytically",
-    "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward", "forward_sensitivities",
-    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "slope_gates", "sqnr", "values", "verify",
+    "absorb_high_bias", "add_scales", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias",
+    "correct_bias_analytically", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward",
+    "forward_sensitivities",
+    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "slope_gates", "sqnr",
+    "values", "verify",
     *_ops,
 ]
 

@@ -213,7 +213,7 @@ def product_values(graph: Graph, resolved: Channels, stats: Statistics) -> tuple
     """The values that products make, as the sides of layers without weights."""
     found = []
     for name in dict.fromkeys(relation.node for relation in graph.traced.relations):
-        magnitude = stats[activation_of(graph, name)].max_abs.reshape(-1, 1, 1)
+        magnitude = stats[activation_of(graph, name)].max_abs.astype(np.float64).reshape(-1, 1, 1)
         labels = resolved.labels[name]
         found.append(_layer(graph[name].op, (name,), magnitude, labels, np.zeros_like(labels), np.empty(magnitude.size)))
     return tuple(found)
@@ -266,9 +266,11 @@ def blocks(found: Sequence[Layer], resolved: Channels, values: Sequence[Layer] =
             of_layer: dict[int, int] = {}
             for (layer_id, _), amount in reach[index].items():
                 of_layer[layer_id] = of_layer.get(layer_id, 0) + amount
-            of_kind = [tuple(sides[index].get(kind, ())) for kind in ((True, True), (True, False), (False, True), (False, False))]
-            plans.append(BlockPlan(labels, *of_kind, followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()),
-                                   max(of_layer.values())))
+
+            def kind(weighted: bool, grows: bool, of: dict[tuple[bool, bool], list[Side]] = sides[index]) -> tuple[Side, ...]:
+                return tuple(of.get((weighted, grows), ()))
+            plans.append(BlockPlan(labels, kind(True, True), kind(True, False), kind(False, True), kind(False, False),
+                                   followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()), max(of_layer.values())))
     return tuple(plans)
 
 

@@ -200,8 +200,8 @@ def _solve(component: Labels, relations: Sequence[Relation], reason_of: Labels, 
 class _Elimination:
     """Relations with whole coefficients, solved one by one; ``forms`` holds variables in terms of those that are still free.
 
-    The pivot of a relation is the variable of the smallest ``|c|``, the first of equals. At ``|c| = 1`` it is expressed by the others; else a
-    new variable takes its place, with the remainders of the other coefficients, as in Euclid's algorithm. Every step is unimodular.
+    The pivot of a relation is the variable of the smallest ``|c|``, the first of equals. At ``|c| = 1`` it is expressed by the others;
+    else a new variable takes its place, with the remainders of the other coefficients, as in Euclid's algorithm. Every step is unimodular.
     """
 
     def __init__(self, count: int, pinned: Labels) -> None:

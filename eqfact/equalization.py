@@ -249,7 +249,8 @@ def _checked(step: Vector, plan: BlockPlan) -> Vector:
     """The rule's factors, if they are usable."""
     step = np.asarray(step, np.float64)
     if step.shape != plan.labels.shape:
-        raise ValueError(f"value '{plan.growing[0].layer.values[0]}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
+        value = plan.growing[0].layer.values[0]
+        raise ValueError(f"value '{value}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
     wrong = ~(np.isfinite(step) & (step > 0))
     if wrong.any():
         number = int(np.argmax(wrong))

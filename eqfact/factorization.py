@@ -19,7 +19,6 @@ from eqfact.channels import Channels, channels
 from eqfact.graph import Graph
 from eqfact.ops.base import Array, Op, read_only
 
-
 #: How far factors that follow from others may be off, relatively: some roundings.
 ROUNDING = 1e-12
 
@@ -47,7 +46,7 @@ class Factorization(Mapping[str, Array]):
     @cached_property
     def by_label(self) -> Array:
         """One factor for every label: those of the free numbers, and those that follow from them."""
-        return read_only(self.channels.by_label(self.free))
+        return read_only(self.channels.by_label(np.asarray(self.free, np.float64)))
 
     # two factorizations are compared by value name, with numpy; Mapping's own == would ask for the truth of arrays
     __eq__ = object.__eq__

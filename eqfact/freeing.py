@@ -1,8 +1,8 @@
 """Which factors could be free if engines did one multiplication more, and at what price?
 
-Two passes ``Graph -> Graph`` that change no value, both opt-in. ``x g(x)`` (SiLU, GELU, HardSwish) lets a factor pass as ``x g(s x)``, with a
-slope ``s' = s / f`` a channel. And where nothing can take a factor up, as behind a residual that runs into a normalisation, a multiplication
-by channel can (docs/algebra.md).
+Two passes ``Graph -> Graph`` that change no value, both opt-in. ``x g(x)`` (SiLU, GELU, HardSwish) lets a factor pass as ``x g(s x)``,
+with a slope ``s' = s / f`` a channel. And where nothing can take a factor up, as behind a residual that runs into a normalisation, a
+multiplication by channel can (docs/algebra.md).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
     >>> degrees_of_freedom(add_scales(net, ["x"]))
     3
     """
-    readers = {value: [node for node in nodes if isinstance(node.op, Weighted) and node.op.gridded] for value, nodes in graph.readers.items()}
+    readers = {value: any(isinstance(node.op, Weighted) and node.op.gridded for node in nodes) for value, nodes in graph.readers.items()}
     for value in values or ():
         if not readers.get(value):
             what = "which no layer with weights on a grid reads" if value in graph.shapes else "which is not a value of the network"

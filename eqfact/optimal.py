@@ -75,7 +75,8 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     ``(R / steps)**2 / 12`` times the geometric mean of ``(f_in / f_out)**2`` over the live channels. That depends on no sensitivity
     (:func:`eqfact.noise.unit_sensitivities` serve); on a chain of layers it is the product of all ranges. ``weights`` multiplies the
     noise (or the logarithm) of tensors by name. ``start`` holds the factors of the free numbers, 1 if None; the minimum does not depend
-    on it. Numbers that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB, after
+    on it. Numbers that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB,
+    after
     ``max_iter`` Newton steps, or when the gap no longer falls.
 
     Raises :class:`ValueError` for unknown objectives and names, and unusable weights, boxes and starts.
@@ -177,7 +178,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """The logarithm of a sum of terms, or the mean of their logarithms, as a function of the free numbers ``t``, with ``u = B t`` by label."""
+    """The logarithm of a sum of terms, or the mean of their logarithms, as a function of the free numbers ``t``; by label ``u = B t``."""
 
     terms: list[Term]
     #: ``B``, if channels are related in other ways than ties and pins (docs/algebra.md).

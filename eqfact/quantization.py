@@ -284,7 +284,7 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
 
 
 def _sums(graph: Graph) -> set[str]:
-    """Values that are sums of products of values, perhaps with a mask or a scale on them, and that nothing but a Softmax reads; and masks."""
+    """Values that are sums of products of values, perhaps with a mask on them, and that nothing but a Softmax reads; and masks."""
     sums = set[str]()
     for node in graph.nodes:
         if node.op.sums or (isinstance(node.op, Commuting) and not sums.isdisjoint(node.inputs)):

@@ -113,8 +113,7 @@ class Side:
                 read = self._slopes[node.inputs[0]].reshape(2, groups, inner).transpose(1, 2, 0)
             s = np.matmul(weights, read).reshape(groups * out, 2).T.copy()
         else:
-            # what carries a channel of the input on has its label; what is related to channels of the input moves with them (docs/algebra.md);
-            # all else is pinned
+            # what carries a channel of the input on has its label; what is related to such channels moves with them; all else is pinned
             read = np.concatenate([self._slopes[i] for i in node.inputs], axis=1)
             labels = np.concatenate([channel_vector(self.graph.labels[i]) for i in node.inputs])
             made = channel_vector(self.graph.labels[node.name])

@@ -1,8 +1,8 @@
 """What factor should a channel get? The rules of the paper and of its best-known follower, from ranges alone.
 
 A rule sees one :class:`Block`, the channels that one weighted op makes together with all that are tied to them, as
-arrays with one entry per channel; it never sees a graph, an axis, a group or a product of values. ``one_step`` is section 2 of PAPER, ``two_step``
-section 3, the residual and concat rules section 4, ``cross_layer`` the rule of Nagel et al. (ICCV 2019). A dead channel
+arrays with one entry per channel; it never sees a graph, an axis, a group or a product of values. ``one_step`` is section 2 of PAPER,
+``two_step`` section 3, the residual and concat rules section 4, ``cross_layer`` the rule of Nagel et al. (ICCV 2019). A dead channel
 (some range of it is 0) gets the factor 1.
 """
 

@@ -189,16 +189,16 @@ def scored(q: np.ndarray, k: np.ndarray, heads: int, kv_heads: int, scale: float
     """Head by head, and window by window where tokens have one."""
     width, windowed = q.shape[1] // heads, q.ndim == 4
     q, k = (np.float64(v) if windowed else np.float64(v)[:, :, None] for v in (q, k))
-    y = np.stack([scale * np.einsum("ndwt,ndws->nwts", q[:, h * width:(h + 1) * width], k[:, (g := h * kv_heads // heads) * width:(g + 1) * width])
-                  for h in range(heads)], axis=1)
+    y = np.stack([scale * np.einsum("ndwt,ndws->nwts", q[:, h * width:(h + 1) * width], k[:, g * width:(g + 1) * width])
+                  for h in range(heads) for g in [h * kv_heads // heads]], axis=1)
     return y if windowed else y[:, :, 0]
 
 
 def mixed(p: np.ndarray, v: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
     width, windowed = v.shape[1] // kv_heads, v.ndim == 4
     p, v = (np.float64(p), np.float64(v)) if windowed else (np.float64(p)[:, :, None], np.float64(v)[:, :, None])
-    y = np.concatenate([np.einsum("nwts,ndws->ndwt", p[:, h], v[:, (g := h * kv_heads // heads) * width:(g + 1) * width])
-                        for h in range(heads)], axis=1)
+    y = np.concatenate([np.einsum("nwts,ndws->ndwt", p[:, h], v[:, g * width:(g + 1) * width])
+                        for h in range(heads) for g in [h * kv_heads // heads]], axis=1)
     return y if windowed else y[:, :, 0]
 
 
@@ -476,12 +476,16 @@ def table(dtype: Any) -> list[Case]:
     row("layernorm", eq.LayerNorm(w, b, eps), (4,), expected=onnx("LayerNormalization", w, b, epsilon=eps))
     row("layernorm of tokens", eq.LayerNorm(w, eps=0.5), (4, 3, 2), expected=features_last(onnx("LayerNormalization", w, epsilon=0.5)))
     row("rmsnorm", eq.RMSNorm(w, eps=eps), (4, 3), expected=features_last(onnx("RMSNormalization", w, opset=23, epsilon=eps)))
-    row("rmsnorm with beta", eq.RMSNorm(w, b, 0.25), (4, 3), expected=lambda x, w=w, b=b: by_channel(lambda v, i: v * float(w[i]) + float(b[i]))(
+    def affine(x, w=w, b=b):
+        return by_channel(lambda v, i: v * float(w[i]) + float(b[i]))(x)
+
+    row("rmsnorm with beta", eq.RMSNorm(w, b, 0.25), (4, 3), expected=lambda x: affine(
         np.float64(x) / np.linalg.norm(np.concatenate([np.float64(x), np.full((len(x), 4, 3), 0.5)], axis=1), axis=1, keepdims=True) * 2))
-    row("groupnorm", eq.GroupNorm(2, w, b, eps), (4, 3, 2), expected=lambda x, w=w, b=b: by_channel(lambda v, i: v * float(w[i]) + float(b[i]))(
+    row("groupnorm", eq.GroupNorm(2, w, b, eps), (4, 3, 2), expected=lambda x: affine(
         onnx("LayerNormalization", np.ones(12), epsilon=eps)(x.reshape(len(x), 2, 12)).reshape(x.shape)))
-    row("groupnorm without space, an eps a group", eq.GroupNorm(2, w, eps=np.array([0.5, 2.0])), (4,), expected=lambda x, w=w: np.concatenate([
-        onnx("LayerNormalization", w[i:i + 2], epsilon=e)(x[:, i:i + 2]) for i, e in ((0, 0.5), (2, 2.0))], axis=1))
+    row("groupnorm without space, an eps a group", eq.GroupNorm(2, w, eps=np.array([0.5, 2.0])), (4,),
+        expected=lambda x, w=w: np.concatenate([
+            onnx("LayerNormalization", w[i:i + 2], epsilon=e)(x[:, i:i + 2]) for i, e in ((0, 0.5), (2, 2.0))], axis=1))
     row("instancenorm", eq.InstanceNorm(w, b, eps), (4, 3, 2), expected=onnx("InstanceNormalization", w, b, epsilon=eps))
 
     # attention

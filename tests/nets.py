@@ -229,14 +229,14 @@ NETS = [
         ("stem", conv(4, 2), ["x"]), ("norm", eq.GroupNorm(2, np.array([0.5, -1.0, 2.0, 1.0]), bias(4)), ["stem"]),
         ("head", conv(2, 4), ["norm"])),
     net("instancenorm", (2, 3, 3), ["head"], {"stem": 4, "norm": 4}, "x head",
-        ("stem", conv(4, 2), ["x"]), ("norm", eq.InstanceNorm(np.array([0.5, -1.0, 2.0, 1.0]), bias(4)), ["stem"]), ("act", eq.ReLU(), ["norm"]),
-        ("head", conv(2, 4), ["act"])),
+        ("stem", conv(4, 2), ["x"]), ("norm", eq.InstanceNorm(np.array([0.5, -1.0, 2.0, 1.0]), bias(4)), ["stem"]),
+        ("act", eq.ReLU(), ["norm"]), ("head", conv(2, 4), ["act"])),
     net("norm used twice", (3, 4), ["head"], {"norm": 3}, "x mid head",
         ("first", rms, ["x"]), ("mid", conv(3, 3, axes=1), ["first"]), ("second", rms, ["mid"]), ("head", conv(2, 3, axes=1), ["second"])),
     net("attention", (3, 5), ["out"], {"norm": 3, "q": 4, "v": 4}, "x scores prob out",  # k carries the inverse of q
         ("norm", layernorm(3), ["x"]), ("q", conv(4, 3, axes=1), ["norm"]), ("k", conv(4, 3, axes=1), ["norm"]),
-        ("v", conv(4, 3, axes=1), ["norm"]), ("scores", eq.Scores(2, scale=0.5), ["q", "k"]), ("prob", eq.Softmax(-1, "causal"), ["scores"]),
-        ("mix", eq.Mix(2), ["prob", "v"]), ("out", conv(3, 4, axes=1), ["mix"])),
+        ("v", conv(4, 3, axes=1), ["norm"]), ("scores", eq.Scores(2, scale=0.5), ["q", "k"]),
+        ("prob", eq.Softmax(-1, "causal"), ["scores"]), ("mix", eq.Mix(2), ["prob", "v"]), ("out", conv(3, 4, axes=1), ["mix"])),
     net("grouped queries, rotary", (3, 5), ["out"], {"k": 4, "v": 8}, "x scores prob out",  # of k two pairs a head
         ("q", conv(16, 3, axes=1), ["x"]), ("k", conv(8, 3, axes=1), ["x"]), ("v", conv(8, 3, axes=1), ["x"]),
         ("turned_q", rotary(4), ["q"]), ("turned_k", rotary(2), ["k"]), ("scores", eq.Scores(4, 2, 0.5), ["turned_q", "turned_k"]),

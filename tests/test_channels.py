@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nets import BY_NAME, NETS, conv, dense
 
 import eqfact as eq
-from eqfact.ops.base import Relation
+from eqfact.ops.base import Relation, Trace
 from eqfact.testing import laws
 from eqfact.testing.strategies import batches, networks
 
@@ -182,6 +182,36 @@ def test_eliminations_that_forget_a_remainder_are_caught(monkeypatch):
     monkeypatch.setattr(module._Elimination, "_replace", lambda self, variable, form, cause: self.forms.update({variable: {}}))
     with pytest.raises((AssertionError, LookupError)):
         test_every_whole_solution_is_a_whole_combination_and_none_is_left_out.hypothesis.inner_test(([[(0, 2), (1, -3)]], 2))
+
+
+def test_labels_of_a_network_of_eight_billion_parameters_are_solved_by_structure():
+    """Thirty-two blocks of width 4096: grouped queries, rotary pairs, SwiGLU. Their weights are not there, only labels."""
+    trace, width, heads, kv_heads, hidden = Trace(), 4096, 32, 8, 14336
+    d, stream = width // heads, None
+    for block in range(32):
+        q, k, v, gate, up = (trace.fresh((n, 1)) for n in (width, kv_heads * d, kv_heads * d, hidden, hidden))
+        mix, product, out, down, scores = (trace.fresh((n, 1)) for n in (width, hidden, width, width, heads))
+        of_head = [np.repeat(x[:, 0].reshape(kv_heads, d), heads // kv_heads, axis=0).reshape(-1) for x in (k, v)]
+        for x, count in ((q, heads), (k, kv_heads)):
+            pairs = x[:, 0].reshape(count, 2, d // 2)
+            trace.tie(pairs[:, 0].reshape(-1), pairs[:, 1].reshape(-1))
+        trace.node = f"block{block}"
+        trace.relate((1, q), (1, of_head[0]), (-1, np.repeat(scores[:, 0], d)), reason="scores")
+        trace.pin(scores, "softmax")
+        trace.pin(gate, "silu")
+        trace.relate((1, mix), (-1, of_head[1]), reason="mix")
+        trace.relate((1, product), (-1, gate), (-1, up), reason="gate")
+        stream = out if stream is None else stream
+        trace.tie(stream, out)
+        trace.tie(stream, down)
+    trace.pin(stream, "norm")
+    component = module._components(trace.size, trace.ties)
+    reason_of = np.full(int(component.max()) + 1, -1)
+    for labels_, _ in trace.pins:
+        reason_of[component[labels_]] = 0
+    forms = module._solve(component, trace.relations, reason_of, 1)
+    assert trace.size > 2**20
+    assert forms.shape[1] == 32 * (kv_heads * d // 2 + kv_heads * d + hidden)
 
 
 # ------------------------------------------------------------------------------------------------ labels by hand

@@ -180,7 +180,7 @@ def test_what_follows_from_a_named_product_is_as_little_as_it_can_be():
     alone = eq.Factorization.of(graph, {"mul": [2.0, 8.0, 1.0]})
     assert alone["a"].tolist() == [2, 8, 1] and np.all(alone["b"] == 1)
     assert eq.Factorization.of(BY_NAME["square and cube made equal"].graph, {"add": [64.0, 1.0, 1.0]})["b"].tolist() == [4, 1, 1]
-    with pytest.raises(ValueError, match="value 'mul', channel 1: this channel's factor follows from others as 8 .*, got 4"):
+    with pytest.raises(ValueError, match=r"value 'mul', channel 1: this channel's factor follows from others as 8 .*, got 4"):
         eq.Factorization.of(graph, {"mul": [2.0, 4.0, 1.0], "a": [2.0, 1.0, 4.0], "b": [1.0, 8.0, 0.25]})
 
 

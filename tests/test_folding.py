@@ -282,7 +282,8 @@ def test_a_batchnorm_folds_into_the_normalisation_before_it_but_not_into_one_beh
     rng = np.random.default_rng(0)
     one, c = np.ones(3), rng.normal(size=3)
     graph = eq.Graph.chain((3, 4), norm=eq.LayerNorm(c, rng.normal(size=3)), bn=eq.BatchNorm(c, one, c, one + c**2),
-                           conv=eq.Conv(rng.normal(size=(3, 3, 1)), padding=0), act=eq.ReLU(), last=eq.BatchNorm(c, one, c, one), rms=eq.RMSNorm(c))
+                           conv=eq.Conv(rng.normal(size=(3, 3, 1)), padding=0), act=eq.ReLU(), last=eq.BatchNorm(c, one, c, one),
+                           rms=eq.RMSNorm(c))
     folded = keeps_every_value(graph, rng.normal(size=(5, 3, 4)))
     assert [type(node.op) for node in folded] == [eq.LayerNorm, eq.Conv, eq.ReLU, eq.BatchNorm, eq.RMSNorm]
     assert eq.folding_obstacles(folded)["last"].endswith("'rms' behind it (RMSNorm) divides by what it reads")

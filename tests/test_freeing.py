@@ -56,7 +56,8 @@ def post_norm():
     return eq.Graph({"x": (4, 5)}, [
         eq.Node("stem", conv(4, 4, axes=1), ["x"]), eq.Node("branch", conv(4, 4, axes=1), ["stem"]),
         eq.Node("add", eq.Add(), ["stem", "branch"]), eq.Node("norm", layernorm(4), ["add"]),
-        eq.Node("wide", wide, ["add"]), eq.Node("head", conv(2, 10, axes=1), ["cat"]), eq.Node("cat", eq.Concat(), ["norm", "wide"])], ["head"])
+        eq.Node("wide", wide, ["add"]), eq.Node("cat", eq.Concat(), ["norm", "wide"]), eq.Node("head", conv(2, 10, axes=1), ["cat"])],
+        ["head"])
 
 
 def test_a_scale_is_put_where_nothing_else_takes_up_a_factor():
@@ -72,7 +73,8 @@ def test_a_scale_is_put_where_nothing_else_takes_up_a_factor():
     assert quality[1] > quality[0] + 1
 
 
-@pytest.mark.parametrize(("name", "why"), [("nope", "which is not a value of the network"), ("norm", "which no layer with weights on a grid reads")])
+@pytest.mark.parametrize(("name", "why"), [("nope", "which is not a value of the network"),
+                                           ("norm", "which no layer with weights on a grid reads")])
 def test_a_scale_that_nobody_needs_is_refused(name, why):
     with pytest.raises(ValueError, match=f"a scale is asked for at '{name}', {why}"):
         eq.add_scales(post_norm(), [name])

@@ -166,6 +166,51 @@ def ties_all_channels(self, trace, *inputs):
     return passes(self, trace, *inputs)
 
 
+def the_sum_for_the_difference(self, trace, *inputs):
+    y = trace.fresh(self.output_shape(*(x.shape for x in inputs)))
+    trace.relate((1, y), *((1, x) for x in inputs), reason="planted")
+    return y
+
+
+def once_for_twice(self, trace, *inputs):
+    y = trace.fresh(self.output_shape(*(x.shape for x in inputs)))
+    trace.relate((1, y), *((-1, x) for x in {id(x): x for x in inputs}.values()), reason="planted")
+    return y
+
+
+def ties_queries_to_keys(self, trace, *inputs):
+    q, k = map(channel_vector, inputs)
+    trace.tie(q, self._repeated(k).reshape(-1))
+    return trace.fresh(self.output_shape(*(x.shape for x in inputs)))
+
+
+def heads_in_turn(self, of_kv):
+    return np.tile(of_kv.reshape(self.kv_heads, -1), (self.heads // self.kv_heads, 1))
+
+
+def absorbs_without_ties(self, trace, *inputs):
+    return trace.absorb(self, inputs[0], inputs[0].shape)
+
+
+def normalised(eps):
+    """The rescaled normalisation, with another eps."""
+    def rescale(self, f_out, *f_in):
+        beta = None if self.beta is None else self.beta * f_out
+        return dataclasses.replace(self, gamma=self.gamma * f_out, beta=beta, eps=eps(self, f_in[0].reshape(self.norm_groups, -1)))
+    return rescale
+
+
+eps_forgotten = normalised(lambda op, f: op.eps)
+eps_times_s = normalised(lambda op, f: op.eps * f[:, 0])
+mean_eps = normalised(lambda op, f: op.eps * np.mean(f, axis=1) ** 2)
+for made, name in ((eps_forgotten, "eps_forgotten"), (eps_times_s, "eps_times_s"), (mean_eps, "mean_eps")):
+    made.__name__ = name
+
+
+def slope_multiplied(self, f_out, *f_in):
+    return dataclasses.replace(self, slope=self.slope * f_out)
+
+
 def repeats_pixel_last(self, trace, *inputs):
     return np.tile(channel_vector(inputs[0]), inputs[0][0].size)
 
@@ -299,6 +344,20 @@ PLANTED = [
     (eq.Sigmoid, {"trace": pins_its_input_only, "rescale": keeps_its_parameters}, every_value, "sigmoid", "differ"),
     (eq.Softmax, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "softmax", "differ"),
     (eq.Mul, {"trace": ties_all_channels, "rescale": keeps_its_parameters}, every_value, "product", "differ"),
+    # products
+    (eq.Mul, {"trace": the_sum_for_the_difference, "rescale": keeps_its_parameters}, every_value, "product", "differ"),
+    (eq.Mul, {"trace": once_for_twice, "rescale": keeps_its_parameters}, every_value, "square", "differ"),
+    (eq.Mul, {"trace": pins_everything, "rescale": keeps_its_parameters}, freedom, "product", "4 factors are called free, .* leave 10"),
+    (eq.Scores, {"trace": ties_queries_to_keys, "rescale": keeps_its_parameters}, every_value, "attention", "differ"),
+    (eq.Scores, {"_repeated": heads_in_turn, "rescale": keeps_its_parameters}, every_value, "grouped queries, rotary", "differ"),
+    (eq.Mix, {"_repeated": heads_in_turn, "rescale": keeps_its_parameters}, every_value, "grouped queries, rotary", "differ"),
+    (eq.Rotary, {"trace": passes, "rescale": keeps_its_parameters}, every_value, "grouped queries, rotary", "differ"),
+    (eq.Rotary, {"trace": ties_all_channels}, freedom, "grouped queries, rotary", "9 factors are called free, .* leave 12"),
+    (eq.LayerNorm, {"rescale": eps_forgotten}, every_value, "layernorm", "differ"),
+    (eq.LayerNorm, {"rescale": eps_times_s}, every_value, "layernorm", "differ"),
+    (eq.InstanceNorm, {"rescale": eps_forgotten}, every_value, "instancenorm", "differ"),
+    (eq.GroupNorm, {"trace": absorbs_without_ties, "rescale": mean_eps}, every_value, "groupnorm", "differ"),
+    (eq.Sloped, {"rescale": slope_multiplied}, every_value, "slopes", "differ"),
     (eq.Pad, {"_transparent": True}, every_value, "pad with a constant", "differ"),
     (Trace, {"pin": without("network output")}, function, "chain", "output 'fc2' of the rescaled network"),
     (Trace, {"pin": without("network output")}, function, "inner value that is an output", "output 'act' of the rescaled network"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
+import eqfact as eq
 from eqfact import rules
 from eqfact.rules import Block, Maker
 
@@ -299,3 +301,35 @@ def test_channels_that_are_hardly_read_are_attenuated_by_1024_at_most():
 def test_a_layer_of_next_to_no_activation_is_lifted_by_1024_at_most():
     maker = Maker(np.arange(1), np.array([1.0]), np.array([1e-310]), mates_activation=1e300)
     assert rules.one_step(Block((maker,), maker.kernel, np.ones(1), np.ones(1))).tolist() == [1024.0]
+
+
+# ------------------------------------------------------------------------------------------------ normalisations
+
+
+def normed(seed=0):
+    rng = np.random.default_rng(seed)
+    return eq.Graph({"x": (6, 5)}, [
+        eq.Node("norm", eq.LayerNorm(np.exp(rng.normal(size=6)), rng.normal(size=6)), ["x"]),
+        eq.Node("a", eq.Conv(rng.normal(size=(4, 6, 1))), ["norm"]), eq.Node("b", eq.Conv(rng.normal(size=(3, 6, 1))), ["norm"]),
+        eq.Node("y", eq.Concat(), ["a", "b"])], ["y"]), rng.normal(size=(8, 6, 5))
+
+
+def test_cross_layer_with_statistics_is_smoothquant_with_alpha_one_half_on_a_normalisation():
+    """s_j = max|X_j|**(1/2) / max|W_j|**(1/2) by Xiao et al., written out; what divides the activation is the inverse of our factor."""
+    graph, x = normed()
+    stats = eq.calibrate(graph, x)
+    activation = np.abs(eq.values(graph, x)["norm"]).max(axis=(0, 2))
+    weight = np.maximum(*(np.abs(graph[name].op.weight).max(axis=(0, 2)) for name in ("a", "b")))
+    s = activation**0.5 / weight**0.5
+    for method in ("cross_layer", rules.smooth_quant):
+        assert eq.equalize(graph, method, stats=stats, tol=1e-12).factorization["norm"] == pytest.approx(1 / s)
+    assert not np.allclose(eq.equalize(graph, "cross_layer").factorization["norm"], 1 / s)  # by gamma alone
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+def test_smoothquant_with_another_alpha(alpha):
+    graph, x = normed(1)
+    stats = eq.calibrate(graph, x)
+    block = Block((Maker(np.arange(2), np.ones(2), np.array([4.0, 0.0])),), np.ones(2), np.array([16.0, 1.0]))
+    assert rules.smooth_quant(block, alpha=alpha) == pytest.approx([16 ** (1 - alpha) / 4**alpha, 1])
+    assert eq.verify(graph, eq.equalize(graph, functools.partial(rules.smooth_quant, alpha=alpha), stats=stats, max_iter=1).graph, x)

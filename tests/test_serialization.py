@@ -53,7 +53,8 @@ def every_op(dtype=np.float64):
         eq.Rearrange(((2, 2), (6,), (3, 2)), ((), (2, 0), (4, 1, 3))), eq.Take((3, 0, 0), axis=1), eq.Affine(w(4, 1, 1), w(1, 6, 6)),
         eq.Sigmoid(), ops.HardSigmoid(third), eq.Tanh(), eq.SiLU(), eq.HardSwish(), ops.Erf(), eq.GELU(), eq.GELU(approximate=True),
         eq.Softmax(), eq.Softmax(axis=-1), eq.Softmax(-1, "causal"), eq.Softmax(2, np.log(np.abs(w(1, 6, 6)))),
-        eq.Sloped(eq.GELU(approximate=True), np.abs(w(4))), eq.Sloped(eq.SiLU(), third), eq.LayerNorm(w(4), w(4)), eq.RMSNorm(w(4), eps=third), eq.GroupNorm(2, w(4), eps=np.array([third, 1.0])), eq.InstanceNorm(w(4), w(4)),
+        eq.Sloped(eq.GELU(approximate=True), np.abs(w(4))), eq.Sloped(eq.SiLU(), third), eq.LayerNorm(w(4), w(4)),
+        eq.RMSNorm(w(4), eps=third), eq.GroupNorm(2, w(4), eps=np.array([third, 1.0])), eq.InstanceNorm(w(4), w(4)),
         eq.FakeQuantize(eq.UniformQuantizer(bits=4, rounding="floor").grid(-w(4), w(4))),
         eq.FakeQuantize(eq.UniformQuantizer(symmetric=False).grid([0.0], [third]), step=w(4).astype(np.float64)),
     ]

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from eqfact.ops.base import Array, Commuting, Labels, Op, Shape, Trace, channel_vector, integers, one_input, parameter, product
+from eqfact.ops.base import Array, Commuting, Labels, Op, Shape, T, Trace, channel_vector, integers, one_input, parameter, product
 from eqfact.ops.products import check_product, passes_through_product
 
 
@@ -43,7 +44,7 @@ class _OfHeads(Op):
             raise ValueError(f"{type(self).__name__} reads {what} of {channels} channels, which {heads} heads do not divide")
         return channels // heads
 
-    def _repeated(self, of_kv: Array) -> Array:
+    def _repeated(self, of_kv: npt.NDArray[T]) -> npt.NDArray[T]:
         """What each head of keys or values has, ``(kv_heads * width,)``, for each head that reads it, ``(heads, width)``."""
         return np.repeat(of_kv.reshape(self.kv_heads, -1), self.heads // self.kv_heads, axis=0)
 
@@ -126,7 +127,7 @@ class Scores(_OfHeads):
         return self if self.scale >= 0 else Scores(self.heads, self.kv_heads, -self.scale)
 
     def _terms(self, inputs: Sequence[Array]) -> int:
-        return inputs[0].shape[1] // self.heads
+        return int(inputs[0].shape[1]) // self.heads
 
     def forward(self, *inputs: Array) -> Array:
         q, k = inputs
@@ -178,7 +179,7 @@ class Mix(_OfHeads):
         return self
 
     def _terms(self, inputs: Sequence[Array]) -> int:
-        return inputs[0].shape[-1]
+        return int(inputs[0].shape[-1])
 
     def forward(self, *inputs: Array) -> Array:
         p, v = inputs
@@ -229,7 +230,7 @@ class Rotary(Commuting):
             raise ValueError(f"Rotary turns {pairs} pairs of channels in each of {self.heads} heads, got {shape[0]} channels")
         return tuple(shape)
 
-    def _pairs(self, channels: int) -> tuple[Array, Array]:
+    def _pairs(self, channels: int) -> tuple[Labels, Labels]:
         """The channels that are first in their pair, ``(heads, pairs)``, and those that are second."""
         pairs = len(self.cos)
         first = np.arange(pairs) * 2 if self.interleaved else np.arange(pairs)

@@ -142,7 +142,7 @@ class Trace:
     def relate(self, *terms: tuple[int, Labels], reason: str) -> None:
         """``sum c log f = 0`` over terms ``(c, labels)``, channel by channel; one channel is broadcast against many.
 
-        What is to be expressed by the others stands first: the output before the inputs. ``reason`` says why, should a channel be pinned by it.
+        What is to be expressed by the others stands first: the output before the inputs. ``reason`` says why, should it pin a channel.
         """
         vectors = [channel_vector(labels) for _, labels in terms]
         count = max(map(len, vectors))

@@ -105,10 +105,9 @@ class Normalization(Weighted):
                              f"got {f_in[0].min():g} to {f_in[0].max():g}")
         s = mates[:, 0]
         eps = self.eps * s**2
-        if np.all(eps == eps[0]) and isinstance(self.eps, float):
-            eps = float(eps[0])  # one eps for all groups stays one
+        one = isinstance(self.eps, float) and bool(np.all(eps == eps[0]))  # one eps for all groups stays one
         beta = None if self.beta is None else scaled(self.beta, f_out, "beta")
-        return replace(self, gamma=scaled(self.gamma, f_out, "gamma"), beta=beta, eps=eps)  # type: ignore[type-var]
+        return replace(self, gamma=scaled(self.gamma, f_out, "gamma"), beta=beta, eps=float(eps[0]) if one else eps)  # type: ignore[type-var]
 
     def _grouped(self, x: Array) -> tuple[Array, tuple[int, ...]]:
         """``(N, groups, channels of each, *spatial)``, and the axes that are normalised over."""
@@ -152,7 +151,8 @@ class Normalization(Weighted):
 
     def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
         """With ``r = sqrt(var + eps)``, the norm of a vector, and ``d`` the root mean square of errors: ``|dr| <= d``, so that
-        ``|d(x / r)| <= (|dx| + |x / r| d) / (r - u d)`` for the centred ``x``; and no entry of ``x / r`` exceeds the root of their number."""
+        ``|d(x / r)| <= (|dx| + |x / r| d) / (r - u d)`` for the centred ``x``; no entry of ``x / r`` exceeds the root of their number.
+        """
         (e,), (x,) = errors, inputs
         grouped, root, axes = self._parts(x)
         of_group, _ = self._grouped(e)

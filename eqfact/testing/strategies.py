@@ -2,8 +2,8 @@
 
 Networks are small (up to six channels a layer, up to six pixels an axis) and ill on purpose: fan-out, residuals, concats,
 groups, one op at several nodes, dead and nearly dead channels, inner values that are outputs, several inputs, limits,
-non-zero padding, products of values, normalisations, attention. Nothing is filtered: every draw is a network. Magnitudes are tracked while building, so that no
-value overflows and none gets so small that powers of two would round.
+non-zero padding, products of values, normalisations, attention. Nothing is filtered: every draw is a network. Magnitudes are tracked
+while building, so that no value overflows and none gets so small that powers of two would round.
 
 >>> from hypothesis import given
 >>> @given(networks().flatmap(lambda g: st.tuples(st.just(g), factorizations(g), batches(g))))
@@ -429,12 +429,10 @@ class _Builder:
             q, k = (self.add(ops.Rotary(n, cos, sin, interleaved), x) for n, x in ((heads, q), (kv_heads, k)))
         scores = self.add(ops.Scores(heads, kv_heads, self.draw(st.sampled_from([1.0, 0.5]))), q, k)
         if self.draw(st.sampled_from([True, True, False])):
-            mask = self.draw(st.sampled_from(["causal", "numbers", None]))
-            if mask == "numbers":
-                shape = self.shapes[scores]
-                mask = np.where(self.rng.random((1, *shape[1:])) < 0.3, -np.inf, self.rng.normal(size=(1, *shape[1:]))).astype(self.dtype)
-                mask[..., 0] = 0
-            scores = self.add(ops.Softmax(-1, mask), scores)
+            shape = (1, *self.shapes[scores][1:])
+            numbers = np.where(self.rng.random(shape) < 0.3, -np.inf, self.rng.normal(size=shape)).astype(self.dtype)
+            numbers[..., 0] = 0
+            scores = self.add(ops.Softmax(-1, self.draw(st.sampled_from(["causal", numbers, None]))), scores)
         out = self.add(ops.Mix(heads, kv_heads), scores, v)
         if self.draw(st.booleans()):
             return self.add(ops.Add(), self.add(self.pointwise(out, channels), out), value)
