@@ -284,16 +284,25 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
 
 
 def _sums(graph: Graph) -> set[str]:
-    """Values that are sums of products of values, perhaps with a mask on them, and that nothing but a Softmax reads; and masks."""
+    """Values that are sums of products of values, perhaps with a mask on them, and that nothing but a Softmax reads; and these masks."""
     sums = set[str]()
     for node in graph.nodes:
         if node.op.sums or (isinstance(node.op, Commuting) and not sums.isdisjoint(node.inputs)):
             sums.add(node.name)
-    readers = graph.readers
-    for value in reversed([name for name in graph.shapes if name in sums]):
-        if value in graph.outputs or not readers[value] or any(r.name not in sums and not r.op.exponential for r in readers[value]):
-            sums.remove(value)
-    return sums | {value for value in graph.inputs if readers[value] and all(r.name in sums for r in readers[value])}
+    readers, masks = graph.readers, set[str]()
+    for value in reversed([*graph.shapes]):
+        if value in graph.outputs or not readers[value]:
+            sums.discard(value)
+        elif value in sums:
+            if any(r.name not in sums and not r.op.exponential for r in readers[value]):
+                sums.remove(value)
+        elif all((r.name in sums or r.name in masks) and not r.op.sums and not _gridded(r.op) for r in readers[value]):
+            masks.add(value)
+    return sums | masks
+
+
+def _gridded(op: Op) -> bool:
+    return isinstance(op, Weighted) and op.gridded
 
 
 def fused_activation(readers: tuple[Node, ...]) -> Node | None:

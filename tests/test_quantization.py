@@ -924,3 +924,39 @@ def test_whole_numbers_that_single_precision_does_not_hold_are_rounded_in_double
     x = np.random.default_rng(4).uniform(qmax / 6, qmax / 3, 100).astype(np.float32)
     expected = [round(Fraction(float(v)) / Fraction(float(grid.scale))) for v in x]
     assert np.abs(grid.quantize(x) - np.array(expected)).max() <= (qmax < 2**24)  # in single precision a quotient may lie on a half
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention(*, softmax=True):
+    """Queries, keys and values; a mask from outside, times a large number as exporters write it; perhaps no Softmax."""
+    rng = np.random.default_rng(0)
+    one = np.ones(1)
+    nodes = [eq.Node(name, eq.Conv(rng.normal(size=(4, 3, 1))), ["x"]) for name in "qkv"]
+    nodes += [eq.Node("mask", eq.BatchNorm(-1e30 * one, 0 * one, one, one, eps=0.0), ["m"]),
+              eq.Node("scores", eq.Scores(2, scale=0.5), ["q", "k"]), eq.Node("masked", eq.Add(), ["scores", "mask"])]
+    if softmax:
+        nodes.append(eq.Node("prob", eq.Softmax(-1), ["masked"]))
+    nodes += [eq.Node("mix", eq.Mix(2), ["prob" if softmax else "masked", "v"]), eq.Node("out", eq.Conv(rng.normal(size=(3, 4, 1))), ["mix"])]
+    return eq.Graph({"x": (3, 5), "m": (1, 1, 5)}, nodes, ["out"]), {
+        "x": rng.normal(size=(8, 3, 5)), "m": np.where(rng.random((8, 1, 1, 5)) < 0.4, 0.0, 1.0) + np.eye(1, 5)}
+
+
+def test_scores_and_masks_stay_in_float_until_their_softmax():
+    graph, x = attention()
+    assert stored_values(graph) == ["x", "q", "k", "v", "prob", "mix"]
+    x["m"] = np.minimum(x["m"], 1)
+    stats = eq.calibrate(graph, x)
+    quantized = eq.quantize(graph, stats=stats, weights=eq.UniformQuantizer(8), activations=eq.UniformQuantizer(8, symmetric=False))
+    assert eq.sqnr(eq.forward(graph, x), eq.forward(quantized, x)) > 25
+
+
+def test_scores_that_no_softmax_reads_are_stored_as_any_value():
+    graph, _ = attention(softmax=False)
+    assert stored_values(graph) == ["x", "m", "q", "k", "v", "mask", "scores", "masked", "mix"]
+
+
+def test_what_a_classifier_puts_through_softmax_is_stored_as_before():
+    net = eq.Graph.chain((2,), fc=eq.Dense(np.eye(2)), prob=eq.Softmax())
+    assert stored_values(net) == ["x", "fc"]

@@ -90,7 +90,8 @@ class Op(ABC):
     def magnitude(self, *inputs: Array) -> Array:
         """A bound on ``|forward(x)|`` for all ``|x| <= inputs``; ``|W| m + |b|`` for weighted ops."""
         zeros = [np.zeros_like(m) for m in inputs]
-        bound: Array = np.abs(self.forward(*zeros)) + self.passes(inputs, zeros, 1.0)
+        with np.errstate(over="ignore"):  # an infinite bound is one, too
+            bound: Array = np.abs(self.forward(*zeros)) + self.passes(inputs, zeros, 1.0)
         return bound
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
