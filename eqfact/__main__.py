@@ -109,6 +109,10 @@ def _method(p: argparse.ArgumentParser) -> None:
     how.add_argument("--apply", metavar="FACTORS.npz", help="no method: the factors that --factors wrote")
     p.add_argument("--exact", action="store_true", help="powers of two only: the outputs stay bit for bit the same")
     p.add_argument("--max-factor", type=float, metavar="F", help="bound on the factors")
+    p.add_argument("--slopes", action="store_true", help="let factors pass SiLU, GELU and HardSwish, with a slope a channel (a "
+                   "multiplication or a table a channel more)")
+    p.add_argument("--scales", action="store_true", help="let every channel before a normalization have a factor, with a multiplication "
+                   "a channel more (behind a residual nothing else can take it up)")
     p.add_argument("--harmless", action="store_true", help="return the network as it is where the expected noise would not fall")
     p.add_argument("--preactivation", action="store_true", help="the paper's optional limit by the range before the activation")
     p.add_argument("--tol", type=float, metavar="T", help="cross_layer: converged when no |log factor| moves by more (0.001); "

@@ -25,6 +25,7 @@ from eqfact.channels import channels
 from eqfact.correction import batchnorm_gaussians
 from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
+from eqfact.freeing import add_scales, slope_gates
 from eqfact.graph import Graph, forward
 from eqfact.metrics import sqnr
 from eqfact.noise import Sensitivities, forward_sensitivities, gradient_sensitivities
@@ -93,13 +94,15 @@ def run_equalize(args: Args) -> Facts:
     if args.harmless and not (args.data or args.apply):
         args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
     _proven(network, images)
-    start = fold_batchnorm(graph) if args.fold else graph
+    folded = fold_batchnorm(graph) if args.fold else graph
+    start = slope_gates(folded) if args.slopes else folded
+    start = add_scales(start) if args.scales else start
     stats = _calibrated(args, start, images)
     result = _equalized(args, graph, start, stats, images, network.partly is not None)
     facts = {**_file(network), "method": "apply" if args.apply else args.method, "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
-             "predicted_sqnr": result.predicted, **_batchnorms(start),
+             "predicted_sqnr": result.predicted, **_batchnorms(folded),
              **_before_and_after(args, start, result, stats, images), **_verification(graph, result.graph, images)}
     tensors = facts.pop("tensors")  # for the report file only
     facts["ok"] = facts["ok"] and result.success

@@ -36,36 +36,38 @@ def slope_gates(graph: Graph) -> Graph:
 
 
 def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
-    """The network with a multiplication by channel, by 1 so far, between values and the layers of weights that read them.
+    """The network with a multiplication by channel, by 1 so far, between values and the normalisations, or else the layers, that read them.
 
-    ``values`` names them; if None, all but inputs whose channels have not each a factor of its own. It is a BatchNorm that only multiplies,
-    called ``"NAME.scale"``: fold BatchNorms before, not behind. The price: one multiplication an entry, and one more rounding where the
-    value is stored. :class:`ValueError` for a name that is no value, or that no layer with weights on a grid reads.
+    A normalisation wants one factor of all channels that it takes together: behind a residual nothing else can take up others. ``values``
+    names where; if None, it is wherever a normalisation reads channels that have not each a factor of its own, inputs left aside. The op is
+    a BatchNorm that only multiplies, called ``"NAME.scale"``: fold BatchNorms before, not behind. The price is one multiplication an entry;
+    before a normalisation, which engines compute in float, nothing is rounded for it, elsewhere the value is stored once more.
+    :class:`ValueError` for a name that is no value, or that neither a normalisation nor a layer reads.
 
     >>> from eqfact import Dense, degrees_of_freedom
     >>> net = Graph.chain((3,), fc=Dense(np.ones((2, 3))))
     >>> degrees_of_freedom(add_scales(net, ["x"]))
     3
     """
-    readers = {value: any(isinstance(node.op, Weighted) and node.op.gridded for node in nodes) for value, nodes in graph.readers.items()}
+    norms, layers = ({value: [node.name for node in nodes if isinstance(node.op, kind) and node.op.divides == divides]
+                      for value, nodes in graph.readers.items()} for kind, divides in ((Weighted, False), (Weighted, True)))
     for value in values or ():
-        if not readers.get(value):
-            what = "which no layer with weights on a grid reads" if value in graph.shapes else "which is not a value of the network"
+        if not norms.get(value) and not layers.get(value):
+            what = "which neither a normalisation nor a layer reads" if value in graph.shapes else "which is not a value of the network"
             raise ValueError(f"a scale is asked for at '{value}', {what}")
     if values is None:
         labels = channels(graph).labels
-        values = [value for value, of_value in labels.items() if readers[value] and value not in graph.inputs
+        values = [value for value, of_value in labels.items() if norms[value] and value not in graph.inputs
                   and len(set(of_value.tolist()) - {0}) < len(of_value)]
-    names, scaled, nodes = set(graph.shapes), dict[str, Node](), list[Node]()
+    names, scaled, instead = set(graph.shapes), list[Node](), dict[tuple[str, str], str]()
     for value in values:
         one = np.ones(graph.shapes[value][0], graph.dtype or np.float64)
         name = fresh_name(f"{value}.scale", names)
         names.add(name)
-        scaled[value] = Node(name, BatchNorm(one, 0 * one, 0 * one, one, eps=0.0), (value,))
-    for node in graph.nodes:
-        mine = isinstance(node.op, Weighted) and node.op.gridded
-        nodes.append(replace(node, inputs=tuple(scaled[i].name if mine and i in scaled else i for i in node.inputs)))
-    return replace(graph, nodes=(*nodes, *scaled.values()))
+        scaled.append(Node(name, BatchNorm(one, 0 * one, 0 * one, one, eps=0.0), (value,)))
+        instead |= {(reader, value): name for reader in norms[value] or layers[value]}
+    nodes = [replace(node, inputs=tuple(instead.get((node.name, i), i) for i in node.inputs)) for node in graph.nodes]
+    return replace(graph, nodes=(*nodes, *scaled))
 
 
 def freed_by_slopes(graph: Graph) -> int:

@@ -155,11 +155,11 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     if isinstance(op, Commuting) and op.activation:  # entry by entry: one pixel tells it all
         shapes, made_shape = [(s[0], *(1 for _ in s[1:])) for s in shapes], (made_shape[0], *(1 for _ in made_shape[1:]))
     # what is divided by its own deviation over space must have one
-    varied, one = isinstance(op, Weighted), (1,) * len(shapes[0])
+    varied = isinstance(op, Weighted)
     rng, unit = np.random.default_rng(0), float(made.max()) or 1.0
     squares = np.zeros(graph.shapes[value][0])
     for point, signs in zip(special.ndtri((np.arange(POINTS) + 0.5) / POINTS), linalg.hadamard(POINTS), strict=True):
-        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else np.full(one, point), shape)[None]
+        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else np.full((1,) * len(shape), point), shape)[None]
                   for name, shape in zip(node.inputs, shapes, strict=True)]
         entries = np.arange(math.prod(made_shape)).reshape(1, *made_shape)
         signs = signs[entries % POINTS] * rng.choice((-1.0, 1.0), size=entries.size // POINTS + 1)[entries // POINTS]

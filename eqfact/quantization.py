@@ -270,21 +270,23 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
     """The values that an integer engine rounds and stores, in dependency order.
 
     Not stored are: a value whose only reader is an activation (it is fused with it), what ops that only move entries make
-    (it is on its input's grid already), scores on their way to a Softmax (engines go on with their sums), and, unless ``outputs``,
-    network outputs that no node reads.
+    (it is on its input's grid already), scores on their way to a Softmax and their masks, what is only scaled for a normalisation (engines
+    compute these in float), and, unless ``outputs``, network outputs that no node reads.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.ones((3, 1))), act=ReLU(), fc2=Dense(np.ones((1, 3))))
     >>> stored_values(net)
     ['x', 'act']
     """
     readers = graph.readers
-    moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves} | _sums(graph)
+    moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves} | _in_float(graph)
     return [value for value in graph.shapes if value not in moved and (
         (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or fused_activation(readers[value]) is None)]
 
 
-def _sums(graph: Graph) -> set[str]:
-    """Values that are sums of products of values, perhaps with a mask on them, and that nothing but a Softmax reads; and these masks."""
+def _in_float(graph: Graph) -> set[str]:
+    """Values that an engine goes on with as they are: sums of products of values on their way to a Softmax, perhaps with a mask on them,
+    that nothing else reads; these masks; and what one op computed in float makes for normalisations, which are computed so, too.
+    """
     sums = set[str]()
     for node in graph.nodes:
         if node.op.sums or (isinstance(node.op, Commuting) and not sums.isdisjoint(node.inputs)):
@@ -296,13 +298,16 @@ def _sums(graph: Graph) -> set[str]:
         elif value in sums:
             if any(r.name not in sums and not r.op.exponential for r in readers[value]):
                 sums.remove(value)
-        elif all((r.name in sums or r.name in masks) and not r.op.sums and not _gridded(r.op) for r in readers[value]):
+        elif all((r.name in sums or r.name in masks) and not r.op.sums and _gridded(r.op) is not True for r in readers[value]):
             masks.add(value)
-    return sums | masks
+    scaled = {node.name for node in graph.nodes if _gridded(node.op) is False and node.name not in graph.outputs and readers[node.name]
+              and all(isinstance(r.op, Weighted) and not r.op.divides for r in readers[node.name])}
+    return sums | masks | scaled
 
 
-def _gridded(op: Op) -> bool:
-    return isinstance(op, Weighted) and op.gridded
+def _gridded(op: Op) -> bool | None:
+    """Whether the weights of an op lie on a grid; None if it has none."""
+    return op.gridded if isinstance(op, Weighted) else None
 
 
 def fused_activation(readers: tuple[Node, ...]) -> Node | None:

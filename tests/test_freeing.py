@@ -8,6 +8,7 @@ from nets import conv, dense, layernorm
 
 import eqfact as eq
 from eqfact.freeing import freed_by_slopes
+from eqfact.quantization import stored_values
 from eqfact.testing import laws
 from eqfact.testing.strategies import batches, networks
 
@@ -50,31 +51,41 @@ def test_a_gate_used_twice_stays_one_op():
 
 
 def post_norm():
-    """A residual stream that runs into a norm and is read by a layer beside: nothing takes up a factor of its channels."""
+    """A residual stream that runs into a norm, as in BERT, with a channel far larger than all others."""
     rng = np.random.default_rng(3)
-    wide = eq.Conv(rng.normal(size=(6, 4, 1)) * np.array([20.0, 1, 1, 1])[None, :, None])
+    large = np.array([40.0, 1, 1, 1])[:, None, None]
     return eq.Graph({"x": (4, 5)}, [
-        eq.Node("stem", conv(4, 4, axes=1), ["x"]), eq.Node("branch", conv(4, 4, axes=1), ["stem"]),
-        eq.Node("add", eq.Add(), ["stem", "branch"]), eq.Node("norm", layernorm(4), ["add"]),
-        eq.Node("wide", wide, ["add"]), eq.Node("cat", eq.Concat(), ["norm", "wide"]), eq.Node("head", conv(2, 10, axes=1), ["cat"])],
-        ["head"])
+        eq.Node("stem", eq.Conv(large * rng.normal(size=(4, 4, 1))), ["x"]), eq.Node("first", layernorm(4), ["stem"]),
+        eq.Node("wide", conv(8, 4, axes=1), ["first"]), eq.Node("act", eq.ReLU(), ["wide"]),
+        eq.Node("narrow", eq.Conv(large * rng.normal(size=(4, 8, 1))), ["act"]), eq.Node("add", eq.Add(), ["first", "narrow"]),
+        eq.Node("norm", layernorm(4), ["add"]), eq.Node("head", conv(2, 4, axes=1), ["norm"])], ["head"])
 
 
-def test_a_scale_is_put_where_nothing_else_takes_up_a_factor():
+def test_a_scale_is_put_where_a_normalisation_ties_what_it_reads():
     graph = post_norm()
     opened = eq.add_scales(graph)
     assert [node.name for node in opened.nodes if node.name.endswith(".scale")] == ["stem.scale", "add.scale"]
-    assert eq.degrees_of_freedom(opened) == eq.degrees_of_freedom(graph) + 8
-    assert eq.degrees_of_freedom(eq.add_scales(graph, ["add"])) == eq.degrees_of_freedom(graph) + 4
+    assert eq.degrees_of_freedom(opened) == eq.degrees_of_freedom(graph) + 4 + 4  # beside the one of all behind each scale
+    assert "add.scale" not in stored_values(opened) and "add" in stored_values(opened)
     x = np.random.default_rng(1).normal(size=(6, 4, 5))
-    assert eq.verify(graph, eq.equalize(opened).graph, x).equal is not None
-    q = eq.UniformQuantizer(4)
-    quality = [eq.sqnr(eq.forward(graph, x), eq.forward(eq.quantize(eq.equalize(g).graph, weights=q), x)) for g in (graph, opened)]
-    assert quality[1] > quality[0] + 1
+    quality = []
+    for g in (graph, opened):
+        stats = eq.calibrate(g, x)
+        result = eq.equalize(g, "optimal", stats=stats, sensitivities=eq.gradient_sensitivities(g, x))
+        assert eq.verify(graph, result.graph, x)
+        q = eq.quantize(result.graph, stats=result.factorization.apply(stats), activations=eq.UniformQuantizer(8, symmetric=False))
+        quality.append(eq.sqnr(eq.forward(graph, x), eq.forward(q, x)))
+    assert quality[1] > quality[0] + 10
+
+
+def test_a_scale_may_be_asked_for_before_layers():
+    graph = gated(eq.SiLU())
+    assert eq.degrees_of_freedom(eq.add_scales(graph, ["act"])) == 5
+    assert not any(node.name.endswith(".scale") for node in eq.add_scales(graph).nodes)
 
 
 @pytest.mark.parametrize(("name", "why"), [("nope", "which is not a value of the network"),
-                                           ("norm", "which no layer with weights on a grid reads")])
+                                           ("head", "which neither a normalisation nor a layer reads")])
 def test_a_scale_that_nobody_needs_is_refused(name, why):
     with pytest.raises(ValueError, match=f"a scale is asked for at '{name}', {why}"):
         eq.add_scales(post_norm(), [name])

@@ -295,6 +295,18 @@ def test_forward_sensitivities_follow_noise_on_all_ways_to_the_outputs(net):
     assert s.signal == 1
 
 
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_forward_sensitivities_are_of_the_size_of_gradients(net):
+    """A measure more than a prediction: every tensor's share of the noise within three orders of magnitude."""
+    graph, x = net.graph, net.data(8)
+    stats = eq.calibrate(graph, x)
+    quantizers = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
+    expected = noise_model(graph, stats, sensitivities=gradient_sensitivities(graph, [x]), **quantizers)
+    found = noise_model(graph, stats, sensitivities=forward_sensitivities(graph, stats), **quantizers)
+    for name, noise in expected.terms().items():
+        assert 1e-3 < found.terms()[name] / found.signal / (noise / expected.signal) < 1e3, name
+
+
 def test_enough_networks_are_linear():
     assert len(LINEAR) >= 15
 

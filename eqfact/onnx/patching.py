@@ -24,7 +24,7 @@ from eqfact.onnx.layers import Einsum
 from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
 from eqfact.onnx.views import View
 from eqfact.onnx.writers import GraphWriter, one_eps
-from eqfact.ops import Conv, ConvTranspose, Dense, Extend, Normalization
+from eqfact.ops import BatchNorm, Conv, ConvTranspose, Dense, Extend, Normalization
 
 #: From which opset on these take a second input as it is written here.
 OLDEST_FORM = {"Add": 7, "Mul": 7, "PRelu": 7, "Max": 8, "Min": 8, "Slice": 10, "Clip": 11}
@@ -67,6 +67,9 @@ class Patcher(GraphWriter):
         self.before = {node.name: node for node in read.nodes}
         self._makers = {str(name): proto for proto in source.model.graph.node for name in proto.output}
         self.node_names = {str(node.name) for node in source.model.graph.node}
+        #: Multiplications by channel that were put before normalizations, and are in no file.
+        self.scales = {node.name: node for node in graph.nodes if node.name not in self.before and isinstance(node.op, BatchNorm)
+                       and not node.op.bias.any() and all(isinstance(r.op, Normalization) for r in graph.readers[node.name])}
         self._view: View | None = None
 
     def model(self) -> onnx.ModelProto:
@@ -77,6 +80,8 @@ class Patcher(GraphWriter):
         norms: list[tuple[Node, Node]] = []
         for node in self.graph.nodes:
             old = self.before.get(node.name)
+            if node.name in self.scales:
+                continue
             if old is None or old.inputs != node.inputs or not (old.op is node.op or same_op(old.op, node.op)):
                 if isinstance(node.op, Normalization):
                     new = self._emptied(node, protos, made)
@@ -241,7 +246,7 @@ class Patcher(GraphWriter):
         own, new = self._own(node), node.op
         old, origin = own.op, own.origin
         assert isinstance(old, Normalization) and isinstance(new, Normalization) and isinstance(origin, Origin)
-        if own.inputs != node.inputs:
+        if own.inputs != tuple(self.scales[i].inputs[0] if i in self.scales else i for i in node.inputs):
             raise self._refused(node)
         values: dict[str, Any] = {"gamma": new.gamma, "beta": new.beta, "eps": one_eps(new, old.eps)[0]}
         for name, (tensor, i) in origin.places.items():
@@ -263,7 +268,11 @@ class Patcher(GraphWriter):
         if "eps" not in origin.places and eps != old.eps:
             lines[made[core]] = [copied(proto, epsilon=eps) for proto in lines[made[core]]]
         self._view, self.nodes = self._tensor(core), []
-        if factor is not None:  # one eps for all groups: their inputs are multiplied
+        for scale in (self.scales[i].op for i in node.inputs if i in self.scales):
+            assert isinstance(scale, BatchNorm)
+            slope = scale.weight[:, 0]
+            factor = slope if factor is None else factor * slope
+        if factor is not None:  # one eps for all groups, or a factor for each channel: their inputs are multiplied
             reads = {name for tensor in origin.span for name in lines[made[tensor]][0].input
                      if name not in origin.span and not isinstance(self.source.tensors.get(name), Constant | None)}
             scaled = self.node("Mul", [min(reads), self.vector(node, "factor", factor)], self.inner(node, "scaled"), node, ".scaled")
