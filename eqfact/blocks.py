@@ -341,25 +341,27 @@ def made_and_read(plan: BlockPlan, f: Vector) -> Block:
 def block_ranges(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:
     """Everything about a block that a rule may ask for, with the factors chosen so far."""
     growing, shrinking = [side.ranges(f) for side in plan.growing], [side.ranges(f) for side in plan.shrinking]
-    makers = []
+    makers, limits = list[Maker](), list[Maker]()
     for side, kernel in zip(plan.growing, growing, strict=True):
         maker = Maker(side.numbers, kernel[side.channels], held_kernel=float(kernel[side.held].max(initial=0.0)))
-        if side.makes and (seen := activations.get(id(side.layer.op))) is not None:
+        if not side.makes:
+            limits.append(replace(maker, activation=maker.kernel, held_activation=maker.held_kernel))
+            continue
+        if (seen := activations.get(id(side.layer.op))) is not None:
             # the statistics were taken once; the factors chosen so far scale what this layer puts out
             after = seen.after * f[side.layer.made]
             maker = replace(maker, activation=after[side.channels], held_activation=float(after[side.held].max(initial=0.0)),
                             mates_activation=seen.mates,
                             preactivation=(seen.before * f[side.layer.made])[side.channels] if preactivation else None)
-        elif activations:
-            maker = replace(maker, activation=maker.kernel, held_activation=maker.held_kernel)  # nothing but weights limits it
         makers.append(maker)
     for side in plan.growing_values:
         after = side.ranges(f)
         held = float(after[side.held].max(initial=0.0))
-        makers.append(Maker(side.numbers, after[side.channels], after[side.channels], held_kernel=held, held_activation=held))
+        limits.append(Maker(side.numbers, after[side.channels], after[side.channels], held_kernel=held, held_activation=held))
     sides, ranges = [*plan.shrinking, *plan.shrinking_values], [*shrinking, *(side.ranges(f) for side in plan.shrinking_values)]
     for side in plan.shrinking:
         if side.makes and (seen := activations.get(id(side.layer.op))) is not None:
             sides, ranges = [*sides, side], [*ranges, seen.after * f[side.layer.made]]
     consumed = plan.largest(sides, [of_side / (of_side.max() or 1.0) for of_side in ranges])
-    return Block(tuple(makers), plan.largest(plan.growing, growing), plan.largest(plan.shrinking, shrinking), consumed)
+    return Block(tuple(makers), plan.largest(plan.growing, growing), plan.largest(plan.shrinking, shrinking), consumed,
+                 tuple(limits))

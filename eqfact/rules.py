@@ -25,9 +25,9 @@ MAX_RATIO = 1024.0
 
 @dataclass(frozen=True, eq=False)
 class Maker:
-    """One weighted op that makes channels of a block, and the ranges of what it makes; or whatever else grows with them, in products.
+    """One weighted op that makes channels of a block, and the ranges of what it makes.
 
-    What has no weights on a grid, or nothing but them, has one range in the place of both.
+    What else grows with them, in products of values, is one, too: weights alone, or a value alone, whose range stands for both.
     """
 
     #: Which channels of the block it makes; one may be named several times.
@@ -61,6 +61,8 @@ class Block:
     read: Vector
     #: ``m_i``: the same relative to the largest weight of each reader, in [0, 1], ``(C,)``.
     consumed: Vector | None = None
+    #: What else grows with the channels, in products of values: it limits them, and shares nothing.
+    limits: tuple[Maker, ...] = ()
 
 
 #: From a block to the factors ``(C,)`` by which its channels shall be multiplied.
@@ -119,12 +121,12 @@ def smooth_quant(block: Block, *, alpha: float = 0.5) -> Vector:
 
 
 def _equalize(block: Block, m: Vector, max_factor: float) -> Vector:
-    candidates = np.full((len(block.makers), len(m)), np.inf)
-    for row, maker in zip(candidates, block.makers, strict=True):
+    candidates, limits = (np.full((len(of), len(m)), np.inf) for of in (block.makers, block.limits))
+    for row, maker in zip((*candidates, *limits), (*block.makers, *block.limits), strict=True):
         np.minimum.at(row, maker.channels, _amplify(maker, m[maker.channels], max_factor))
     if len(block.makers) > 1:
         candidates = _share(candidates, m)
-    f = candidates.min(axis=0)
+    f = np.concatenate([candidates, limits]).min(axis=0)
     dead = ~np.isfinite(f) | (block.made == 0) | (block.read == 0)
     f = np.where(dead, 1.0, f)
     return f * _lift(block, f)

@@ -198,6 +198,26 @@ def test_no_weight_tensor_and_no_activation_grows(method, build):
             assert np.abs(after[name]).max() <= np.abs(before[name]).max() * (1 + 1e-12)
 
 
+RELATED = [net for net in TABLE if net.graph.traced.relations]
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step"])
+@pytest.mark.parametrize("net", RELATED, ids=str)
+def test_no_weight_tensor_and_no_product_of_values_grows(method, net):
+    """What grows with a free number limits it, on whichever side of a product it stands; what shrinks was at most as large before."""
+    x = net.data()
+    stats = eq.calibrate(net.graph, x)
+    result = eq.equalize(net.graph, method, stats=stats)
+    after = result.factorization.apply(stats)
+    products = {relation.node for relation in net.graph.traced.relations}
+    for node in net.graph:
+        if isinstance(node.op, eq.Weighted) and node.op.gridded:
+            assert np.abs(result.graph[node.name].op.weight).max() <= np.abs(node.op.weight).max() * (1 + 1e-12), node.name
+        if node.name in products or (isinstance(node.op, eq.Weighted) and net.name != "shared gate"):  # which joins values in a concat
+            assert after[node.name].max_abs.max() <= stats[node.name].max_abs.max() * (1 + 1e-12), node.name
+    assert eq.verify(net.graph, result.graph, x)
+
+
 def test_max_factor_replaces_the_bound_of_16():
     m = Maker(2)
     graph = handmade.plain(m)
