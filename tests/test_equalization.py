@@ -218,6 +218,23 @@ def test_no_weight_tensor_and_no_product_of_values_grows(method, net):
     assert eq.verify(net.graph, result.graph, x)
 
 
+@pytest.mark.parametrize("method", ["two_step", "cross_layer", "optimal"])
+@pytest.mark.parametrize(("options", "free"), [({"include": ["a"]}, {"a": 3, "b": 0, "mul": 3, "fc": 0}),
+                                               ({"exclude": ["a"]}, {"a": 0, "b": 3, "mul": 3, "fc": 4}),
+                                               ({"exclude": ["mul"]}, {"a": 3, "b": 3, "mul": 0, "fc": 4}),
+                                               ({"include": ["mul", "fc"]}, {"a": 3, "b": 3, "mul": 3, "fc": 4})])
+def test_factors_chosen_by_name_take_what_follows_along(method, options, free):
+    (net,) = (net for net in TABLE if net.name == "product")
+    x = net.data()
+    result = eq.equalize(net.graph, method, stats=eq.calibrate(net.graph, x), **options)
+    labels = result.factorization.channels.labels
+    assert {value: int((labels[value] > 0).sum()) for value in free} == free
+    f = result.factorization
+    assert f["mul"] == pytest.approx(f["a"] * f["b"], rel=1e-12)
+    assert all(np.all(f[value] == 1) for value, count in free.items() if not count)
+    assert eq.verify(net.graph, result.graph, x)
+
+
 def test_max_factor_replaces_the_bound_of_16():
     m = Maker(2)
     graph = handmade.plain(m)
