@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,8 @@ def channels(graph: Graph, *, hold: Mapping[str, str] | None = None) -> Channels
     >>> channels(net).labels["act"].tolist(), channels(net).labels["x"].tolist()
     ([1, 2, 3], [0])
     """
+    if not hold and graph in _RESOLVED:
+        return _RESOLVED[graph]
     traced = graph.traced
     pins = [*traced.pins]
     for value, reason in (hold or {}).items():
@@ -126,7 +129,14 @@ def channels(graph: Graph, *, hold: Mapping[str, str] | None = None) -> Channels
         labels[value] = label[of_channel]
         labels[value].flags.writeable = False
         reasons[value] = tuple(of_text[reason_of[of_channel]].tolist())
-    return Channels(labels, forms.shape[1], reasons, compound)
+    found = Channels(labels, forms.shape[1], reasons, compound)
+    if not hold:
+        _RESOLVED[graph] = found
+    return found
+
+
+#: What was resolved before, of networks that are still there: a network cannot change.
+_RESOLVED: WeakKeyDictionary[Graph, Channels] = WeakKeyDictionary()
 
 
 def degrees_of_freedom(graph: Graph) -> int:
@@ -217,11 +227,17 @@ class _Elimination:
         relation: Form = {}
         for variable, c in terms:
             form = self.forms.get(variable)
-            for v, amount in ((variable, 1),) if form is None else form.items():
-                relation[v] = relation.get(v, 0) + c * amount
-        relation = {v: c for v, c in relation.items() if c}
+            if form is None:
+                relation[variable] = relation.get(variable, 0) + c
+            else:
+                for v, amount in form.items():
+                    relation[v] = relation.get(v, 0) + c * amount
+        if 0 in relation.values():
+            relation = {v: c for v, c in relation.items() if c}
         while relation:
-            pivot = min(relation, key=lambda v: abs(relation[v]))
+            pivot = next(iter(relation))
+            if abs(relation[pivot]) > 1:
+                pivot = min(relation, key=lambda v: abs(relation[v]))
             c = relation.pop(pivot)
             if abs(c) == 1 or not relation:
                 self._replace(pivot, {v: -c * a for v, a in relation.items()}, cause)
