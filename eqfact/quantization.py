@@ -20,6 +20,7 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
+from eqfact.ops.weighted import BatchNorm
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -293,7 +294,16 @@ def _sums(graph: Graph) -> set[str]:
     for value in reversed([name for name in graph.shapes if name in sums]):
         if value in graph.outputs or not readers[value] or any(r.name not in sums and not r.op.exponential for r in readers[value]):
             sums.remove(value)
-    return sums | {value for value in graph.inputs if readers[value] and all(r.name in sums for r in readers[value])}
+    # a mask may be moved, or made of zeros and ones, before it is added: BatchNorms are computed in float anyway
+    given = set(graph.inputs)
+    for node in graph.nodes:
+        if isinstance(node.op, (BatchNorm, Commuting)) and given.issuperset(node.inputs):
+            given.add(node.name)
+    masks = set[str]()
+    for value in reversed(list(graph.shapes)):
+        if value in given and readers[value] and all(r.name in sums or r.name in masks for r in readers[value]):
+            masks.add(value)
+    return sums | masks
 
 
 def fused_activation(readers: tuple[Node, ...]) -> Node | None:
