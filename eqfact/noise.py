@@ -24,7 +24,10 @@ from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
+from eqfact.ops.attention import Mix, Scores
 from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
+from eqfact.ops.blocking import Softmax
+from eqfact.ops.products import Mul
 from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
 
 Vector = npt.NDArray[np.float64]
@@ -134,6 +137,8 @@ LARGEST_ROOT = 1e140
 #: Points of the normal distribution, each the middle of as much of it as the others; each with other signs for the entries, which
 #: are orthogonal among as many neighbours: what adds up several pixels adds up their powers.
 POINTS = 16
+#: Ops whose slopes are their other inputs.
+PRODUCTS = (Mix, Mul, Scores)
 
 
 def _squares(roots: Vector) -> Vector:
@@ -155,12 +160,20 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     if isinstance(op, Commuting) and op.activation:  # entry by entry: one pixel tells it all
         shapes, made_shape = [(s[0], *(1 for _ in s[1:])) for s in shapes], (made_shape[0], *(1 for _ in made_shape[1:]))
     # what is divided by its own deviation over space must have one
-    varied, one = isinstance(op, Weighted), (1,) * len(shapes[0])
+    varied = isinstance(op, Weighted)
     rng, unit = np.random.default_rng(0), float(made.max()) or 1.0
     squares = np.zeros(graph.shapes[value][0])
-    for point, signs in zip(special.ndtri((np.arange(POINTS) + 0.5) / POINTS), linalg.hadamard(POINTS), strict=True):
-        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else np.full(one, point), shape)[None]
-                  for name, shape in zip(node.inputs, shapes, strict=True)]
+    points = special.ndtri((np.arange(POINTS) + 0.5) / POINTS)
+    # of two factors only mean and power matter, and two points have them exactly; entries that are added up, or compared, are no twins
+    product, apart = isinstance(op, PRODUCTS), isinstance(op, (*PRODUCTS, Softmax))
+    if product:
+        points = np.sign(points)
+    places = np.random.default_rng(1)
+    starts = {name: places.integers(POINTS, size=shape) if apart else np.zeros((1,) * len(shape), np.int64)
+              for name, shape in zip(node.inputs, shapes, strict=True)}
+    for turn, signs in enumerate(linalg.hadamard(POINTS)):
+        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else points[(turn + starts[name]) % POINTS], shape,
+                         within=not product)[None] for name, shape in zip(node.inputs, shapes, strict=True)]
         entries = np.arange(math.prod(made_shape)).reshape(1, *made_shape)
         signs = signs[entries % POINTS] * rng.choice((-1.0, 1.0), size=entries.size // POINTS + 1)[entries // POINTS]
         cotangent = signs * along_channels(made / unit / math.sqrt(math.prod(made_shape[1:])), len(made_shape))
@@ -173,12 +186,13 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     return unit * np.sqrt(squares)
 
 
-def _drawn(stats: ValueStatistics, points: Vector, shape: Shape) -> Vector:
-    """Values ``(C, *spatial)``, so many deviations from the means of their channels, but within what was seen."""
+def _drawn(stats: ValueStatistics, points: Vector, shape: Shape, within: bool) -> Vector:
+    """Values ``(C, *spatial)``, so many deviations from the means of their channels, ``within`` what was seen or not."""
     low, high, mean, deviation = (along_channels(v, len(shape)) for v in (
         stats.min, stats.max, stats.mean, np.sqrt(np.maximum(stats.mean_square - stats.mean**2, 0))))
-    drawn: Vector = np.broadcast_to(np.clip(mean + points * deviation, low, high), shape)
-    return drawn
+    drawn: Vector = mean + points * deviation
+    whole: Vector = np.broadcast_to(np.clip(drawn, low, high) if within else drawn, shape)
+    return whole
 
 
 def unit_sensitivities(graph: Graph) -> Sensitivities:
