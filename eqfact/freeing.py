@@ -14,7 +14,7 @@ import numpy as np
 
 from eqfact.channels import channels
 from eqfact.graph import Graph, Node, fresh_name
-from eqfact.ops import GELU, BatchNorm, HardSwish, Op, SiLU, Sloped, Weighted
+from eqfact.ops import GELU, BatchNorm, HardSwish, Normalization, Op, SiLU, Sloped, Weighted
 
 #: Activations that are a value times a function of it, between 0 and 1 but for a little.
 GATES = (SiLU, GELU, HardSwish)
@@ -36,26 +36,27 @@ def slope_gates(graph: Graph) -> Graph:
 
 
 def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
-    """The network with a multiplication by channel, by 1 so far, between values and the layers of weights that read them.
+    """The network with a multiplication by channel, by 1 so far, between values and the weights or normalisations that read them.
 
     ``values`` names them; if None, all but inputs whose channels have not each a factor of its own. It is a BatchNorm that only multiplies,
-    called ``"NAME.scale"``: fold BatchNorms before, not behind. The price: one multiplication an entry, and one more rounding where the
-    value is stored. :class:`ValueError` for a name that is no value, or that no layer with weights on a grid reads.
+    called ``"NAME.scale"``: fold BatchNorms before, not behind. The price: one multiplication an entry, and one more rounding, but
+    before normalisations, which are computed in float. :class:`ValueError` for a name that is no value, or that none of them reads.
 
     >>> from eqfact import Dense, degrees_of_freedom
     >>> net = Graph.chain((3,), fc=Dense(np.ones((2, 3))))
     >>> degrees_of_freedom(add_scales(net, ["x"]))
     3
     """
-    readers = {value: [node for node in nodes if isinstance(node.op, Weighted) and node.op.gridded] for value, nodes in graph.readers.items()}
+    readers = {value: [node for node in nodes if _absorbs(node)] for value, nodes in graph.readers.items()}
     for value in values or ():
         if not readers.get(value):
             what = "which no layer with weights on a grid reads" if value in graph.shapes else "which is not a value of the network"
             raise ValueError(f"a scale is asked for at '{value}', {what}")
     if values is None:
-        labels = channels(graph).labels
-        values = [value for value, of_value in labels.items() if readers[value] and value not in graph.inputs
-                  and len(set(of_value.tolist()) - {0}) < len(of_value)]
+        # before normalisations first: they tie channels, and what is free without them needs no scale
+        normalised = _unfree(graph, {value for value, nodes in readers.items() if any(isinstance(n.op, Normalization) for n in nodes)})
+        opened = add_scales(graph, normalised) if normalised else graph
+        return add_scales(opened, left) if (left := _unfree(opened, {v for v in readers if readers[v] and v not in normalised})) else opened
     names, scaled, nodes = set(graph.shapes), dict[str, Node](), list[Node]()
     for value in values:
         one = np.ones(graph.shapes[value][0], graph.dtype or np.float64)
@@ -63,9 +64,20 @@ def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
         names.add(name)
         scaled[value] = Node(name, BatchNorm(one, 0 * one, 0 * one, one, eps=0.0), (value,))
     for node in graph.nodes:
-        mine = isinstance(node.op, Weighted) and node.op.gridded
-        nodes.append(replace(node, inputs=tuple(scaled[i].name if mine and i in scaled else i for i in node.inputs)))
+        nodes.append(replace(node, inputs=tuple(scaled[i].name if _absorbs(node) and i in scaled else i for i in node.inputs)))
     return replace(graph, nodes=(*nodes, *scaled.values()))
+
+
+def _absorbs(node: Node) -> bool:
+    """Does a scale in front of this node help: weights on a grid, or channels that are normalised together?"""
+    return isinstance(node.op, Normalization) or (isinstance(node.op, Weighted) and node.op.gridded)
+
+
+def _unfree(graph: Graph, values: Collection[str]) -> list[str]:
+    """Those of the values, no inputs, whose channels have not each a factor of its own."""
+    labels = channels(graph).labels
+    return [value for value, of_value in labels.items() if value in values and value not in graph.inputs
+            and len(set(of_value.tolist()) - {0}) < len(of_value)]
 
 
 def freed_by_slopes(graph: Graph) -> int:

@@ -20,6 +20,7 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
+from eqfact.ops.normalizing import Normalization
 from eqfact.ops.weighted import BatchNorm
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -271,8 +272,8 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
     """The values that an integer engine rounds and stores, in dependency order.
 
     Not stored are: a value whose only reader is an activation (it is fused with it), what ops that only move entries make
-    (it is on its input's grid already), scores on their way to a Softmax (engines go on with their sums), and, unless ``outputs``,
-    network outputs that no node reads.
+    (it is on its input's grid already), scores on their way to a Softmax (engines go on with their sums), what a BatchNorm makes for
+    normalisations alone (both are computed in float), and, unless ``outputs``, network outputs that no node reads.
 
     >>> net = Graph.chain((1,), fc1=Dense(np.ones((3, 1))), act=ReLU(), fc2=Dense(np.ones((1, 3))))
     >>> stored_values(net)
@@ -280,6 +281,8 @@ def stored_values(graph: Graph, *, outputs: bool = False) -> list[str]:
     """
     readers = graph.readers
     moved = {node.name for node in graph.nodes if isinstance(node.op, Commuting) and node.op.moves} | _sums(graph)
+    moved |= {node.name for node in graph.nodes if isinstance(node.op, BatchNorm) and node.name not in graph.outputs
+              and readers[node.name] and all(isinstance(r.op, Normalization) for r in readers[node.name])}
     return [value for value in graph.shapes if value not in moved and (
         (outputs or bool(readers[value])) if value in graph.outputs else value in graph.inputs or fused_activation(readers[value]) is None)]
 
