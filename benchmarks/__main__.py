@@ -5,8 +5,9 @@ they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md`
 renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
-`docs/operators.md` (the extra `onnx`). Two measure the tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files,
-`mutation` changes eqfact.
+`docs/operators.md` (the extra `onnx`); `transformers` trains and measures transformers, and writes
+`docs/transformers.md`. Two measure the tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes
+eqfact.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import sys
 
 #: Modules of their own, with their own arguments and exit status.
 APART = {"files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
-         "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX"}
+         "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",
+         "transformers": "SQNR and the task itself, of quantized transformers"}
 
 
 def parser() -> argparse.ArgumentParser:

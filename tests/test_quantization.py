@@ -433,6 +433,19 @@ def test_values_that_an_engine_stores_are_inputs_and_what_layers_make_behind_the
     assert stored_values(handmade.two_inputs(m)) == ["x", "y", "a", "b", "act", "c", "curve", "act_d"]
 
 
+def test_a_mask_made_of_an_input_is_computed_in_float():
+    """As BERT's exports make it of zeros and ones: no grid would hold -3e38 and what else is added to scores."""
+    m = Maker(10)
+    conv = {name: eq.Node(name, eq.Conv(m.rng.normal(size=(4, 4, 1))), ["x"]) for name in "qkv"}
+    made = eq.BatchNorm(*(np.array([v]) for v in (3e38, -3e38, 0.0, 1.0)), eps=0.0)
+    graph = eq.Graph({"x": (4, 3), "mask": (1, 1, 3), "near": (3, 1, 3)}, [
+        *conv.values(), eq.Node("made", made, ["mask"]), eq.Node("moved", eq.Transpose((1, 0, 2)), ["near"]),
+        eq.Node("scores", eq.Scores(1), ["q", "k"]), eq.Node("masked", eq.Add(), ["scores", "made"]),
+        eq.Node("sums", eq.Add(), ["masked", "moved"]),
+        eq.Node("p", eq.Softmax(-1), ["sums"]), eq.Node("y", eq.Mix(1), ["p", "v"])], ["y"])
+    assert stored_values(graph) == ["x", "q", "k", "v", "p"]
+
+
 def test_an_inner_output_is_rounded_where_it_is_read():
     m = Maker(10)
     graph = handmade.inner_output(m)
