@@ -276,7 +276,9 @@ class Commuting(Op):
             return np.abs(self.forward(*errors))
         (e,), (x,) = errors, inputs
         low, high = bounds_on(x, self.bounds)
-        return np.where((x + u * e > low) & (x - u * e < high), e, 0)
+        with np.errstate(over="ignore"):
+            passed = np.where((x + u * e > low) & (x - u * e < high), e, 0)
+            return np.minimum(passed, (high - low) / x.dtype.type(u))  # nothing is farther off than the bounds are apart
 
 
 class Blocking(Op):

@@ -25,6 +25,9 @@ LARGEST_EXPONENT = 1024.0
 class _Curve(Blocking):
     """A function of one number, entry by entry, whose output is as exact as its entries are large."""
 
+    #: How far apart two outputs may be at all: no error is larger.
+    span: float = math.inf
+
     def rounds(self, inputs: Sequence[Array], output: Array) -> Array:
         """Relative to the output; but exponentials, and what they are multiplied by, may be 0 among the smallest numbers."""
         limits, size = np.finfo(output.dtype), finite_magnitude(output)
@@ -37,7 +40,8 @@ class _Curve(Blocking):
 
     def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
         (e,), (x,) = errors, inputs
-        return self.steepest(x, u * e) * e
+        with np.errstate(over="ignore"):
+            return np.minimum(self.steepest(x, u * e) * e, x.dtype.type(self.span / u))
 
 
 class _Step(_Curve):
@@ -69,6 +73,8 @@ def _density(x: Array) -> Array:
 class Sigmoid(_Step):
     """``y = 1 / (1 + exp(-x))``."""
 
+    span = 1.0
+
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.expit(inputs[0])
         return y
@@ -81,6 +87,8 @@ class Sigmoid(_Step):
 @dataclass(frozen=True, eq=False)
 class Tanh(_Step):
     """``y = tanh(x)``."""
+
+    span = 2.0
 
     def forward(self, *inputs: Array) -> Array:
         return np.tanh(inputs[0])
@@ -142,6 +150,7 @@ class HardSigmoid(_Curve):
 
     alpha: float = 0.2
     beta: float = 0.5
+    span = 1.0
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
@@ -173,6 +182,8 @@ class HardSigmoid(_Curve):
 @dataclass(frozen=True, eq=False)
 class Erf(_Step):
     """``y = erf(x)``, out of which exporters build GELU."""
+
+    span = 2.0
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.erf(inputs[0])
