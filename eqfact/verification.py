@@ -16,8 +16,12 @@ import numpy.typing as npt
 
 from eqfact.channels import channels
 from eqfact.graph import Data, Graph, Node, checked_inputs, values
-from eqfact.ops.base import Array, Shape, Weighted, along_channels, finite_magnitude
+from eqfact.ops.base import Array, Op, Shape, Weighted, along_channels, finite_magnitude
 from eqfact.roundings import NEAR, Side, Vector, largest, near_by
+
+#: In units of ``u``: where factors read off the weights before a layer are in more doubt than this, its bias tells them, if it has one.
+#: Doubts add up from layer to layer, and products of values double them.
+DOUBT = 2.0**10
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,10 @@ def _compared(node: Node, a: Side, b: Side, f: Vector, unsure: Vector) -> _Compa
     if not new.any():
         return _Compared(node, a, b, f, unsure)
     of_weights = _read_off_weights(a.slopes(node.name), b.slopes(node.name))
-    f, unsure = (np.where(new, read, known) for read, known in zip(of_weights, (f, unsure), strict=True))
+    of_biases = _read_off_biases(a.graph[node.name].op, node.op, a.u)
+    doubtful = (of_biases[1] >= 0) & (of_weights[1] > DOUBT)
+    f, unsure = (np.where(new, np.where(doubtful, bias, weights), known)
+                 for bias, weights, known in zip(of_biases, of_weights, (f, unsure), strict=True))
     compared = _Compared(node, a, b, f, unsure)
     unexplained = new & ~((unsure >= 0) & compared.explained())
     if not unexplained.any():
@@ -300,6 +307,15 @@ def _read_off_weights(a: Vector, b: Vector) -> tuple[Vector, Vector]:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         unsure = doubt_a / size_a + doubt_b / size_b
     return _ratio(size_a, size_b, unsure)
+
+
+def _read_off_biases(a: Op, b: Op, u: float) -> tuple[Vector, Vector]:
+    """The same from biases, which are multiplied by the factor alone; unknown where there is none."""
+    if not (isinstance(a, Weighted) and isinstance(b, Weighted)) or a.bias is None or b.bias is None or a.bias.shape != b.bias.shape:
+        return np.ones(1), np.full(1, -1.0)
+    sizes = [np.abs(op.bias.astype(np.float64)) for op in (a, b) if op.bias is not None]
+    normal = np.logical_and(*(size > np.finfo(np.float32).tiny / u for size in sizes))
+    return _ratio(np.where(normal, sizes[0], 0.0), np.where(normal, sizes[1], 0.0), np.full(len(normal), Side.OF_WEIGHTS))
 
 
 def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import handmade
@@ -755,3 +756,41 @@ def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
         eq.verify(huge, huge, np.ones((1, 1), np.float32))
     nothing = eq.Graph({"x": (2,)}, [], ["x"])
     assert eq.verify(nothing, nothing, np.ones((1, 2))).message == "equal: the inputs are put out as they come"
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def hard_swishes(blocks, dtype):
+    """``x clip(x + 3, 0, 6)`` behind every layer: both factors of each product move with the one before."""
+    rng = np.random.default_rng(blocks)
+    nodes, value = [], "x"
+    for i in range(blocks):
+        weight, bias = rng.normal(size=(4, 4)) / 2, rng.normal(size=4)
+        one = np.ones(4)
+        norm = eq.BatchNorm(*(p.astype(dtype) for p in (one / 3, one / 2, 0 * one, one)), eps=0.0)
+        nodes += [eq.Node(f"fc{i}", eq.Dense(weight.astype(dtype), bias.astype(dtype)), [value]), eq.Node(f"bn{i}", norm, [f"fc{i}"]),
+                  eq.Node(f"clip{i}", eq.Clip(0, 1), [f"bn{i}"]), eq.Node(f"mul{i}", eq.Mul(), [f"fc{i}", f"clip{i}"])]
+        value = f"mul{i}"
+    nodes.append(eq.Node("out", eq.Dense(rng.normal(size=(2, 4)).astype(dtype)), [value]))
+    return eq.Graph({"x": (4,)}, nodes, ["out"]), rng.normal(size=(6, 4)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("blocks", [3, 12, 40])
+def test_products_do_not_double_the_doubt_about_factors_for_ever(blocks, dtype):
+    graph, x = hard_swishes(blocks, dtype)
+    resolved = eq.channels(graph)
+    assert resolved.degrees_of_freedom == 8 * blocks
+    rng = np.random.default_rng(1)
+    factors = eq.Factorization(resolved, np.concatenate([[1.0], np.exp(rng.normal(size=resolved.degrees_of_freedom))]))
+    scaled = factors.apply(graph)
+    verdict = eq.verify(graph, scaled, x)
+    assert verdict.message.startswith("equal: "), verdict.message
+    found, truth = 0, eq.forward(graph, x)
+    for row, side in itertools.product(range(4), (graph, scaled)):
+        wrong = with_row_times(side, f"fc{blocks - 1}", row, 1.01)
+        if np.abs(eq.forward(wrong, x) - truth).max() > 1e-4 * np.abs(truth).max():  # else no output says so
+            found += 1
+            assert not eq.verify(graph if side is scaled else scaled, wrong, x)
+    assert found >= 2
