@@ -132,7 +132,7 @@ class _Builder:
             menu += [self.global_pool] + [self.pad, self.upsample] * small + [self.flatten] * (channels * pixels <= 48)
             menu += [self.transpose, self.rearrange] * (max(channels, *sizes) <= 6) + [self.affine, self.concat_space, self.blend] * small
         if self.largest(value) <= LARGEST_SATURATING:
-            menu += [self.curve, self.curve]
+            menu += [self.curve, self.curve, self.sloped]
             if self.products < 2:
                 menu += [self.mul, self.gated] + [self.gate] * bool(sizes)
         if pixels > 1 or channels > 1:
@@ -397,12 +397,14 @@ class _Builder:
         axes = len(self.shapes[value])
         return self.add(self.draw(st.sampled_from([
             ops.Sigmoid(), ops.HardSigmoid(), ops.Tanh(), ops.SiLU(), ops.HardSwish(), ops.Erf(), ops.GELU(), ops.GELU(approximate=True),
-            ops.Softmax(), ops.Softmax(axes), ops.Sloped(ops.SiLU(), 2.0), ops.Sloped(ops.HardSwish(), self.slopes(value)),
+            ops.Softmax(), ops.Softmax(axes),
         ])), value)
 
-    def slopes(self, value: str) -> Array:
-        slopes: Array = self.rng.uniform(0.5, 2, self.shapes[value][0]).astype(self.dtype)
-        return slopes
+    def sloped(self, value: str) -> str:
+        """A gate that lets factors pass, with one slope or one a channel."""
+        gate = self.draw(st.sampled_from([ops.SiLU(), ops.HardSwish(), ops.GELU()]))
+        slopes = self.rng.uniform(0.5, 2, self.shapes[value][0]).astype(self.dtype)
+        return self.add(ops.Sloped(gate, slopes if self.draw(st.booleans()) else 2.0), value)
 
     def mul(self, value: str) -> str:
         self.products += 1
@@ -445,6 +447,8 @@ class _Builder:
         return ops.Conv(weight, bias) if sizes else ops.Dense(weight, bias)
 
     def norm(self, value: str) -> str:
+        if self.shapes[value][0] < 4 and self.draw(st.booleans()):  # several channels, so that there are groups of them
+            value = self.add(self.pointwise(value, 4), value)
         channels, *sizes = self.shapes[value]
         gamma, beta = ((self.rng.normal(size=channels) / 2).astype(self.dtype) for _ in range(2))
         eps = self.draw(st.sampled_from([1e-5, 1e-2]))
