@@ -18,9 +18,7 @@ from eqfact.calibration import Statistics
 from eqfact.channels import Channels, channels
 from eqfact.graph import Graph
 from eqfact.ops.base import Array, Op, read_only
-
-#: How far factors that follow from others may be off, relatively: some roundings.
-ROUNDING = 1e-12
+from eqfact.ops.products import ROUNDING
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,8 @@ import numpy as np
 
 from eqfact.channels import channels
 from eqfact.graph import Graph, Node, fresh_name
-from eqfact.ops import GELU, BatchNorm, HardSwish, Op, SiLU, Sloped, Weighted
-
-#: Activations that are a value times a function of it, between 0 and 1 but for a little.
-GATES = (SiLU, GELU, HardSwish)
+from eqfact.ops import BatchNorm, Op, Sloped, Weighted
+from eqfact.ops.blocking import GATES
 
 
 def slope_gates(graph: Graph) -> Graph:
@@ -49,8 +47,8 @@ def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
     >>> degrees_of_freedom(add_scales(net, ["x"]))
     3
     """
-    norms, layers = ({value: [node.name for node in nodes if isinstance(node.op, kind) and node.op.divides == divides]
-                      for value, nodes in graph.readers.items()} for kind, divides in ((Weighted, False), (Weighted, True)))
+    norms, layers = ({value: [node.name for node in nodes if isinstance(node.op, Weighted) and node.op.divides == divides]
+                      for value, nodes in graph.readers.items()} for divides in (False, True))
     for value in values or ():
         if not norms.get(value) and not layers.get(value):
             what = "which neither a normalisation nor a layer reads" if value in graph.shapes else "which is not a value of the network"

@@ -178,10 +178,7 @@ def over_features(kind: str, opset: int) -> Callable[[Writer, Node, Any], None]:
 def _unit(w: Writer, node: Node, op: LayerNorm | RMSNorm) -> str:
     """``x / sqrt(mean(x**2) + eps)``, after the mean was taken off if the op does so. ReduceSum is alike in all opsets, ReduceMean not."""
     (x,) = node.inputs
-    axes, share = w.integers(node, "axes", [1]), w.parameter(node, "share", 1 / len(op.gamma), ())
-
-    def step(kind: str, inputs: list[str], name: str) -> str:
-        return w.node(kind, inputs, w.inner(node, name), node, f".{name}")
+    axes, share, step = w.integers(node, "axes", [1]), w.parameter(node, "share", 1 / len(op.gamma), ()), _steps(w, node)
     if op.centred:
         x = step("Sub", [x, step("Mul", [step("ReduceSum", [x, axes], "sum"), share], "mean")], "centred")
     power = step("Mul", [step("ReduceSum", [step("Mul", [x, x], "square"), axes], "squares"), share], "power")
@@ -428,8 +425,7 @@ def softmax(w: Writer, node: Node, op: Softmax) -> None:
     """The mask is added before."""
     value, shape = node.inputs[0], w.graph.shapes[node.name]
     if op.mask is not None:
-        mask = np.triu(np.full(shape[-2:], -np.inf), 1) if isinstance(op.mask, str) else op.mask
-        value = w.node("Add", [value, w.over_space(node, "mask", mask)], w.inner(node, "masked"), node, ".mask")
+        value = w.node("Add", [value, w.over_space(node, "mask", op.numbers(shape))], w.inner(node, "masked"), node, ".mask")
     w.node("Softmax", [value], node.name, node, axis=op.axis)
 
 

@@ -8,6 +8,7 @@ the same ones. ``Rotary`` turns pairs of channels into each other, which must sh
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,8 +77,9 @@ class _OfHeads(Op):
         bound: Array = self.passes(errors, inputs, u) + count * self._absolute.forward(*sizes) + count * np.finfo(output.dtype).tiny
         return bound
 
+    @abstractmethod
     def _terms(self, inputs: Sequence[Array]) -> int:
-        raise NotImplementedError
+        """How many products are added up to an entry."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,6 +136,11 @@ class Trace:
         """Channel ``i`` of ``a`` and of ``b`` must carry the same factor."""
         self.ties.append((channel_vector(a), channel_vector(b)))
 
+    def tie_rows(self, mates: Labels) -> None:
+        """All labels of each row of ``(rows, mates)`` must carry the same factor."""
+        if mates.shape[1] > 1:
+            self.tie(np.repeat(mates[:, 0], mates.shape[1] - 1), mates[:, 1:].reshape(-1))
+
     def pin(self, labels: Labels, reason: str) -> None:
         """These channels must keep the factor 1, for this reason."""
         self.pins.append((channel_vector(labels), reason))

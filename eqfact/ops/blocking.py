@@ -244,6 +244,10 @@ class GELU(_Curve):
         return super().rounds(inputs, output) * (1 + exponent)
 
 
+#: Activations that are a value times a function of it, between 0 and 1 but for a little.
+GATES = (SiLU, GELU, HardSwish)
+
+
 @dataclass(frozen=True, eq=False)
 class Sloped(Commuting):
     """``x g(slope x)`` for an activation ``x g(x)`` (SiLU, GELU, HardSwish), with one positive slope or one a channel, ``(C,)``.
@@ -258,7 +262,7 @@ class Sloped(Commuting):
     slope: float | Array = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.op, (SiLU, GELU, HardSwish)):
+        if not isinstance(self.op, GATES):
             raise TypeError(f"Sloped needs an activation x g(x), SiLU(), GELU() or HardSwish(), got {self.op!r}")
         slope: float | Array = float(self.slope) if np.ndim(self.slope) == 0 else parameter("Sloped slope", self.slope, 1)
         if not (np.isfinite(slope).all() and np.all(np.asarray(slope) > 0)):
@@ -349,11 +353,13 @@ class Softmax(Blocking):
             raise ValueError("Softmax mask leaves out all entries of a line")
         return tuple(shape)
 
+    def numbers(self, shape: Shape) -> Array:
+        """The mask, if there is one, as numbers to be added to a value of this shape."""
+        assert self.mask is not None
+        return np.triu(np.full(shape[-2:], -np.inf), 1) if isinstance(self.mask, str) else self.mask
+
     def _masked(self, x: Array) -> Array:
-        if self.mask is None:
-            return x
-        mask: Array = np.triu(np.full(x.shape[-2:], -np.inf), 1) if isinstance(self.mask, str) else self.mask
-        return x + mask.astype(x.dtype, copy=False)
+        return x if self.mask is None else x + self.numbers(x.shape).astype(x.dtype, copy=False)
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = special.softmax(self._masked(inputs[0]), axis=self.axis)

@@ -54,9 +54,7 @@ class Rearrange(Commuting):
     def trace(self, trace: Trace, *inputs: Labels) -> Labels:
         shape = self.output_shape(*(x.shape for x in inputs))
         vector = channel_vector(inputs[0])
-        mates = self._mates(vector)
-        if mates.shape[1] > 1:
-            trace.tie(np.repeat(mates[:, 0], mates.shape[1] - 1), mates[:, 1:].reshape(-1))
+        trace.tie_rows(self._mates(vector))
         return spread(self.carry(vector), shape)
 
     def _mates(self, vector: npt.NDArray[T]) -> npt.NDArray[T]:

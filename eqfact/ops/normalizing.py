@@ -93,9 +93,7 @@ class Normalization(Weighted):
 
     def trace(self, trace: Trace, *inputs: Labels) -> Labels:
         shape = self.output_shape(*(x.shape for x in inputs))
-        mates = channel_vector(inputs[0]).reshape(self.norm_groups, -1)
-        if mates.shape[1] > 1:
-            trace.tie(np.repeat(mates[:, 0], mates.shape[1] - 1), mates[:, 1:].reshape(-1))
+        trace.tie_rows(channel_vector(inputs[0]).reshape(self.norm_groups, -1))
         return trace.absorb(self, inputs[0], shape)
 
     def rescale(self, f_out: Array, *f_in: Array) -> Normalization:
@@ -158,13 +156,14 @@ class Normalization(Weighted):
         of_group, _ = self._grouped(e)
         size = math.prod(grouped.shape[a] for a in axes)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            largest = np.where(of_group.max(axis=axes, keepdims=True) > 0, of_group.max(axis=axes, keepdims=True), 1)
+            top = of_group.max(axis=axes, keepdims=True)
+            largest = np.where(top > 0, top, 1)
             d = largest * np.sqrt(((of_group / largest) ** 2).mean(axis=axes, keepdims=True))
             moved = of_group + of_group.mean(axis=axes, keepdims=True) if self.centred else of_group
             unit = np.divide(np.abs(grouped), root, out=np.zeros_like(grouped), where=root > 0)
             bound = (moved + unit * d) / np.maximum(root - u * d, 0)
             most = x.dtype.type(2 * math.sqrt(size) / u)
-            bound = np.where(of_group.max(axis=axes, keepdims=True) > 0, np.fmin(bound, most), 0)
+            bound = np.where(top > 0, np.fmin(bound, most), 0)
         passed: Array = bound.reshape(x.shape) * along_channels(np.abs(self.gamma), x.ndim - 1)
         return passed
 
