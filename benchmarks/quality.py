@@ -117,11 +117,11 @@ class Case:
 def _factorize(case: Case, row: Row, setting: Setting) -> eq.Factorization:
     if row.method is None:
         return eq.Factorization.identity(case.graph)
-    options: dict[str, Any] = {}
-    if row.method == "optimal":
-        sensitivities = case.sensitivities_around_means if row.corrected else case.sensitivities
-        options = {**setting.quantizers(row.granularity), "sensitivities": sensitivities, "ranges": case.likely if row.likely else None}
-    return eq.equalize(case.graph, row.method, stats=case.stats, **options).factorization
+    if row.method != "optimal":
+        return eq.equalize(case.graph, row.method, stats=case.stats).factorization
+    sensitivities = case.sensitivities_around_means if row.corrected else case.sensitivities
+    method = eq.Optimal(sensitivities, case.likely if row.likely else case.stats)
+    return eq.equalize(case.graph, method, stats=case.stats, **setting.quantizers(row.granularity)).factorization
 
 
 # One configuration ----------------------------------------------------------------------------------------------------

@@ -104,17 +104,15 @@ def measure_equalize() -> None:
         sensitivities = gradient_sensitivities(graph, [x])
         row: dict[str, Any] = {"sensitivities": time.perf_counter() - start}
         for method in METHODS:
-            quantizers = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
-            options: dict[str, Any] = {**quantizers, "sensitivities": sensitivities} if method == "optimal" else {}
-            found = [_equalized(graph, method, stats, options) for _ in range(3)]
+            found = [_equalized(graph, eq.Optimal(sensitivities, stats) if method == "optimal" else method, stats) for _ in range(3)]
             row[method], row[f"{method} iterations"] = min(seconds for seconds, _ in found), found[0][1].iterations
             print(f"equalize  {name:20s}{method:14s}{row[method]:8.3f} s   {found[0][1].message}", flush=True)
         results.keep("equalize", {name: row})
 
 
-def _equalized(graph: eq.Graph, method: str, stats: eq.Statistics, options: dict[str, Any]) -> tuple[float, eq.EqualizeResult]:
+def _equalized(graph: eq.Graph, method: Any, stats: eq.Statistics) -> tuple[float, eq.EqualizeResult]:
     start = time.perf_counter()
-    result = eq.equalize(graph, method, stats=stats, **options)
+    result = eq.equalize(graph, method, stats=stats)
     return time.perf_counter() - start, result
 
 
@@ -187,18 +185,17 @@ def measure_growth() -> None:
 
 
 def _grown(graph: eq.Graph, width: int, depth: int, method: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"objective": "range"} if method == "optimal" else {}  # which needs no data
-    equalize = partial(eq.equalize, graph, method, **options)
+    kind = partial(eq.Optimal, objective="range") if method == "optimal" else eq.CrossLayer  # which need no data
     weights = [op.weight for op in (node.op for node in graph.nodes) if isinstance(op, (eq.Dense, eq.Conv))]
     start = time.perf_counter()
-    result = equalize()
+    result = eq.equalize(graph, kind())
     seconds, sweeps = time.perf_counter() - start, result.iterations
     del result
     start = time.perf_counter()
-    equalize(max_iter=1)
+    eq.equalize(graph, kind(max_iter=1))
     once = time.perf_counter() - start
     tracemalloc.start()
-    equalize(max_iter=1)
+    eq.equalize(graph, kind(max_iter=1))
     peak = tracemalloc.get_traced_memory()[1]  # beyond the network, which was there before
     tracemalloc.stop()
     return {"width": width, "depth": depth, "weights": sum(w.size for w in weights), "seconds": seconds, "sweeps": sweeps,

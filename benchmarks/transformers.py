@@ -236,7 +236,7 @@ def factorization(graph: eq.Graph, row: str, stats: eq.Statistics, sensitivities
     if row == "cross-layer":
         return eq.equalize(graph, "cross_layer", stats=stats).factorization
     if row.startswith("optimal"):
-        return eq.equalize(graph, "optimal", stats=stats, sensitivities=sensitivities, **quantizers(row)).factorization
+        return eq.equalize(graph, eq.Optimal(sensitivities, stats), stats=stats, **quantizers(row)).factorization
     return eq.Factorization.identity(graph)
 
 

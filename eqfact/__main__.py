@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from eqfact import __version__, commands
 from eqfact.commands import Args, Facts
+from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
 
 #: Lines of a list in a text; --json has all.
@@ -98,14 +99,14 @@ def _data(p: argparse.ArgumentParser) -> None:
 
 
 def _fold(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--fold", action="store_true", help="fold BatchNorms first, where that is exact")
+    p.add_argument("--fold", action=argparse.BooleanOptionalAction,
+                   help="fold BatchNorms first, as engines do, where that is the same function up to rounding; default: unless --exact")
 
 
 def _method(p: argparse.ArgumentParser) -> None:
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--method", choices=commands.METHODS, default=commands.METHODS[0], help="default: %(default)s; "
-                     f"all but {', '.join(commands.DATA_FREE)} need --data, and optimal equalizes the ranges that channels may reach "
-                     "on other data too (eqfact.likely_ranges), not those seen alone")
+    how.add_argument("--method", choices=tuple(METHODS), help="default: optimal with --data, cross_layer without it, which all others "
+                     "need; optimal looks at the ranges that channels may reach on other data too (eqfact.likely_ranges)")
     how.add_argument("--apply", metavar="FACTORS.npz", help="no method: the factors that --factors wrote")
     p.add_argument("--exact", action="store_true", help="powers of two only: the outputs stay bit for bit the same")
     p.add_argument("--max-factor", type=float, metavar="F", help="bound on the factors")
@@ -114,7 +115,8 @@ def _method(p: argparse.ArgumentParser) -> None:
     p.add_argument("--scales", action="store_true", help="let every channel before a normalization have a factor, with a multiplication "
                    "a channel more (behind a residual nothing else can take it up)")
     p.add_argument("--harmless", action="store_true", help="return the network as it is where the expected noise would not fall")
-    p.add_argument("--preactivation", action="store_true", help="the paper's optional limit by the range before the activation")
+    p.add_argument("--preactivation", action="store_true", default=None,
+                   help="the paper's optional limit by the range before the activation")
     p.add_argument("--tol", type=float, metavar="T", help="cross_layer: converged when no |log factor| moves by more (0.001); "
                    "optimal: when the factors are certified to be within so many dB of the best (0.05)")
     p.add_argument("--max-iter", type=int, metavar="N",
@@ -193,6 +195,8 @@ def fold_text(facts: Facts) -> Iterator[str]:
 
 def equalize_text(facts: Facts) -> Iterator[str]:
     before, after = facts["before"], facts["after"]
+    if facts["predicted_sqnr"] and facts["predicted_sqnr"][1] < facts["predicted_sqnr"][0]:
+        yield "WARNING: the quantized network is expected to be worse than before: take --method optimal, or add --harmless"
     yield facts["message"]
     yield f"{facts['degrees_of_freedom']} degrees of freedom"
     for key, what in (("weight_ratio", "weight channels"), ("value_ratio", "value channels")):

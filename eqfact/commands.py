@@ -13,7 +13,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,8 +27,8 @@ from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.freeing import add_scales, slope_gates
 from eqfact.graph import Graph, forward
+from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
-from eqfact.noise import Sensitivities, forward_sensitivities, gradient_sensitivities
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, quantize
 
@@ -36,11 +36,8 @@ Args = argparse.Namespace
 Facts = dict[str, Any]
 Item = TypeVar("Item")
 
-#: What ``--method`` offers; those in ``DATA_FREE`` do without ``--data``.
-METHODS = ("cross_layer", "one_step", "two_step", "optimal")
+#: The methods that do without ``--data``.
 DATA_FREE = ("cross_layer",)
-#: The expected noise is weighed with gradients on at most this many images.
-SENSED = 10
 #: A rewritten network is verified on at most this many images; ``eqfact verify`` looks at all.
 VERIFIED = 4
 
@@ -94,12 +91,12 @@ def run_equalize(args: Args) -> Facts:
     if args.harmless and not (args.data or args.apply):
         args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
     _proven(network, images)
-    folded = fold_batchnorm(graph) if args.fold else graph
+    folded = _folded(args, graph)
     start = slope_gates(folded) if args.slopes else folded
     start = add_scales(start) if args.scales else start
     stats = _calibrated(args, start, images)
     result = _equalized(args, graph, start, stats, images, network.partly is not None)
-    facts = {**_file(network), "method": "apply" if args.apply else args.method, "success": result.success,
+    facts = {**_file(network), "method": _method(args), "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
              "predicted_sqnr": result.predicted, **_batchnorms(folded),
@@ -120,7 +117,7 @@ def run_quantize(args: Args) -> Facts:
     if args.activation_bits is not None and not args.data:
         args.refuse("the ranges of activations come from images: give --data FILE.npz, or --activation-bits float")
     _proven(network, images)
-    start = fold_batchnorm(graph) if args.fold else graph
+    start = _folded(args, graph)
     stats = _calibrated(args, start, images)
     quantized = _quantized(args, start, stats)
     noise = _noise(start, quantized, images)
@@ -216,38 +213,45 @@ def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | 
     return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
 
 
+def _folded(args: Args, graph: Graph) -> Graph:
+    """Without BatchNorms, as engines run it; where outputs must stay bit for bit the same only if asked, because folding rounds."""
+    fold = not getattr(args, "exact", False) if args.fold is None else args.fold
+    return fold_batchnorm(graph) if fold else graph
+
+
+def _method(args: Args) -> str:
+    """What factors come from: the method named, or else the best for what is given."""
+    return "apply" if args.apply else args.method or ("optimal" if args.data else "cross_layer")
+
+
 def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | None, images: files.Images, partly: bool) -> EqualizeResult:
-    given = {name: getattr(args, name) for name in ("max_factor", "tol", "max_iter", "include", "exclude")}
-    options = {name: value for name, value in given.items() if value is not None} | (
-        {name: True for name in ("preactivation", "harmless") if getattr(args, name)})
+    of_method = {name: value for name in ("max_factor", "tol", "max_iter", "preactivation") if (value := getattr(args, name)) is not None}
+    options = {name: value for name in ("include", "exclude", "harmless") if (value := getattr(args, name))}
     if args.apply:
-        if options:
-            args.refuse(f"--apply takes the factors as they are: leave out --{next(iter(options)).replace('_', '-')}")
+        if of_method or options:
+            args.refuse(f"--apply takes the factors as they are: leave out --{next(iter(of_method | options)).replace('_', '-')}")
         factorization = files.load_factors(args.apply, graph)
         factorization = factorization.power_of_two() if args.exact else factorization
         return EqualizeResult(factorization.apply(graph), factorization, True, f"factors of '{args.apply}' applied", 0, (),
                               factorization.channels.pinned)
-    if stats is None and args.method not in DATA_FREE:
-        args.refuse(f"--method {args.method} needs the ranges of activations: give --data FILE.npz")
-    if stats is not None and args.weight_granularity != "per_group":
-        weights, activations = _quantizers(args)
-        options |= {"weights": weights, "activations": activations, "sensitivities": _sensitivities(graph, stats, images, partly)}
-    if stats is not None and args.method == "optimal":
-        options["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
-    result = equalize(graph, args.method, stats=stats, exact=args.exact, **options)
-    if partly and "sensitivities" in options:
+    name = _method(args)
+    if stats is None and name not in DATA_FREE:
+        args.refuse(f"--method {name} needs the ranges of activations: give --data FILE.npz")
+    kind = METHODS[name]
+    for option in of_method:
+        if option not in {of.name for of in fields(kind)}:
+            args.refuse(f"--{option.replace('_', '-')} is not for method {name}")
+    weights, activations = _quantizers(args)
+    if stats is not None:
+        options["data"] = _progress(images.batches(), "looking at images")
+        if name == "optimal":
+            of_method["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
+    result = equalize(graph, kind(**of_method), stats=stats, weights=weights, activations=activations, exact=args.exact, **options)
+    if partly and result.predicted:
         ends = "output" if len(graph.outputs) == 1 else f"{len(graph.outputs)} outputs"
         result = replace(result, message=f"{result.message}; noise is weighed at the {ends} of what is understood, relative to the power "
                                          "of each")
     return result
-
-
-def _sensitivities(graph: Graph, stats: Statistics, images: files.Images, partly: bool) -> Sensitivities:
-    """By gradients on some of the images; from the statistics alone if an op has no gradient."""
-    try:
-        return gradient_sensitivities(graph, _progress(images.first(SENSED).batches(), "gradients"), relative_to=stats if partly else None)
-    except TypeError:
-        return forward_sensitivities(graph, stats)
 
 
 def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images) -> Facts:

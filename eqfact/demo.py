@@ -22,7 +22,6 @@ from eqfact.equalization import equalize
 from eqfact.folding import fold_batchnorm
 from eqfact.graph import Graph, forward
 from eqfact.metrics import sqnr
-from eqfact.noise import gradient_sensitivities
 from eqfact.ops.base import Array
 from eqfact.quantization import UniformQuantizer, quantize
 from eqfact.report import largest_ratio, value_ranges, weight_ranges
@@ -34,8 +33,6 @@ WHITE = np.float32(16)
 BITS = (8, 6, 5, 4)
 #: Images in a batch, and how many of the held-out ones each network is verified on.
 BATCH, VERIFIED = 120, 40
-#: Images that the sensitivities of "optimal" are measured on.
-SENSED = 16
 #: Row, method, granularity of the weights, whether biases are corrected.
 ROWS: tuple[tuple[str, str | None, str, bool], ...] = (
     ("none", None, "per_tensor", False),
@@ -107,8 +104,7 @@ def rows(bundle: Bundle) -> Iterator[Row]:
         graph, of, verification, seconds = folded, stats, None, 0.0
         if method is not None:
             start = perf_counter()
-            sensed = gradient_sensitivities(folded, [bundle.calibration[:SENSED]]) if method == "optimal" else None
-            result = equalize(folded, method, stats=stats, sensitivities=sensed)
+            result = equalize(folded, method, stats=stats, data=bundle.calibration if method == "optimal" else None)
             seconds = perf_counter() - start
             graph, of = result.graph, result.factorization.apply(stats)
             verification = verify(bundle.network, graph, bundle.images[:VERIFIED])

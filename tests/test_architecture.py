@@ -21,6 +21,7 @@ ROWS = [
     ["folding", "freeing", "gradients", "metrics", "quantization", "roundings", "rules"],
     ["noise", "verification"],
     ["blocks", "logsums", "optimal"],
+    ["methods"],
     ["equalization"],
     ["correction"],
     ["serialization"],

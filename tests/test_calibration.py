@@ -216,7 +216,7 @@ def test_a_channel_that_first_fires_on_other_data_does_not_saturate():
 def _quality(graph, stats, ranges, data):
     """SQNR after equalization for ``ranges``, quantized with the extremes of ``stats``, weights in float."""
     eight = eq.UniformQuantizer(8, symmetric=False)
-    f = eq.equalize(graph, "optimal", stats=stats, ranges=ranges, activations=eight).factorization
+    f = eq.equalize(graph, eq.Optimal(ranges=ranges), stats=stats, activations=eight).factorization
     quantized = eq.quantize(f.apply(graph), activations=eight, stats=f.apply(stats))
     return eq.sqnr(eq.forward(graph, data), eq.forward(quantized, data))
 

@@ -140,7 +140,7 @@ def test_range_objective_needs_no_data_and_lowers_the_product_of_ranges():
     def product(graph):
         return sum(np.log(np.abs(n.op.weight).max()) for n in graph if isinstance(n.op, eq.Weighted))
 
-    result = eq.equalize(net, "optimal", objective="range")
+    result = eq.equalize(net, eq.Optimal(objective="range"))
     assert result.success and product(result.graph) < product(net) and product(result.graph) <= product(eq.equalize(net).graph) + 0.05
 
 
@@ -204,7 +204,7 @@ def test_predicted_terms_add_up_to_the_predicted_sqnr():
 @pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
 def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objective):
     net, _, stats = setting(build)
-    free, exact = (eq.equalize(net, "optimal", stats=stats, objective=objective, exact=exact) for exact in (False, True))
+    free, exact = (eq.equalize(net, eq.Optimal(ranges=stats, objective=objective), stats=stats, exact=exact) for exact in (False, True))
     assert exact.bound == pytest.approx(free.bound)
     assert exact.gap_db > free.gap_db
     assert exact.success == free.success
@@ -248,33 +248,36 @@ def test_optimal_holds_dead_channels_and_says_what_it_holds():
 def test_likely_ranges_are_optimised_for_and_seen_ones_predicted_with():
     net, _, stats = setting(handmade.mobile)
     likely = eq.likely_ranges(net, stats)
-    plain, other = eq.equalize(net, "optimal", stats=stats), eq.equalize(net, "optimal", stats=stats, ranges=likely)
+    plain, other = eq.equalize(net, eq.Optimal(ranges=stats), stats=stats), eq.equalize(net, "optimal", stats=stats)
     assert other.predicted[0] == plain.predicted[0]
     assert other.predicted[1] < plain.predicted[1] + plain.gap_db
     assert other.bound != plain.bound
-    same = eq.equalize(net, "optimal", stats=stats, ranges=stats)
-    assert same.predicted == plain.predicted
+    same = eq.equalize(net, eq.Optimal(ranges=likely), stats=stats)
+    assert same.predicted == other.predicted
 
 
-@pytest.mark.parametrize(("method", "options", "message"), [
-    ("cross_layer", {"preactivation": True}, "preactivation is for method 'one_step' and 'two_step', not for 'cross_layer'"),
-    ("optimal", {"preactivation": True}, "preactivation is for method 'one_step' and 'two_step', not for 'optimal'"),
-    ("one_step", {"objective": "range"}, "objective='range' is for method 'optimal', not for 'one_step'"),
-    ("cross_layer", {"objective": "foo"}, "unknown objective 'foo': use 'noise' or 'range'"),
-    ("two_step", {"ranges": "stats"}, "ranges is for method 'optimal', not for 'two_step'")])
-def test_options_of_other_methods_are_refused(method, options, message):
-    net, _, stats = setting(handmade.mobile)
-    options = {name: stats if value == "stats" else value for name, value in options.items()}
-    with pytest.raises(ValueError, match=message):
-        eq.equalize(net, method, stats=stats, **options)
+@pytest.mark.parametrize(("method", "error", "message"), [
+    (lambda: eq.Optimal(objective="foo"), ValueError, "unknown objective 'foo': use 'noise' or 'range'"),
+    (lambda: eq.Optimal(max_factor=0.5), ValueError, "max_factor must be a finite number of at least 1, got 0.5"),
+    (lambda: eq.OneStep(max_factor=np.inf), ValueError, "max_factor must be a finite number of at least 1, got inf"),
+    (lambda: eq.Swept("one_step"), TypeError, "a rule is a function from a Block to factors"),
+    (lambda: eq.equalize(setting(handmade.mobile)[0], "three_step"), ValueError, "unknown method 'three_step': use 'one_step', "),
+    (lambda: eq.equalize(setting(handmade.mobile)[0], eq.CrossLayer), TypeError, r"a method is a value: give CrossLayer\(...\)"),
+    (lambda: eq.equalize(setting(handmade.mobile)[0], 3), TypeError, "a method is a name, a rule or a value such as eqfact.CrossLayer"),
+    (lambda: eq.equalize(setting(handmade.mobile)[0], "two_step"), ValueError, "'two_step' needs the ranges of activations: give data="),
+    (lambda: eq.equalize(setting(handmade.mobile)[0], "optimal"), ValueError, "expected noise needs the ranges of activations: give data="),
+    (lambda: eq.CrossLayer(preactivation=True), TypeError, "preactivation")])
+def test_bad_methods_and_options_are_refused(method, error, message):
+    with pytest.raises(error, match=message):
+        method()
 
 
 def test_the_gap_of_a_network_returned_as_it_is_is_its_own():
     """At the optimum nothing can fall any more, up to powers of two: the input comes back, with its own distance from the bound."""
     net, _, stats = setting(handmade.mobile)
-    best = eq.equalize(net, "optimal", stats=stats, tol=1e-3)
+    best = eq.equalize(net, eq.Optimal(ranges=stats, tol=1e-3), stats=stats)
     again_stats = best.factorization.apply(stats)
-    again = eq.equalize(best.graph, "optimal", stats=again_stats, exact=True, harmless=True)
+    again = eq.equalize(best.graph, eq.Optimal(ranges=again_stats), stats=again_stats, exact=True, harmless=True)
     assert "returned as it is" in again.message
     model = eq.noise_model(best.graph, again_stats, weights=W8, activations=A8,
                            sensitivities=eq.forward_sensitivities(best.graph, again_stats))

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from nets import NETS as TABLE
 
 import eqfact as eq
+from eqfact import equalization, rules
 from eqfact.testing.strategies import batches, factorizations, networks
 
 METHODS = ("one_step", "two_step", "cross_layer")
+BY_NAME = {"one_step": eq.OneStep, "two_step": eq.TwoStep, "cross_layer": eq.CrossLayer}
 DTYPES = ("float32", "float64")
 #: No factor exceeds what the rules promise: 16, times 1024 for a residual or a concat; cross_layer within [1/1024, 1024].
 LARGEST = {"one_step": 16 * 1024, "two_step": 16 * 1024, "cross_layer": 1024}
@@ -31,7 +33,8 @@ each_net = pytest.mark.parametrize("build", handmade.NETS, ids=lambda f: f.__nam
 
 
 def equalized(graph, x, method, **options):
-    return eq.equalize(graph, method, stats=None if method == "cross_layer" else eq.calibrate(graph, x), **options)
+    needs = not isinstance(method, eq.CrossLayer) and method != "cross_layer"
+    return eq.equalize(graph, method, stats=eq.calibrate(graph, x) if needs else None, **options)
 
 
 def factors_of(result):
@@ -240,19 +243,19 @@ def test_max_factor_replaces_the_bound_of_16():
     graph = handmade.plain(m)
     x = m.data(graph)
     for bound in (1.0, 2.5, 50.0):
-        f = factors_of(equalized(graph, x, "one_step", max_factor=bound))
+        f = factors_of(equalized(graph, x, eq.OneStep(bound)))
         assert f.max() <= bound
-        f = factors_of(equalized(graph, x, "cross_layer", max_factor=bound))
+        f = factors_of(equalized(graph, x, eq.CrossLayer(bound)))
         assert f.max() <= bound
         assert f.min() >= 1 / bound
-    assert factors_of(equalized(graph, x, "one_step", max_factor=1)).max() == 1
+    assert factors_of(equalized(graph, x, eq.OneStep(1))).max() == 1
 
 
 def test_exact_respects_a_bound_that_is_no_power_of_two():
     for method in METHODS:
         m = Maker(2)
         graph = handmade.mobile(m)
-        f = factors_of(equalized(graph, m.data(graph), method, max_factor=3.0, exact=True, exclude=["add"]))
+        f = factors_of(equalized(graph, m.data(graph), BY_NAME[method](max_factor=3.0), exact=True, exclude=["add"]))
         assert f.max() <= 3
 
 
@@ -262,7 +265,7 @@ def test_the_preactivation_limit_is_an_option():
     x = np.array([[4.0], [-8.0]])  # A = 4, 0.5; P = 8, 1
     stats = eq.calibrate(graph, x)
     assert eq.equalize(graph, "one_step", stats=stats).factorization["act"].tolist() == [1.0, 8.0]
-    assert eq.equalize(graph, "one_step", stats=stats, preactivation=True).factorization["act"].tolist() == [1.0, 4.0]  # A / P = 4 / 1
+    assert eq.equalize(graph, eq.OneStep(preactivation=True), stats=stats).factorization["act"].tolist() == [1.0, 4.0]  # A / P = 4 / 1
 
 
 # ------------------------------------------------------------------------------------------------ faults of the authors' script (PAPER 4)
@@ -380,7 +383,7 @@ def made_equals_read(result, tolerance):
 @settings(max_examples=150)
 @given(networks())
 def test_cross_layer_makes_made_and_read_ranges_equal_on_random_networks(graph):
-    result = eq.equalize(graph, tol=1e-9, max_iter=10_000)
+    result = eq.equalize(graph, eq.CrossLayer(tol=1e-9, max_iter=10_000))
     assert result.success
     made_equals_read(result, 1e-6 if graph.dtype == np.float64 else 1e-5)
 
@@ -388,7 +391,7 @@ def test_cross_layer_makes_made_and_read_ranges_equal_on_random_networks(graph):
 @each_net
 def test_cross_layer_makes_made_and_read_ranges_equal(build):
     for seed in range(3):
-        result = eq.equalize(build(Maker(seed)), tol=1e-9)
+        result = eq.equalize(build(Maker(seed)), eq.CrossLayer(tol=1e-9))
         assert result.success
         made_equals_read(result, 1e-7)
 
@@ -397,7 +400,7 @@ def test_cross_layer_makes_made_and_read_ranges_equal(build):
 def test_cross_layer_contracts_a_chain_by_cos_squared_per_sweep(hidden):
     rng = np.random.default_rng(hidden)
     chain = {f"fc{i}": eq.Dense(np.exp(rng.normal(scale=2, size=(1, 1)))) for i in range(hidden + 1)}
-    result = eq.equalize(eq.Graph.chain((1,), **chain), tol=1e-11)
+    result = eq.equalize(eq.Graph.chain((1,), **chain), eq.CrossLayer(tol=1e-11))
     ratios = np.divide(result.residual[1:], result.residual[:-1])
     steady = ratios[(np.array(result.residual[1:]) > 1e-8) & (np.arange(len(ratios)) >= min(len(ratios) // 3, 40))]
     assert len(steady) > 3
@@ -410,7 +413,7 @@ def test_cross_layer_contracts_a_chain_by_cos_squared_per_sweep(hidden):
 def test_cross_layer_ends_at_the_same_network_from_wherever_in_the_orbit_it_starts(build, data):
     graph = build(Maker(5))
     start = data.draw(factorizations(graph, powers_of_two=False)).apply(graph)
-    here, there = (eq.equalize(g, tol=1e-12, max_iter=5000) for g in (graph, start))
+    here, there = (eq.equalize(g, eq.CrossLayer(tol=1e-12, max_iter=5000)) for g in (graph, start))
     for node in here.graph:
         if isinstance(node.op, eq.Weighted):
             np.testing.assert_allclose(there.graph[node.name].op.weight, node.op.weight, rtol=1e-8, atol=1e-300)
@@ -427,7 +430,7 @@ def test_cross_layer_by_hand():
 def test_a_conv_that_reads_and_makes_one_stream_does_not_make_the_loop_swing():
     """``x + conv(x)``: the conv's weight ``[0, 1]`` grows by ``f_0 / f_1`` while ``[1, 0]`` shrinks by it."""
     for seed in range(30):
-        result = eq.equalize(handmade.itself(Maker(seed)), tol=1e-9)
+        result = eq.equalize(handmade.itself(Maker(seed)), eq.CrossLayer(tol=1e-9))
         assert result.success, result.message
         made_equals_read(result, 1e-7)
 
@@ -675,7 +678,7 @@ def test_a_residual_whose_reader_ignores_a_channel_gets_bounded_factors(method):
 def test_the_fields_of_a_result():
     m = Maker(1)
     graph = handmade.plain(m)
-    result = eq.equalize(graph, tol=1e-6)
+    result = eq.equalize(graph, eq.CrossLayer(tol=1e-6))
     assert result.success is True
     assert result.message.startswith(f"cross_layer: 9 factors chosen in {result.iterations} sweeps")
     assert result.iterations == len(result.residual) > 1
@@ -700,7 +703,7 @@ def test_too_few_sweeps_end_without_success_but_with_an_equivalent_network(sweep
     m = Maker(1)
     graph = handmade.mobile(m)
     x = m.data(graph)
-    result = eq.equalize(graph, tol=1e-12, max_iter=sweeps)
+    result = eq.equalize(graph, eq.CrossLayer(tol=1e-12, max_iter=sweeps))
     assert result.success is False
     assert result.iterations == sweeps
     assert "not converged" in result.message
@@ -761,7 +764,7 @@ def test_a_rule_of_ones_own_is_swept_to_convergence():
 
     m = Maker(1)
     graph = handmade.plain(m)
-    mine, theirs = eq.equalize(graph, towards_l2, tol=1e-10), eq.equalize(graph, tol=1e-10)
+    mine, theirs = eq.equalize(graph, eq.Swept(towards_l2, tol=1e-10)), eq.equalize(graph, eq.CrossLayer(tol=1e-10))
     assert mine.success
     assert mine.message.startswith("towards_l2: 9 factors chosen")
     for act in ("act1", "act2"):
@@ -792,7 +795,7 @@ def test_a_rule_that_never_settles_ends_at_its_bound_or_after_max_iter():
     assert growing.success
     assert factors_of(growing).max() == 1024
     turns = itertools.cycle([2.0, 0.5])
-    swinging = eq.equalize(graph, lambda block: np.full(len(block.made), next(turns)), exclude=["act2"], max_iter=50)
+    swinging = eq.equalize(graph, eq.Swept(lambda block: np.full(len(block.made), next(turns)), max_iter=50), exclude=["act2"])
     assert not swinging.success
     assert swinging.iterations == 50
 
@@ -838,7 +841,7 @@ def test_a_rule_that_returns_another_shape_is_refused(shape):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("method", ["", "one-step", "cle", None, 3])
+@pytest.mark.parametrize("method", ["", "one-step", "cle"])
 def test_unknown_methods_are_refused(method):
     with pytest.raises(ValueError, match=r"unknown method .*: use 'one_step', 'two_step', .*or a rule"):
         eq.equalize(handmade.plain(Maker(1)), method)
@@ -846,7 +849,7 @@ def test_unknown_methods_are_refused(method):
 
 @pytest.mark.parametrize("method", ["one_step", "two_step"])
 def test_the_papers_rules_need_statistics(method):
-    with pytest.raises(ValueError, match="needs the ranges of activations: give stats=calibrate"):
+    with pytest.raises(ValueError, match="needs the ranges of activations: give data=images, or stats=calibrate"):
         eq.equalize(handmade.plain(Maker(1)), method)
 
 
@@ -885,16 +888,90 @@ def test_include_and_exclude_name_values(argument):
 @pytest.mark.parametrize("max_factor", [0.5, 0, -1, np.inf, np.nan])
 def test_a_max_factor_below_1_or_without_end_is_refused(max_factor):
     with pytest.raises(ValueError, match="max_factor must be a finite number of at least 1"):
-        eq.equalize(handmade.plain(Maker(1)), max_factor=max_factor)
+        eq.CrossLayer(max_factor=max_factor)
 
 
 @pytest.mark.parametrize("max_iter", [0, -1, 1.5, "many"])
 def test_max_iter_must_be_a_positive_integer(max_iter):
     with pytest.raises(ValueError, match="max_iter must be a positive integer"):
-        eq.equalize(handmade.plain(Maker(1)), max_iter=max_iter)
+        eq.CrossLayer(max_iter=max_iter)
 
 
 @pytest.mark.parametrize("tol", [-1e-3, np.nan])
 def test_tol_must_not_be_negative_or_nan(tol):
     with pytest.raises(ValueError, match="tol must be a finite number of at least 0"):
-        eq.equalize(handmade.plain(Maker(1)), tol=tol)
+        eq.CrossLayer(tol=tol)
+
+
+# ------------------------------------------------------------------------------------------------ one call
+
+
+@pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
+def test_data_alone_is_calibration_gradients_likely_ranges_and_the_optimum(build):
+    m = Maker(4)
+    graph = build(m)
+    x = m.data(graph)
+    assert len(x) <= equalization.SENSED
+    stats = eq.calibrate(graph, x)
+    by_hand = eq.Optimal(eq.gradient_sensitivities(graph, x, relative_to=stats), eq.likely_ranges(graph, stats))
+    asked, pieces = eq.equalize(graph, data=x), eq.equalize(graph, by_hand, stats=stats)
+    assert asked.message.startswith("optimal: ") and asked.predicted == pieces.predicted and asked.gap_db == pieces.gap_db
+    for value in graph.shapes:
+        assert np.array_equal(asked.factorization[value], pieces.factorization[value])
+
+
+def test_batches_may_be_an_iterator_that_can_be_read_once():
+    m = Maker(4)
+    graph = handmade.mobile(m)
+    x = np.concatenate([m.data(graph) for _ in range(6)])
+    whole, batched = eq.equalize(graph, data=x), eq.equalize(graph, data=(x[i:i + 5] for i in range(0, len(x), 5)))
+    assert len(x) > equalization.SENSED
+    for value in graph.shapes:
+        assert batched.factorization[value] == pytest.approx(whole.factorization[value], rel=1e-6)
+
+
+def test_the_images_for_gradients_are_drawn_from_all_of_them():
+    graph = eq.Graph.chain((1,), fc=eq.Dense(np.ones((1, 1))))
+    data = np.arange(400.0)[:, None]
+    for batches_of_it in (data, (data[i:i + 7] for i in range(0, 400, 7))):
+        kept = equalization._measured(graph, batches_of_it, None)[1]["x"][:, 0]
+        assert len(set(kept.tolist())) == equalization.SENSED
+        assert np.histogram(kept, bins=4, range=(0, 400))[0].min() >= 1
+
+
+@pytest.mark.parametrize("method", ["one_step", "two_step", "cross_layer", "optimal"])
+def test_a_result_that_is_expected_to_be_worse_says_so_first(method):
+    m = Maker(3)
+    graph = handmade.mobile(m)
+    x = m.data(graph)
+    best = eq.equalize(graph, data=x)
+    for start in (graph, best.graph):
+        result = eq.equalize(start, method, data=x)
+        before, after = result.predicted
+        assert result.message.startswith("the expected noise rises, from") == (after < before)
+        kept = eq.equalize(start, method, data=x, harmless=True)
+        assert kept.predicted[1] >= kept.predicted[0] and not kept.message.startswith("the expected noise rises")
+
+
+def test_no_data_is_cross_layer_and_an_own_rule_is_swept():
+    graph = handmade.plain(Maker(1))
+    assert eq.equalize(graph).message.startswith("cross_layer: ")
+    assert eq.equalize(graph, rules.cross_layer).message.startswith("cross_layer: ")
+    with pytest.raises(ValueError, match="calibration needs at least one batch, got none"):
+        eq.equalize(graph, data=[])
+    with pytest.raises(ValueError, match="expected noise needs the ranges of activations: give data=images"):
+        eq.equalize(graph, harmless=True)
+
+
+def test_an_op_without_gradients_is_weighed_by_statistics():
+    class Doubling(eq.ReLU):
+        def vjp(self, g, *inputs):
+            raise TypeError("no vjp")
+
+    m = Maker(1)
+    graph = handmade.plain(m)
+    graph = graph.with_ops({node.name: Doubling() for node in graph if isinstance(node.op, eq.ReLU)})
+    x = m.data(graph)
+    stats = eq.calibrate(graph, x)
+    by_hand = eq.equalize(graph, eq.Optimal(eq.forward_sensitivities(graph, stats)), stats=stats)
+    assert eq.equalize(graph, data=x).predicted == by_hand.predicted

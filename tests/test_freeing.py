@@ -75,7 +75,7 @@ def test_a_scale_is_put_where_a_normalisation_ties_what_it_reads():
     quality = []
     for g in (graph, opened):
         stats = eq.calibrate(g, x)
-        result = eq.equalize(g, "optimal", stats=stats, sensitivities=eq.gradient_sensitivities(g, x))
+        result = eq.equalize(g, eq.Optimal(eq.gradient_sensitivities(g, x), stats), stats=stats)
         assert eq.verify(graph, result.graph, x)
         q = eq.quantize(result.graph, stats=result.factorization.apply(stats), activations=eq.UniformQuantizer(8, symmetric=False))
         quality.append(eq.sqnr(eq.forward(graph, x), eq.forward(q, x)))

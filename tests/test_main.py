@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import eqfact as eq
-from eqfact import commands, demo, files, serialization
+from eqfact import commands, demo, files, methods, serialization
 from eqfact.__main__ import COMMANDS, main, table
 
 RNG = np.random.default_rng(11)
@@ -105,15 +105,14 @@ def test_fold_says_what_stays_and_why(run):
     assert "not folded: 'bn', 'x' before it is a network input" in run("fold stays.npz -o folded.npz")[1]
 
 
-@pytest.mark.parametrize("method", commands.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_equalize_writes_what_the_library_returns(run, method):
     facts = facts_of(run, f"equalize net.npz -o eq.npz --fold --method {method} --data images.npz")
     folded = eq.fold_batchnorm(NET)
     stats = eq.calibrate(folded, IMAGES)
     grids = {"weights": eq.UniformQuantizer(bits=8), "activations": eq.UniformQuantizer(bits=8, symmetric=False)}
-    ranges = eq.likely_ranges(folded, stats, eq.batchnorm_gaussians(NET)) if method == "optimal" else None
-    sensitivities = eq.gradient_sensitivities(folded, [IMAGES[:commands.SENSED]])
-    result = eq.equalize(folded, method, stats=stats, ranges=ranges, **grids, sensitivities=sensitivities)
+    chosen = eq.Optimal(ranges=eq.likely_ranges(folded, stats, eq.batchnorm_gaussians(NET))) if method == "optimal" else method
+    result = eq.equalize(folded, chosen, stats=stats, data=IMAGES, **grids)
     written = serialization.load("eq.npz")
     for node in result.graph:
         if isinstance(node.op, eq.Weighted):
@@ -131,11 +130,27 @@ def test_equalize_writes_what_the_library_returns(run, method):
 def test_equalize_tells_all_in_text(run):
     status, text = run("equalize net.npz -o eq.npz --data images.npz")
     assert status == 0
-    for said in ("cross_layer: ", "24 degrees of freedom", "largest range ratio of weight channels: ", "of value channels",
-                 "W8A8 SQNR of 'fc': ", "pinned: 'x', network input 'x'", "1 BatchNorm can be folded: eqfact fold, or --fold",
+    for said in ("optimal: ", "16 degrees of freedom", "largest range ratio of weight channels: ", "of value channels",
+                 "W8A8 SQNR of 'fc': ", "pinned: 'x', network input 'x'",
                  "\nequal: ", "(on the first 4 of 12 images of images.npz)", "written to eq.npz"):
         assert said in text
-    assert "(on 4 inputs of random numbers (seed 0))" in run("equalize net.npz -o eq.npz")[1]
+    kept = run("equalize net.npz -o eq.npz --no-fold")[1]
+    for said in ("cross_layer: ", "24 degrees of freedom", "1 BatchNorm can be folded: eqfact fold, or --fold",
+                 "(on 4 inputs of random numbers (seed 0))"):
+        assert said in kept
+
+
+def test_nothing_else_said_is_optimal_with_data_and_cross_layer_without(run):
+    assert facts_of(run, "equalize net.npz -o eq.npz --data images.npz")["method"] == "optimal"
+    assert facts_of(run, "equalize net.npz -o eq.npz")["method"] == "cross_layer"
+
+
+def test_a_result_that_is_expected_to_be_worse_is_warned_of(run):
+    serialization.save("balanced.npz", eq.equalize(eq.fold_batchnorm(NET), data=IMAGES).graph)
+    status, text = run("equalize balanced.npz -o eq.npz --data images.npz --method one_step --max-factor 4")
+    assert status == 0 and text.startswith("WARNING: ") and "--method optimal" in text and "--harmless" in text
+    assert "the expected noise rises, from an SQNR of " in text
+    assert "WARNING" not in run("equalize balanced.npz -o eq.npz --data images.npz --method one_step --max-factor 4 --harmless")[1]
 
 
 def test_equalize_exact_keeps_every_bit(run):
@@ -146,7 +161,7 @@ def test_equalize_exact_keeps_every_bit(run):
 def test_factors_written_can_be_applied(run):
     facts_of(run, "equalize net.npz -o eq.npz --factors factors.npz --exclude act2")
     with np.load("factors.npz") as factors:
-        assert set(factors) == set(NET.shapes)
+        assert set(factors) == set(eq.fold_batchnorm(NET).shapes)
         assert np.array_equal(factors["act2"], np.ones(8)) and not np.array_equal(factors["act1"], np.ones(8))
     facts = facts_of(run, "equalize net.npz -o again.npz --apply factors.npz")
     assert facts["method"] == "apply" and "factors of 'factors.npz'" in facts["message"]
@@ -220,7 +235,7 @@ def test_verify_answers_with_its_exit_status(run):
     assert facts["verification"]["equal"] and facts["verification"]["data"] == "12 images of images.npz"
     run("quantize net.npz -o q.npz --data images.npz --weight-bits 4")
     status, text = run("verify net.npz q.npz --data images.npz")
-    assert status == 1 and text.startswith("not equal: they part at 'conv1'")
+    assert status == 1 and text.startswith("not equal: they part at 'bn1'")
     assert facts_of(run, "verify net.npz q.npz --data images.npz")["ok"] is False
 
 

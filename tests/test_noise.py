@@ -461,7 +461,8 @@ def test_what_the_model_cannot_say_is_refused():
         noise_model(graph, None, weights=None, activations=A8, sensitivities=s)
 
 
-@pytest.mark.parametrize("call", [eq.noise_model, eq.predict_noise, lambda net, stats, **options: eq.equalize(net, stats=stats, **options)])
+@pytest.mark.parametrize("call", [
+    eq.noise_model, eq.predict_noise, lambda net, stats, weights, **_: eq.equalize(net, stats=stats, weights=weights)])
 def test_what_is_no_quantizer_is_refused(call):
     m = handmade.Maker(31)
     net = handmade.plain(m)

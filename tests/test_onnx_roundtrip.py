@@ -135,7 +135,7 @@ def test_rescaled_networks_compute_the_same_in_onnxruntime(net, tmp_path):
 def test_folded_and_equalized_networks_keep_outputs(net, tmp_path):
     path, graph = net
     feeds = small.feeds_of(graph, batch=1)
-    result = eq.equalize(eq.fold_batchnorm(graph), method="cross_layer", max_iter=10)
+    result = eq.equalize(eq.fold_batchnorm(graph), eq.CrossLayer(max_iter=10))
     eqfact.onnx.save(tmp_path / "equalized.onnx", result.graph)
     small.close(small.run_ort(tmp_path / "equalized.onnx", feeds), small.run_ort(path, feeds), 1e-4)
 

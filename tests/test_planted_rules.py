@@ -16,7 +16,7 @@ import test_rules
 from handmade import Maker
 
 import eqfact as eq
-from eqfact import blocks, equalization, folding, quantization, rules, verification
+from eqfact import blocks, folding, methods, quantization, rules, verification
 from eqfact.ops import base, grid
 from eqfact.ops.base import Weighted
 
@@ -47,7 +47,7 @@ def keeps_the_function_of(build, method="cross_layer"):
 
 
 def converges_on(build):
-    return lambda: test_equalization.made_equals_read(eq.equalize(build(Maker(2)), tol=1e-9), 1e-7)
+    return lambda: test_equalization.made_equals_read(eq.equalize(build(Maker(2)), eq.CrossLayer(tol=1e-9)), 1e-7)
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -56,13 +56,13 @@ def converges_on(build):
 def test_a_rule_with_one_over_f_is_caught(caught):
     """The DFQ paper's s is 1/f. Invariance holds for any factors, so only the optimality laws can see it."""
     right = rules.cross_layer
-    wrong = (equalization, "cross_layer", lambda block: 1 / right(block))
+    wrong = (methods, "cross_layer", lambda block: 1 / right(block))
     caught(converges_on(handmade.plain), wrong)
     caught(test_equalization.test_cross_layer_by_hand, wrong)
 
 
 def test_a_rule_with_the_ratio_instead_of_its_root_is_caught(caught):
-    wrong = (equalization, "cross_layer", lambda block: rules.cross_layer(block) ** 2)
+    wrong = (methods, "cross_layer", lambda block: rules.cross_layer(block) ** 2)
     caught(test_equalization.test_cross_layer_by_hand, wrong)
 
 
@@ -78,7 +78,7 @@ def test_two_step_that_forgets_m_is_caught(caught):
     """Fault 1 of the authors' script: with one consumer, two-step was one-step."""
     wrong = (rules, "two_step", rules.one_step)
     caught(test_rules.test_two_step_is_the_papers_formula, wrong)
-    wrong = (equalization, "two_step", rules.one_step)
+    wrong = (methods, "two_step", rules.one_step)
     caught(test_equalization.test_fault_1_two_step_differs_from_one_step_on_a_plain_chain_with_one_consumer, wrong)
     caught(lambda: test_equalization.test_the_papers_rules_agree_with_a_step_by_step_implementation("two_step", True, 0), wrong)
 
@@ -94,7 +94,7 @@ def test_a_dead_channel_that_gets_an_infinite_factor_is_caught(caught):
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.sqrt(block.read / block.made)
 
-    wrong = (equalization, "cross_layer", unguarded)
+    wrong = (methods, "cross_layer", unguarded)
     law = test_equalization.test_dead_nearly_dead_constant_subnormal_and_huge_channels
     for kind in ("dead", "constant"):
         caught(lambda kind=kind: law(kind, "float64", "cross_layer"), wrong)
@@ -102,7 +102,7 @@ def test_a_dead_channel_that_gets_an_infinite_factor_is_caught(caught):
 
 def test_nearly_dead_channels_that_are_blown_up_are_caught(caught):
     caught(lambda: test_equalization.test_dead_nearly_dead_constant_subnormal_and_huge_channels("1e-12", "float64", "cross_layer"),
-           (equalization, "CROSS_LAYER_MAX_FACTOR", 1e12))
+           (methods, "METHODS", {"cross_layer": lambda: eq.CrossLayer(max_factor=1e12)}))
 
 
 def test_residual_partners_that_do_not_limit_each_other_are_caught(caught):

@@ -321,8 +321,8 @@ def test_cross_layer_with_statistics_is_smoothquant_with_alpha_one_half_on_a_nor
     activation = np.abs(eq.values(graph, x)["norm"]).max(axis=(0, 2))
     weight = np.maximum(*(np.abs(graph[name].op.weight).max(axis=(0, 2)) for name in ("a", "b")))
     s = activation**0.5 / weight**0.5
-    for method in ("cross_layer", rules.smooth_quant):
-        assert eq.equalize(graph, method, stats=stats, tol=1e-12).factorization["norm"] == pytest.approx(1 / s)
+    for method in (eq.CrossLayer(tol=1e-12), eq.Swept(rules.smooth_quant, tol=1e-12)):
+        assert eq.equalize(graph, method, stats=stats).factorization["norm"] == pytest.approx(1 / s)
     assert not np.allclose(eq.equalize(graph, "cross_layer").factorization["norm"], 1 / s)  # by gamma alone
 
 
@@ -332,4 +332,5 @@ def test_smoothquant_with_another_alpha(alpha):
     stats = eq.calibrate(graph, x)
     block = Block((Maker(np.arange(2), np.ones(2), np.array([4.0, 0.0])),), np.ones(2), np.array([16.0, 1.0]))
     assert rules.smooth_quant(block, alpha=alpha) == pytest.approx([16 ** (1 - alpha) / 4**alpha, 1])
-    assert eq.verify(graph, eq.equalize(graph, functools.partial(rules.smooth_quant, alpha=alpha), stats=stats, max_iter=1).graph, x)
+    once = eq.Swept(functools.partial(rules.smooth_quant, alpha=alpha), max_iter=1)
+    assert eq.verify(graph, eq.equalize(graph, once, stats=stats).graph, x)

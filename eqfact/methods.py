@@ -1,0 +1,373 @@
+"""What can be asked of equalize? A method is a value that holds its own options, and finds the factors of a :class:`Task`.
+
+``OneStep`` and ``TwoStep`` apply a rule of :mod:`eqfact.rules` once (PAPER 2 to 4), ``CrossLayer`` (PAPER 7) and ``Swept``, a rule of your
+own, until nothing moves: one loop, that owns the order (blocks in the order of their first maker), the sweeps, the bounds and the verdict;
+the rule sees ranges that :mod:`eqfact.blocks` reads off weights and factors. ``Optimal`` minimises the expected noise
+(:mod:`eqfact.optimal`). Another method is another class with a ``find``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, layers, made_and_read, neighbours, product_values
+from eqfact.calibration import Statistics, check_statistics, likely_ranges
+from eqfact.channels import Channels
+from eqfact.factorization import Factorization
+from eqfact.graph import Data, Graph
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, unit_sensitivities
+from eqfact.optimal import objective_at, optimal
+from eqfact.quantization import UniformQuantizer
+from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
+
+#: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
+#: factors of 1e8 blow up its bias (PAPER 9: EfficientNet-Lite0).
+CROSS_LAYER_MAX_FACTOR = 1024.0
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a method is given: a network, its free numbers, and what is known of its data and its quantizers."""
+
+    graph: Graph
+    channels: Channels
+    #: Of the data, or as the caller gave them; None if there are none.
+    stats: Statistics | None
+    #: Some images that the caller gave, one batch, for gradients.
+    images: Data | None
+    weights: UniformQuantizer | None
+    activations: UniformQuantizer | None
+    given: Sensitivities | None = None
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """Those given, else gradients on the images, each output relative to its power; without images (or gradients) from statistics."""
+        if self.given is not None:
+            return self.given
+        assert self.stats is not None
+        if self.images is not None:
+            try:
+                return gradient_sensitivities(self.graph, self.images, relative_to=self.stats)
+            except TypeError:  # an op of the caller's that has no vjp
+                pass
+        return forward_sensitivities(self.graph, self.stats)
+
+    def model(self, ranges: Statistics | None = None) -> NoiseModel:
+        """The expected noise of the quantizers, 8 bits per tensor if none is named, for the ranges of the statistics or others."""
+        if self.stats is None:
+            raise ValueError("expected noise needs the ranges of activations: give data=images, or stats=calibrate(graph, batches)")
+        weights, activations = self.weights, self.activations
+        if weights is None and activations is None:
+            weights, activations = UniformQuantizer(8), UniformQuantizer(8, symmetric=False)
+        return noise_model(self.graph, ranges or self.stats, weights=weights, activations=activations,
+                           sensitivities=self.sensitivities, resolved=self.channels)
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a factorization was the best for: the noise model, what of it was minimised, and a lower bound on that."""
+
+    model: NoiseModel
+    objective: str
+    bound: float
+
+    def reached(self, factorization: Factorization) -> float:
+        """The objective there."""
+        return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method found."""
+
+    factorization: Factorization
+    success: bool
+    message: str
+    iterations: int
+    #: Sweep by sweep or step by step, how far it was from the end.
+    residual: tuple[float, ...]
+    goal: Goal | None = None
+
+
+class Method(Protocol):
+    """What :func:`eqfact.equalize` asks of a method. All have a bound on their factors."""
+
+    @property
+    def max_factor(self) -> float:
+        """No factor exceeds it."""
+
+    def find(self, task: Task) -> Found:
+        """The factors."""
+
+
+def _check(max_factor: float, tol: float = 0.0, max_iter: int = 1) -> None:
+    if not (np.isfinite(max_factor) and max_factor >= 1):
+        raise ValueError(f"max_factor must be a finite number of at least 1, got {max_factor}")
+    if not (np.isfinite(tol) and tol >= 0):
+        raise ValueError(f"tol must be a finite number of at least 0, got {tol}")
+    if not isinstance(max_iter, (int, np.integer)) or max_iter < 1:
+        raise ValueError(f"max_iter must be a positive integer, got {max_iter!r}")
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """Amplify until kernel or activation reach the layer's range, by at most ``max_factor`` (PAPER 2); one pass. Needs data or statistics.
+
+    A concat lift and a residual stream's own minimum come on top of the bound. ``preactivation`` adds the paper's optional limit,
+    ``max(A / P_i, 1)``. :class:`ValueError` for a bound below 1.
+    """
+
+    max_factor: float = MAX_FACTOR
+    preactivation: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.max_factor)
+
+    def find(self, task: Task) -> Found:
+        """The factors of one pass."""
+        if task.stats is None:
+            raise ValueError(f"method '{self._rule()[0]}' needs the ranges of activations: give data=images, "
+                             "or stats=calibrate(graph, batches)")
+        name, rule = self._rule()
+        return _loop(task, _Loop(name, partial(rule, max_factor=self.max_factor), self.max_factor, 1 / MAX_RATIO, once=True,
+                                 preactivation=self.preactivation))
+
+    def _rule(self) -> tuple[str, Callable[..., Vector]]:
+        return "one_step", one_step
+
+
+@dataclass(frozen=True)
+class TwoStep(OneStep):
+    """As :class:`OneStep`, after every channel is attenuated until its readers just reach their own range (PAPER 3)."""
+
+    def _rule(self) -> tuple[str, Callable[..., Vector]]:
+        return "two_step", two_step
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A rule of your own, :data:`eqfact.rules.Rule`, applied block by block until no ``|log f|`` moves by more than ``tol``.
+
+    At most ``max_iter`` sweeps; factors stay within ``[1 / max_factor, max_factor]``. Statistics are used if there are any, for the ranges
+    of activations. :class:`ValueError` for unusable options, and where the rule's factors are.
+
+    >>> Swept(lambda block: np.sqrt(block.read / block.made), tol=1e-6).max_factor
+    1024.0
+    """
+
+    rule: Rule
+    max_factor: float = field(default=CROSS_LAYER_MAX_FACTOR, kw_only=True)
+    tol: float = field(default=1e-3, kw_only=True)
+    max_iter: int = field(default=1000, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule):
+            raise TypeError(f"a rule is a function from a Block to factors (see eqfact.rules), got {self.rule!r}")
+        _check(self.max_factor, self.tol, self.max_iter)
+
+    def find(self, task: Task) -> Found:
+        """The factors at which the rule stops."""
+        name = getattr(self.rule, "__name__", "the rule")
+        return _loop(task, _Loop(name, self.rule, self.max_factor, 1 / self.max_factor, tol=self.tol, max_iter=int(self.max_iter)))
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """Makes the weights that make and that read every channel range alike (Nagel et al. 2019, PAPER 7); needs no data and uses none.
+
+    Swept as :class:`Swept`, until no ``|log f|`` moves by more than ``tol``, at most ``max_iter`` times.
+    """
+
+    max_factor: float = CROSS_LAYER_MAX_FACTOR
+    tol: float = 1e-3
+    max_iter: int = 1000
+
+    def __post_init__(self) -> None:
+        _check(self.max_factor, self.tol, self.max_iter)
+
+    def find(self, task: Task) -> Found:
+        """The factors of balance."""
+        return _loop(task, _Loop("cross_layer", cross_layer, self.max_factor, 1 / self.max_factor, tol=self.tol,
+                                 max_iter=int(self.max_iter), weights_alone=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Optimal:
+    """The least expected noise over all factors within ``[1 / max_factor, max_factor]``, certified to ``tol`` dB (docs/optimal.md).
+
+    ``sensitivities`` are what noise is weighed with: gradients on the data if not given, or, where there are only statistics,
+    :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
+    :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``objective="range"`` minimises
+    the product of all ranges instead, and needs no data. At most ``max_iter`` Newton steps. :class:`ValueError` for unusable options.
+    """
+
+    sensitivities: Sensitivities | None = None
+    ranges: Statistics | None = None
+    objective: str = "noise"
+    max_factor: float = CROSS_LAYER_MAX_FACTOR
+    tol: float = 0.05
+    max_iter: int = 200
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("noise", "range"):
+            raise ValueError(f"unknown objective {self.objective!r}: use 'noise' or 'range'")
+        _check(self.max_factor, self.tol, self.max_iter)
+
+    def find(self, task: Task) -> Found:
+        """The factors of the least objective, and its certificate."""
+        resolved, bound = task.channels, self.max_factor
+        model = self._model(task)
+        plans = blocks(layers(task.graph, resolved), resolved)
+        dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
+        for plan in plans:
+            dead[plan.labels] = ~_alive(plan, np.ones(resolved.size))
+        best = optimal(model, objective=self.objective, box=bound, held=dead, tol=self.tol, max_iter=int(self.max_iter))
+        message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
+                   f"Newton steps" + _held_back(plans, resolved.by_label(best.f), bound, 1 / bound, ""))
+        return Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
+                     Goal(model, self.objective, best.bound))
+
+    def _model(self, task: Task) -> NoiseModel:
+        if self.objective == "range" and task.stats is None:
+            return noise_model(task.graph, None, weights=task.weights or UniformQuantizer(8), activations=None,
+                               sensitivities=unit_sensitivities(task.graph), resolved=task.channels)
+        if task.stats is None:
+            raise ValueError("expected noise needs the ranges of activations: give data=images, or stats=calibrate(graph, batches)")
+        if self.ranges is not None:
+            check_statistics(task.graph, self.ranges)
+        return task.model(likely_ranges(task.graph, task.stats) if self.ranges is None else self.ranges)
+
+
+#: The methods that a name stands for, with their defaults.
+METHODS: dict[str, type[OneStep | CrossLayer | Optimal]] = {
+    "one_step": OneStep, "two_step": TwoStep, "cross_layer": CrossLayer, "optimal": Optimal}
+
+
+def method_of(given: str | Rule | Method) -> Method:
+    """The method that is meant: a value, the name of one, or a rule to sweep."""
+    if isinstance(given, str):
+        if given not in METHODS:
+            raise ValueError(f"unknown method {given!r}: use {', '.join(map(repr, METHODS))}, one of these with options "
+                             "(eqfact.CrossLayer(tol=1e-4)), or a rule (see eqfact.rules)")
+        return METHODS[given]()
+    if isinstance(given, type):
+        raise TypeError(f"a method is a value: give {given.__name__}(...) with its options, not the class")
+    if isinstance(given, (OneStep, CrossLayer, Swept, Optimal)) or not callable(given):
+        if not callable(getattr(given, "find", None)):
+            raise TypeError(f"a method is a name, a rule or a value such as eqfact.CrossLayer(), got {given!r}")
+        return given
+    return Swept(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """A rule, and how it is applied."""
+
+    name: str
+    rule: Rule
+    bound: float
+    lowest: float
+    tol: float = 1e-3
+    max_iter: int = 1
+    once: bool = False
+    preactivation: bool = False
+    #: The rule looks at no activations.
+    weights_alone: bool = False
+
+
+def _loop(task: Task, how: _Loop) -> Found:
+    """Apply the rule block by block, once or until nothing moves."""
+    graph, resolved, stats = task.graph, task.channels, task.stats
+    found = layers(graph, resolved, stats)
+    looks = stats is not None and not how.weights_alone
+    plans = blocks(found, resolved, product_values(graph, resolved, stats) if looks and stats is not None else ())
+    activations = activation_ranges(graph, found, stats) if looks and stats is not None else {}
+    touched = neighbours(plans)
+    f = np.ones(resolved.size)
+    residual: list[float] = []
+    everything = set(range(len(plans)))
+    due = everything  # blocks with a neighbour that moved; the last sweep looks at all again
+    while len(residual) < how.max_iter:
+        whole, moved = due == everything, 0.0
+        pending = set()
+        for index, plan in enumerate(plans):
+            if index not in due and index not in pending:
+                continue
+            pending.discard(index)
+            block = made_and_read(plan, f) if how.weights_alone else block_ranges(plan, f, activations, how.preactivation)
+            step = _checked(how.rule(block), plan)
+            # where several numbers, or both sides of weights, move a range at once: the step in log that keeps it from swinging
+            if (power := plan.of_side if how.once else plan.of_weights) > 1:
+                step = step ** (1 / power)
+            old = f[plan.labels]
+            f[plan.labels] = new = old * step if how.once else np.clip(old * step, 1 / how.bound, how.bound)
+            resolved.follow(f, plan.followers)
+            change = float(np.abs(np.log(new / old)).max())
+            moved = max(moved, change)
+            if change > how.tol:
+                pending |= touched[index]
+        residual.append(moved)
+        if whole and moved <= how.tol:
+            break
+        due = pending or everything
+    success = how.once or residual[-1] <= how.tol
+    free = f[:resolved.degrees_of_freedom + 1]
+    return Found(Factorization(resolved, free), success, _message(how, success, residual, f, plans, resolved), len(residual),
+                 tuple(residual))
+
+
+def _checked(step: Vector, plan: BlockPlan) -> Vector:
+    """The rule's factors, if they are usable."""
+    step = np.asarray(step, np.float64)
+    if step.shape != plan.labels.shape:
+        value = plan.growing[0].layer.values[0]
+        raise ValueError(f"value '{value}': the rule must return {len(plan.labels)} factors, got shape {step.shape}")
+    wrong = ~(np.isfinite(step) & (step > 0))
+    if wrong.any():
+        number = int(np.argmax(wrong))
+        value, channel = next((side.layer.values[0], int(side.channels[np.argmax(side.numbers == number)]))
+                              for side in (*plan.growing, *plan.shrinking) if number in side.numbers)
+        raise ValueError(f"value '{value}', channel {channel}: the rule returned {step[wrong][0]}; "
+                         "factors must be positive and finite, return 1 for channels that it cannot judge")
+    return step
+
+
+def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, plans: Sequence[BlockPlan], resolved: Channels) -> str:
+    """What happened, in a sentence or two."""
+    if not plans:
+        return f"{how.name}: no channel is free, the network is returned as it is"
+    sweeps = f"{len(residual)} sweep{'s' if len(residual) != 1 else ''}"
+    verdict = f"{how.name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
+    if not success:
+        verdict = f"{how.name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {how.tol:g}); raise max_iter"
+    return verdict + _held_back(plans, f, how.bound, how.lowest, "" if how.once else "nearly dead ")
+
+
+def _held_back(plans: Sequence[BlockPlan], f: Vector, bound: float, lowest: float, kind: str) -> str:
+    """How many channels are dead, and how many of the others stand at a bound."""
+    text, dead, at_bound = "", 0, 0
+    for plan in plans:
+        alive = _alive(plan, f)
+        dead += int((~alive).sum())
+        at_bound += int((alive & ((f[plan.labels] >= bound * (1 - 1e-9)) | (f[plan.labels] <= lowest * (1 + 1e-9)))).sum())
+    if dead:
+        text += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
+    if at_bound:
+        text += f"; {at_bound} {kind}channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
+    return text
+
+
+def _alive(plan: BlockPlan, f: Vector) -> npt.NDArray[np.bool_]:
+    """Which channels of a block have weights that make them and weights that read them."""
+    block = made_and_read(plan, f)
+    alive: npt.NDArray[np.bool_] = (block.made > 0) & (block.read > 0)
+    return alive
