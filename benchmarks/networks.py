@@ -86,6 +86,22 @@ def images(name: str) -> tuple[Array, NDArray[np.int64] | None]:
     return _centres(name, pictures), labels if _source(name).imagenet else None
 
 
+def crops(name: str, half: int, *, each: int = 8, seed: int = 0) -> Array:
+    """Random crops of one half of the twenty ImageNet images, 0 or 1, as network `name` wants them, (10 * each, 3, H, W).
+
+    Crops of an image follow each other. They depend on image and seed alone: every network sees the same, and more begin with fewer.
+    """
+    if half not in (0, 1):
+        raise ValueError(f"half must be 0 or 1, got {half}")
+    return _crops(name, photographs.imagenet()[0][10 * half:10 * half + 10], each, (seed, half))
+
+
+def others(name: str, *, each: int | None = None, seed: int = 0) -> Array:
+    """Eight photographs that are not of ImageNet, as network `name` wants them: their centres, or `each` random crops of each."""
+    pictures = photographs.others()
+    return _centres(name, pictures) if each is None else _crops(name, pictures, each, (seed, 2))
+
+
 def torch_module(name: str) -> Any:
     """Network `name` as a torch.nn.Module in evaluation mode; its weights come from the package, not the ONNX file."""
     return converting.to_torch(_source(name))
@@ -99,6 +115,11 @@ def _source(name: str) -> Source:
 
 def _centres(name: str, pictures: Sequence[Any]) -> Array:
     return _given(name, [photographs.centre(picture, _source(name).size) for picture in pictures])
+
+
+def _crops(name: str, pictures: Sequence[Any], each: int, seed: tuple[int, ...]) -> Array:
+    size, streams = _source(name).size, [np.random.default_rng((*seed, i)) for i in range(len(pictures))]
+    return _given(name, [photographs.crop(picture, size, rng) for picture, rng in zip(pictures, streams, strict=True) for _ in range(each)])
 
 
 def _given(name: str, pixels: Sequence[NDArray[np.uint8]]) -> Array:
