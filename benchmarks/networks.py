@@ -56,8 +56,9 @@ SOURCES = {
     # Licence MIT. Five classes of content, from drawing to indecent: Keras' Inception-V3, trained further on 60 GB of pictures of the five
     # (github.com/GantMan/nsfw_model). The package stores every array in 8 bits, one step per array, the moments of BatchNorm too: what is
     # measured is the network that its users run. Folding BatchNorm gives every channel a step of its own, so that a quantizer meets no grid
-    # that it could hit: the squared errors of 8 bits are 0.95 of step^2 / 12 in the median layer. But small channels have lost their detail
-    # already, a few all of it. All photographs here are "neutral" to it: SQNR of its logits says something, agreement of classes does not.
+    # that it could hit: the squared errors of 8 bits are 0.95 of step^2 / 12 in the median layer. But what was small is lost: 144 of
+    # the 256 units of dense_1 have no weight left. All photographs here are "neutral" to it: SQNR of its logits says something, agreement
+    # of classes does not.
     "nsfw_inception_v3": Source("nsfwjs@4.4.0", "package/dist/models/inception_v3", 299, ("logits",), mean=(0.0,) * 3, std=(255.0,) * 3),
 }
 
