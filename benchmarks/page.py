@@ -10,11 +10,14 @@ import numpy as np
 Kept = Mapping[str, Any]
 
 TITLES = {"mobilenetv2": "MobileNetV2", "efficientnet_lite0": "EfficientNet-Lite0",
-          "mtcnn_onet": "MTCNN O-Net", "mtcnn_rnet": "MTCNN R-Net"}
+          "mtcnn_onet": "MTCNN O-Net", "mtcnn_rnet": "MTCNN R-Net",
+          "dogs_mobilenetv2": "MobileNetV2 of dogs", "nsfw_inception_v3": "Inception-V3 (weights stored in 8 bits)"}
 VERDICTS = {"mobilenetv2": "images whose most alike other image (cosine of the features) is the same as in float",
             "efficientnet_lite0": "images given the same class as in float",
             "mtcnn_onet": "images given the same face-or-not verdict as in float",
-            "mtcnn_rnet": "images given the same face-or-not verdict as in float"}
+            "mtcnn_rnet": "images given the same face-or-not verdict as in float",
+            "dogs_mobilenetv2": "images given the same breed as in float",
+            "nsfw_inception_v3": "images given the same of five classes as in float, which is one class for all of them"}
 SETTINGS = ("W8A8", "W8A32", "W6A8")
 ORDER = ("none", "one-step", "two-step", "cross-layer", "optimal", "optimal, ranges as seen", "per-channel")
 METHODS = {"one_step": "one-step", "two_step": "two-step", "cross_layer": "cross-layer", "optimal": "optimal"}
