@@ -22,7 +22,7 @@ ROWS = [
     ["noise", "verification"],
     ["blocks", "logsums", "optimal"],
     ["equalization"],
-    ["correction"],
+    ["correction", "training"],
     ["serialization"],
     ["onnx"],
     ["files", "testing"],
