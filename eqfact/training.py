@@ -116,8 +116,8 @@ def train(graph: Graph, batches: Iterable[Batch] | Data, *, stats: Statistics, w
     ``ranges``: the ranges of weights and activations too, which start at the extrema of the weights and of ``stats``, those of this
     graph. ``loss``: ``"squared_error"``, against the outputs of ``graph``, relative to their power (each output's, their mean), which is
     the inverse SQNR; or ``"cross_entropy"`` of the only output ``(N, classes)``, the logits, and labels ``(N,)`` from 0.
-    ``learning_rate`` is in units of each parameter, of about one rounding; ``schedule`` is ``"cosine"`` (to 0), ``"constant"`` or a function of the share of
-    the steps that are done. ``progress`` is called with the steps done and the loss.
+    ``learning_rate`` is in units of each parameter, of about one rounding; ``schedule`` is ``"cosine"`` (to 0), ``"constant"`` or a
+    function of the share of the steps that are done. ``progress`` is called with the steps done and the loss.
 
     The same arguments give the same bits. ``stop`` ends after so many of the ``steps``; the same call with the ``state`` of its result, and
     with the same batches from their beginning, goes on to what an uninterrupted one gives, to the bit.
@@ -131,7 +131,7 @@ def train(graph: Graph, batches: Iterable[Batch] | Data, *, stats: Statistics, w
     array([0. , 0.6])
     """
     model = _Model(graph, stats, weights, activations, parameters, ranges)
-    decay = _options(loss, learning_rate, schedule, steps)
+    decay = _options(learning_rate, schedule, steps)
     state = model.initial() if state is None else model.checked(state)
     last = steps if stop is None else min(stop, steps)
     if state.step > last:
@@ -154,7 +154,7 @@ def shuffled(x: Data, labels: npt.ArrayLike | None = None, *, size: int = 64, se
     One shuffling of all of them comes after the other; the same ``seed`` gives the same batches.
 
     >>> [batch.tolist() for batch in itertools.islice(shuffled(np.arange(3.0), size=2), 3)]
-    [[2.0, 0.0], [1.0, 2.0], [0.0, 1.0]]
+    [[2.0, 0.0], [1.0, 2.0], [1.0, 0.0]]
     """
     arrays = {name: np.asarray(a) for name, a in x.items()} if isinstance(x, Mapping) else np.asarray(x)
     count = len(next(iter(arrays.values()))) if isinstance(arrays, dict) else len(arrays)
@@ -170,6 +170,25 @@ def shuffled(x: Data, labels: npt.ArrayLike | None = None, *, size: int = 64, se
         chosen, order = order[:size], order[size:]
         inputs = {name: a[chosen] for name, a in arrays.items()} if isinstance(arrays, dict) else arrays[chosen]
         yield inputs if of is None else (inputs, of[chosen])
+
+
+def mean_loss(graph: Graph, quantized: Graph, batches: Iterable[Batch] | Data, *, loss: str = "squared_error") -> float:
+    """The loss of a quantized network on batches as :func:`train` takes them, averaged over their samples.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.5]])))
+    >>> mean_loss(net, net.with_ops({"fc": Dense(np.array([[1.0], [0.0]]))}), np.array([[2.0]]))
+    0.2
+    """
+    total, count = 0.0, 0
+    for batch in batches_of(batches):  # type: ignore[arg-type]
+        x, labels = batch if isinstance(batch, tuple) else (batch, None)
+        outputs = _by_name(quantized, forward(quantized, x))
+        samples = len(next(iter(outputs.values())))
+        total += samples * _loss(loss, graph, x, outputs, labels)[0]
+        count += samples
+    if not count:
+        raise ValueError("a loss needs at least one batch, got none")
+    return total / count
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,11 +271,7 @@ class _Model:
         masters, ranges = self.at(p)
         quantized = self.quantized(masters, ranges)
         env = values(quantized, x)
-        outputs = {name: env[name] for name in quantized.outputs}
-        if loss == "cross_entropy":
-            value, cotangent = _cross_entropy(outputs, labels)
-        else:
-            value, cotangent = _squared_error(outputs, _by_name(self.graph, forward(self.graph, x)))
+        value, cotangent = _loss(loss, self.graph, x, {name: env[name] for name in quantized.outputs}, labels)
         found = {name: np.zeros(array.shape) for name, array in p.items()}
         ops = {node.name: node.op for node in masters.nodes}
         layers, rounded = unrounded_names(masters, quantized), _values_rounded(masters, quantized)
@@ -307,6 +322,15 @@ def _values_rounded(graph: Graph, quantized: Graph) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------
 # Losses, with their cotangents; and the optimizer
 
+def _loss(loss: str, graph: Graph, x: Data, outputs: Mapping[str, Array], labels: npt.ArrayLike | None) -> tuple[float, dict[str, Array]]:
+    """The named loss, and the cotangents of the outputs."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+    if loss == "cross_entropy":
+        return _cross_entropy(outputs, labels)
+    return _squared_error(outputs, _by_name(graph, forward(graph, x)))
+
+
 def _squared_error(outputs: Mapping[str, Array], targets: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
     """``mean over outputs of sum (y - t)**2 / sum t**2``."""
     value, cotangent = 0.0, dict[str, Array]()
@@ -347,10 +371,8 @@ def _adam(state: TrainingState, gradients: Mapping[str, Vector], rate: float, lo
     return TrainingState(step, moved, mean, square, np.append(state.losses, loss))
 
 
-def _options(loss: str, learning_rate: float, schedule: str | Schedule, steps: int) -> Schedule:
+def _options(learning_rate: float, schedule: str | Schedule, steps: int) -> Schedule:
     """The schedule, once all options are checked."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate must be positive and finite, got {learning_rate!r}")
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:

@@ -82,21 +82,24 @@ class Grid:
         there, as the ReLU before it does, that a quantized network leaves out.
         """
         low, high = self.qmin - self.zero_point, self.qmax - self.zero_point
-        found: npt.NDArray[np.bool_] = ((x >= self.scale * np.where(low < 0, low - 0.5, 0))
-                                        & (x <= self.scale * np.where(high > 0, high + 0.5, 0)))
+        ends = (self.scale * np.where(low < 0, low - 0.5, 0), self.scale * np.where(high > 0, high + 0.5, 0))
+        below, above = (end.astype(x.dtype) for end in ends)
+        found: npt.NDArray[np.bool_] = (x >= below) & (x <= above)
         return found
 
     def vjp(self, cotangent: Array, x: Array) -> tuple[Array, Array]:
-        """The cotangents of ``scale`` and ``zero_point`` (in float64, their shapes) of ``y = fake_quantize(x)``, rounding straight through.
+        """The cotangents of ``scale`` and ``zero_point`` (float64, in the shape of ``scale``) of ``y = fake_quantize(x)``, rounding straight through.
 
         ``y = scale (clip(r, qmin, qmax) - zero_point)``, where ``r = x / scale + zero_point + (what rounding added, a constant)``. So
         ``dy/dscale = (y - x) / scale`` and ``dy/dzero_point = 0`` inside, as the scales cancel but for what rounding added; and
         ``dy/dscale = y / scale``, ``dy/dzero_point = -scale`` where ``x`` saturates (Esser et al., ICLR 2020, equation 3).
         """
-        inside = self.inside(x)
-        by_scale = cotangent * ((self.fake_quantize(x) - x * inside) / self.scale)
-        by_zero_point = cotangent * np.where(inside, 0, -self.scale)
-        return _reduced(by_scale, self.scale.shape), _reduced(by_zero_point, self.zero_point.shape)
+        inside, shape = self.inside(x), self.scale.shape
+        off = self.fake_quantize(x)
+        off -= x * inside
+        off *= cotangent
+        by_scale = _reduced(off, shape) / self.scale
+        return by_scale, -self.scale * _reduced(cotangent * ~inside, shape)
 
     def dequantize(self, q: npt.ArrayLike) -> Array:
         """The numbers that ``q`` stands for, in float64."""
@@ -129,5 +132,5 @@ def _reduced(array: Array, shape: tuple[int, ...]) -> Array:
     """Summed up to a shape that broadcasts to the array's."""
     lead = array.ndim - len(shape)
     axes = (*range(lead), *(lead + i for i, n in enumerate(shape) if n == 1))
-    total: Array = array.sum(axis=axes, keepdims=True)
+    total: Array = array.sum(axis=axes, keepdims=True, dtype=np.float64)
     return total.reshape(shape)
