@@ -15,7 +15,7 @@ from typing import NamedTuple
 from eqfact import __version__, commands
 from eqfact.commands import Args, Facts
 from eqfact.quantization import GRANULARITIES
-from eqfact.training import LEARNING_RATE, PARAMETERS, SCHEDULES
+from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES
 
 #: Lines of a list in a text; --json has all.
 LISTED = 10
@@ -146,8 +146,8 @@ def _training(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=200, metavar="N", help="batches to train on; default: %(default)s")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples in a batch, at most all; default: %(default)s")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffling of the samples; default: %(default)s")
-    p.add_argument("--learning-rate", type=float, default=LEARNING_RATE, metavar="R", help="of Adam, in units of about one rounding; "
-                                                                                           "default: %(default)s")
+    rates = ", ".join(f"{rate:g} for {what}" for what, rate in LEARNING_RATES.items())
+    p.add_argument("--learning-rate", type=float, metavar="R", help=f"of Adam, in units of about one rounding; default: {rates}")
     p.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate; default: %(default)s")
     p.add_argument("--stop", type=int, metavar="N", help="stop after so many of the steps, to go on later")
     p.add_argument("--state", metavar="FILE.npz", help="write all that it takes to go on")

@@ -85,6 +85,13 @@ class UniformQuantizer:
     def _signed(self) -> bool:
         return self.symmetric if self.signed is None else self.signed
 
+    @property
+    def steps(self) -> int:
+        """How many steps the range is wide: ``[0, a]`` of a symmetric ``[-a, a]``, or all of an affine one."""
+        if self.symmetric:
+            return self.qmax - (0 if self._signed else 1 << (self.bits - 1))
+        return self.qmax - self.qmin
+
     def grid(self, low: npt.ArrayLike, high: npt.ArrayLike) -> Grid:
         """The grid for values from ``low`` to ``high`` (arrays: one grid an entry).
 
@@ -108,19 +115,21 @@ class UniformQuantizer:
         # a range of 0 (or so small that a step underflows) holds zero alone
         return Grid(np.where(scale > np.finfo(np.float64).tiny, scale, 1.0), zero_point, self.qmin, self.qmax, self.rounding)
 
-    def range_vjp(self, grid: Grid, by_scale: Array, by_zero_point: Array) -> tuple[Array, Array]:
-        """The cotangents of ``low`` and ``high`` from those of scale and zero point, for a ``grid`` that :meth:`grid` made of them.
+    def range_vjp(self, low: Array, high: Array, by_scale: Array, by_zero_point: Array) -> tuple[Array, Array]:
+        """The cotangents of ``low`` and ``high`` from those of the scale and the zero point that :meth:`grid` makes of them.
 
-        Affine, with ``n = qmax - qmin``: ``scale = (high - low) / n``, and ``zero_point = qmin - low / scale`` as if it were not rounded
-        (straight-through). An end at zero stays there: ranges hold zero. Symmetric: the range is ``[-a, a]``, and what ``a`` gets is
-        shared by its two ends.
+        Affine, with ``n = qmax - qmin``: ``scale = (high - low) / n`` and ``zero_point = qmin - low / scale + (what rounding added, a
+        constant)``. An end at zero stays there, as ranges hold zero. Symmetric: the range is ``[-a, a]``, and the two ends share what ``a``
+        gets.
         """
         if self.symmetric:
-            half = by_scale / (2 * (grid.qmax - grid.zero_point))
+            half = by_scale / (2 * self.steps)
             return -half, half
-        n, below, above = grid.qmax - grid.qmin, grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
-        by_low, by_high = -(by_scale + by_zero_point * above / grid.scale) / n, (by_scale + by_zero_point * below / grid.scale) / n
-        return np.where(below < 0, by_low, 0), np.where(above > 0, by_high, 0)
+        below, above = np.minimum(low, 0), np.maximum(high, 0)
+        scale = (above - below) / self.steps
+        scale = np.where(scale > 0, scale, 1)
+        by_width = (by_scale + by_zero_point * below / scale**2) / self.steps
+        return np.where(below < 0, -by_zero_point / scale - by_width, 0), np.where(above > 0, by_width, 0)
 
     def weight_range(self, op: Weighted) -> tuple[Array, Array]:
         """The extrema of the weights of an op that share a grid, of shapes that broadcast against ``(out, in // groups, *kernel)``."""

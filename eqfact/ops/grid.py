@@ -88,7 +88,7 @@ class Grid:
         return found
 
     def vjp(self, cotangent: Array, x: Array) -> tuple[Array, Array]:
-        """The cotangents of ``scale`` and ``zero_point`` (float64, in the shape of ``scale``) of ``y = fake_quantize(x)``, rounding straight through.
+        """The cotangents of ``scale`` and ``zero_point`` for one of ``y = fake_quantize(x)``: float64, in the shape of ``scale``.
 
         ``y = scale (clip(r, qmin, qmax) - zero_point)``, where ``r = x / scale + zero_point + (what rounding added, a constant)``. So
         ``dy/dscale = (y - x) / scale`` and ``dy/dzero_point = 0`` inside, as the scales cancel but for what rounding added; and
