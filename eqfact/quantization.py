@@ -121,6 +121,9 @@ class UniformQuantizer:
         Affine, with ``n = qmax - qmin``: ``scale = (high - low) / n`` and ``zero_point = qmin - low / scale + (what rounding added, a
         constant)``. An end at zero stays there, as ranges hold zero. Symmetric: the range is ``[-a, a]``, and the two ends share what ``a``
         gets.
+
+        >>> UniformQuantizer(4, symmetric=False).range_vjp(np.array([0.0]), np.array([3.0]), np.array([15.0]), np.array([-0.2]))
+        (array([0.]), array([1.]))
         """
         if self.symmetric:
             half = by_scale / (2 * self.steps)
@@ -259,7 +262,7 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     dtype = scale_dtype(graph)
-    extrema = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, ranges=ranges or {}, outputs=outputs)
+    extrema = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, ranges=ranges, outputs=outputs)
     shared = weight_names(graph)
     grids = {} if activations is None else {value: activations.grid(*extrema[value]).astype(dtype)
                                             for value in stored_values(graph, outputs=outputs)}
@@ -307,28 +310,29 @@ def tensor_ranges(graph: Graph, *, weights: UniformQuantizer | None, activations
     >>> tensor_ranges(net, weights=UniformQuantizer(8), activations=None)
     {'fc.weight': (array([[-1.]]), array([[0.5]]))}
     """
-    left = dict(ranges or {})
+    given = ranges or {}
     found: dict[str, tuple[Array, Array]] = {}
     if activations is not None:
         stored = stored_values(graph, outputs=outputs)
-        if stats is None and not set(stored) <= set(left):
+        if stats is None and not set(stored) <= set(given):
             raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
         if stats is not None:
             check_statistics(graph, stats, stored)
         for value in stored:
-            found[value] = activations.activation_range(*((stats[value].min, stats[value].max) if stats is not None
-                                                          else (np.zeros(graph.shapes[value][0]),) * 2))
+            unseen = np.zeros(graph.shapes[value][0])  # its range is given
+            low, high = (unseen, unseen) if stats is None else (stats[value].min, stats[value].max)
+            found[value] = activations.activation_range(low, high)
     if weights is not None:
         ops = {id(node.op): node.op for node in graph.nodes}
         for key, name in weight_names(graph).items():
             op = ops[key]
             assert isinstance(op, Weighted)
             found[name] = weights.weight_range(op)
-    for name, given in left.items():
+    for name, ends in given.items():
         if name not in found:
             raise ValueError(f"a range is given for '{name}', which is not quantized here; quantized are "
                              f"{', '.join(sorted(found)[:8]) or 'none'}{', ...' if len(found) > 8 else ''}")
-        found[name] = _range_given(name, given, found[name][0].shape)
+        found[name] = _range_given(name, ends, found[name][0].shape)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 import eqfact as eq
 from eqfact import training
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize
+from eqfact.quantization import FakeQuantize, stored_values
 from eqfact.training import Training, TrainingState, mean_loss, shuffled, train
 
 RNG = np.random.default_rng(5)
@@ -200,6 +200,16 @@ def test_a_weight_that_saturates_gets_no_gradient_and_others_do():
     np.testing.assert_allclose(gradients["fc.weight"], [[cotangent * 3 / 7, 0, 3 * cotangent * 3 / 7]])
     residual = np.array([2 - 0.25 * 7, 7, -4 + 0.5 * 7])
     np.testing.assert_allclose(gradients["fc.weight.range"], [[[cotangent * residual @ x[0] / 7 / 7]]])
+
+
+@every_quantizer
+def test_every_rounding_is_of_a_stored_value(weights, activations):
+    """Whether an activation behind a layer is gone, or a Clip between rounded bounds."""
+    if activations is not None:
+        for high in (1.0, 9.0):  # below Clip's bound, and above it
+            ranges = {"act": (0.0, high)}
+            q = eq.quantize(NET, stats=STATS, weights=weights, activations=activations, ranges=ranges)
+            assert sorted(training._values_rounded(NET, q).values()) == sorted(stored_values(NET))
 
 
 def test_gradients_of_a_shared_op_are_the_sum_over_its_nodes():

@@ -80,6 +80,9 @@ class Grid:
         The nearest number of the grid is at most half a step away, so the range reaches half a step beyond its first and its last number:
         the largest weight stays inside, wherever the rounding of scale and zero point put the end. Where zero is the last number it ends
         there, as the ReLU before it does, that a quantized network leaves out.
+
+        >>> Grid(np.array([0.1]), np.array([0.0]), 0, 15).inside(np.array([-0.01, 0.0, 1.54, 1.56]))
+        array([False,  True,  True, False])
         """
         low, high = self.qmin - self.zero_point, self.qmax - self.zero_point
         ends = (self.scale * np.where(low < 0, low - 0.5, 0), self.scale * np.where(high > 0, high + 0.5, 0))
@@ -93,6 +96,9 @@ class Grid:
         ``y = scale (clip(r, qmin, qmax) - zero_point)``, where ``r = x / scale + zero_point + (what rounding added, a constant)``. So
         ``dy/dscale = (y - x) / scale`` and ``dy/dzero_point = 0`` inside, as the scales cancel but for what rounding added; and
         ``dy/dscale = y / scale``, ``dy/dzero_point = -scale`` where ``x`` saturates (Esser et al., ICLR 2020, equation 3).
+
+        >>> Grid(np.array([1.0]), np.array([0.0]), -8, 7).vjp(np.ones(2), np.array([0.25, 9.0]))  # -0.25 + 7, and -1
+        (array([6.75]), array([-1.]))
         """
         inside, shape = self.inside(x), self.scale.shape
         off = self.fake_quantize(x)
