@@ -90,7 +90,12 @@ class TrainingState:
         if not {"step", "losses"} <= set(arrays) or len({frozenset(group) for group in groups.values()}) > 1:
             raise ValueError("a training's state holds step, losses, and the same names in parameters/, mean/ and mean_square/, "
                              f"got {', '.join(sorted(arrays)[:8]) or 'nothing'}")
-        return cls(int(arrays["step"]), **groups, losses=np.asarray(arrays["losses"], np.float64))
+        state = cls(int(arrays["step"]), **groups, losses=np.asarray(arrays["losses"], np.float64))
+        shapes = [{name: a.shape for name, a in group.items()} for group in groups.values()]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2] or state.losses.shape != (state.step,):
+            raise ValueError("a training's state holds arrays of the same shapes in parameters/, mean/ and mean_square/, and one loss a step, "
+                             f"got others, or losses of shape {state.losses.shape} for {state.step} steps")
+        return state
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,26 +281,31 @@ class _Model:
         env = values(quantized, x)
         value, cotangent = _loss(loss, self.graph, x, {name: env[name] for name in quantized.outputs}, labels)
         found = {name: np.zeros(array.shape) for name, array in p.items()}
-        ops = {node.name: node.op for node in masters.nodes}
+        layer_of = {node.name: (self.owner[id(node.op)], master.op) for node, master in zip(self.graph, masters, strict=True)
+                    if id(node.op) in self.owner}
         layers, rounded = unrounded_names(masters, quantized), _values_rounded(masters, quantized)
         for node, inputs, g in reverse_walk(quantized, env, cotangent, {}):
             if isinstance(node.op, FakeQuantize) and self.learned:
-                value_name = rounded[node.name]
-                found[f"{value_name}.range"] += self._range_gradient(value_name, ranges, node.op.grid, *node.op.grid_vjp(g, inputs[0]))
+                tensor = rounded[node.name]
+                found[f"{tensor}.range"] += self._range_gradient(tensor, ranges, node.op.grid, *node.op.grid_vjp(g, inputs[0]))
             elif isinstance(node.op, Weighted) and node.op.gridded:
-                made = layers.get(node.name, node.name)
-                name, grid, master = self.owner[id(self.graph[made].op)], node.op.grid, ops[made]
+                owner, master = layer_of[layers.get(node.name, node.name)]
                 assert isinstance(master, Weighted)
-                found[f"{name}.bias"] += self.unit[f"{name}.bias"] * g.sum(axis=(0, *range(2, g.ndim)), dtype=np.float64)
-                if f"{name}.weight" in p or (self.learned and grid is not None):
-                    by_weight = node.op.weight_vjp(g, *inputs)
-                    if f"{name}.weight" in p:
-                        passed = by_weight if grid is None else by_weight * grid.inside(master.weight)
-                        found[f"{name}.weight"] += self.unit[f"{name}.weight"] * passed
-                    if self.learned and grid is not None:
-                        found[f"{name}.weight.range"] += self._range_gradient(f"{name}.weight", ranges, grid,
-                                                                              *grid.vjp(by_weight, master.weight))
+                for name, gradient in self._layer_gradients(owner, node.op, master, g, inputs[0], ranges):
+                    found[name] += gradient  # of an op that several nodes share, the sum
         return value, found
+
+    def _layer_gradients(self, name: str, op: Weighted, master: Weighted, g: Array, x: Array,
+                         ranges: Mapping[str, tuple[Array, Array]]) -> Iterator[tuple[str, Vector]]:
+        """What one use of a layer adds to the gradients, from the cotangent ``g`` of what it makes of ``x``."""
+        yield f"{name}.bias", self.unit[f"{name}.bias"] * g.sum(axis=(0, *range(2, g.ndim)), dtype=np.float64)
+        tensor, grid = f"{name}.weight", op.grid
+        if tensor in self.start or (self.learned and grid is not None):
+            by_weight = op.weight_vjp(g, x)
+            if tensor in self.start:
+                yield tensor, self.unit[tensor] * (by_weight if grid is None else by_weight * grid.inside(master.weight))
+            if self.learned and grid is not None:
+                yield f"{tensor}.range", self._range_gradient(tensor, ranges, grid, *grid.vjp(by_weight, master.weight))
 
     def _range_gradient(self, tensor: str, ranges: Mapping[str, tuple[Array, Array]], grid: Grid, by_scale: Array,
                         by_zero_point: Array) -> Vector:

@@ -352,7 +352,7 @@ def test_biases_of_the_result_lie_on_the_grid_of_their_sums():
 @pytest.mark.parametrize("loss", training.LOSSES)
 def test_training_lowers_its_loss(options, loss):
     batches = [(X, LABELS)]
-    result = trained(batches=batches, steps=60, loss=loss, learning_rate=0.05, **options)
+    result = trained(batches=batches, steps=40, loss=loss, learning_rate=0.05, **options)
     before = mean_loss(NET, eq.quantize(NET, stats=STATS, weights=W4, activations=A4), batches, loss=loss)
     assert mean_loss(NET, result.graph, batches, loss=loss) < 0.95 * before
 
@@ -460,6 +460,10 @@ def test_states_of_other_trainings_are_refused():
         trained(state=state, steps=3)
     with pytest.raises(ValueError, match=r"the same names in parameters/, mean/ and mean_square/, got losses"):
         TrainingState.of({"losses": np.zeros(0)})
+    arrays = state.arrays()
+    for name, wrong in (("losses", arrays["losses"][:4]), ("mean/fc.bias", np.zeros(4))):
+        with pytest.raises(ValueError, match="arrays of the same shapes in parameters/, mean/ and mean_square/, and one loss a step"):
+            TrainingState.of(arrays | {name: wrong})
 
 
 def test_a_loss_that_is_not_finite_is_refused():
