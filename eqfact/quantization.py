@@ -243,9 +243,9 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
     ``ranges``: ends ``(low, high)`` that take the place of the extrema, of activations by the name of the value, of weights as
-    ``"NODE.weight"`` (the first node of those that share them); each a number, or an array that broadcasts as the scales of its grid do:
-    ``(C,)`` for activations, ``(out,)`` or ``(out, in // groups, 1, ...)`` for weights. What lies outside saturates. Activations whose
-    ranges are all given need no ``stats``.
+    ``"NODE.weight"`` (the first node of those that share them; a number follows where a value has this name). Each end is a number, or an
+    array that broadcasts as the scales of its grid do: ``(C,)`` for activations, ``(out,)`` or ``(out, in // groups, 1, ...)`` for weights.
+    What lies outside saturates. Activations whose ranges are all given need no ``stats``.
 
     ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
     then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
@@ -355,11 +355,14 @@ def _range_given(name: str, given: Range, shape: Shape) -> tuple[Array, Array]:
 
 
 def weight_names(graph: Graph) -> dict[int, str]:
-    """``"NODE.weight"`` for every op (by ``id``) whose weights lie on a grid in a quantized network, with the first node that uses it."""
+    """``"NODE.weight"`` for every op (by ``id``) whose weights lie on a grid in a quantized network, with the first node that uses it.
+
+    A number follows where a value of the network has this name.
+    """
     names: dict[int, str] = {}
     for node in graph.nodes:
         if isinstance(node.op, Weighted) and node.op.gridded:
-            names.setdefault(id(node.op), f"{node.name}.weight")
+            names.setdefault(id(node.op), fresh_name(f"{node.name}.weight", graph.shapes))
     return names
 
 

@@ -93,8 +93,8 @@ class TrainingState:
         state = cls(int(arrays["step"]), **groups, losses=np.asarray(arrays["losses"], np.float64))
         shapes = [{name: a.shape for name, a in group.items()} for group in groups.values()]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2] or state.losses.shape != (state.step,):
-            raise ValueError("a training's state holds arrays of the same shapes in parameters/, mean/ and mean_square/, and one loss a step, "
-                             f"got others, or losses of shape {state.losses.shape} for {state.step} steps")
+            raise ValueError("a training's state holds arrays of the same shapes in parameters/, mean/ and mean_square/, and one loss a "
+                             f"step, got others, or losses of shape {state.losses.shape} for {state.step} steps")
         return state
 
 
@@ -213,8 +213,11 @@ class _Model:
         check_quantizers(weights, activations)
         check_statistics(graph, stats)
         self.graph, self.weights, self.activations, self.learned, self.outputs = graph, weights, activations, ranges, outputs
-        self.owner = {key: name.removesuffix(".weight") for key, name in weight_names(graph).items()}
-        self.ops = {self.owner[id(node.op)]: node.op for node in graph.nodes if id(node.op) in self.owner}
+        tensors = weight_names(graph)
+        #: Of every op that is trained the first node that uses it; and the op, and the name of its range, by that.
+        self.owner = {id(node.op): node.name for node in reversed(graph.nodes) if id(node.op) in tensors}
+        self.ops = {self.owner[id(node.op)]: node.op for node in graph.nodes if id(node.op) in tensors}
+        self.tensors = {name: tensors[id(op)] for name, op in self.ops.items()}
         #: Where each parameter starts, and its unit.
         self.start: dict[str, Array] = {}
         self.unit: dict[str, Vector] = {}
@@ -299,11 +302,11 @@ class _Model:
                          ranges: Mapping[str, tuple[Array, Array]]) -> Iterator[tuple[str, Vector]]:
         """What one use of a layer adds to the gradients, from the cotangent ``g`` of what it makes of ``x``."""
         yield f"{name}.bias", self.unit[f"{name}.bias"] * g.sum(axis=(0, *range(2, g.ndim)), dtype=np.float64)
-        tensor, grid = f"{name}.weight", op.grid
-        if tensor in self.start or (self.learned and grid is not None):
+        weight, tensor, grid = f"{name}.weight", self.tensors[name], op.grid
+        if weight in self.start or (self.learned and grid is not None):
             by_weight = op.weight_vjp(g, x)
-            if tensor in self.start:
-                yield tensor, self.unit[tensor] * (by_weight if grid is None else by_weight * grid.inside(master.weight))
+            if weight in self.start:
+                yield weight, self.unit[weight] * (by_weight if grid is None else by_weight * grid.inside(master.weight))
             if self.learned and grid is not None:
                 yield f"{tensor}.range", self._range_gradient(tensor, ranges, grid, *grid.vjp(by_weight, master.weight))
 

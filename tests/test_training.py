@@ -393,6 +393,18 @@ def test_dead_channels_stay_dead_and_nothing_is_divided_by_zero():
     assert not result.masters["fc"].op.weight[0].any() and result.masters["fc"].op.bias[0] == 0
 
 
+def test_a_value_may_be_called_as_weights_are():
+    nodes = [eq.Node("a", eq.Dense(normal(4, 2)), ["x"]), eq.Node("a.weight", eq.ReLU(), ["a"]),
+             eq.Node("b", eq.Dense(normal(2, 4)), ["a.weight"])]
+    plain = [nodes[0], eq.Node("act", eq.ReLU(), ["a"]), eq.Node("b", nodes[2].op, ["act"])]
+    x, results = normal(8, 2), []
+    for of in (nodes, plain):
+        net = eq.Graph({"x": (2,)}, of, ["b"])
+        results.append(train(net, x, stats=eq.calibrate(net, x), weights=W4, activations=A4, steps=3, parameters="weights", ranges=True))
+    assert set(results[0].ranges) == {"x", "a.weight", "a.weight_1", "b.weight"}
+    assert np.array_equal(*(eq.forward(r.graph, x) for r in results))
+
+
 def test_several_outputs_count_alike():
     nodes = [eq.Node("a", eq.Dense(normal(2, 2)), ["x"]), eq.Node("b", eq.Dense(1000 * normal(2, 2)), ["a"])]
     net = eq.Graph({"x": (2,)}, nodes, ["a", "b"])
