@@ -141,6 +141,7 @@ def draw() -> None:
                     place.plot((np.arange(len(curve)) + 0.5) * row["steps"] / len(curve), curve, line, color=color, linewidth=1.4,
                                label=f"{start}{', biases alone' if name == 'biases' else ''}")
         place.set_yscale("log")
+        place.minorticks_off()
         place.set_title(f"W{w}A{a}", fontsize=11)
         place.set_xlabel("step")
         place.grid(color="0.9", linewidth=0.7)
