@@ -6,8 +6,8 @@ renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, 
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
 `docs/operators.md` (the extra `onnx`); `transformers` trains and measures transformers, and writes
-`docs/transformers.md`. Two measure the tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes
-eqfact.
+`docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Two measure the
+tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes eqfact.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 #: Modules of their own, with their own arguments and exit status.
 APART = {"files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
          "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",
+         "training": "the bundled network, trained in few bits from several starts",
          "transformers": "SQNR and the task itself, of quantized transformers"}
 
 

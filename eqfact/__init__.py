@@ -24,19 +24,20 @@ from eqfact.ops import __all__ as _ops
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize
 from eqfact.serialization import load, save
+from eqfact.training import Training, TrainingState, shuffled, train
 from eqfact.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Channels", "Correction", "CrossLayer", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node",
-    "NoiseModel", "OneStep", "Optimal", "Sensitivities", "Statistics", "Swept", "TwoStep", "UniformQuantizer", "ValueStatistics",
-    "Verification",
+    "NoiseModel", "OneStep", "Optimal", "Sensitivities", "Statistics", "Swept", "Training", "TrainingState", "TwoStep", "UniformQuantizer",
+    "ValueStatistics", "Verification",
     "absorb_high_bias", "add_scales", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias",
     "correct_bias_analytically", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward",
     "forward_sensitivities",
-    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "slope_gates", "sqnr",
-    "values", "verify",
+    "gradient_sensitivities", "likely_ranges", "load", "noise_model", "predict_noise", "quantize", "save", "shuffled", "slope_gates",
+    "sqnr", "train", "values", "verify",
     *_ops,
 ]
 

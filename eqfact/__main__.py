@@ -16,6 +16,7 @@ from eqfact import __version__, commands
 from eqfact.commands import Args, Facts
 from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
+from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES
 
 #: Lines of a list in a text; --json has all.
 LISTED = 10
@@ -138,6 +139,23 @@ def _quantizers(p: argparse.ArgumentParser) -> None:
     group.add_argument("--symmetric-activations", action="store_true", help="activations on symmetric grids, not affine ones")
 
 
+def _training(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--labels", metavar="FILE.npz", help="train towards these labels, one a sample, from 0 (it may be the file of --data); "
+                                                         "without it, towards the outputs of the float network")
+    p.add_argument("--parameters", choices=PARAMETERS, default=PARAMETERS[0],
+                   help="what is trained: biases alone, or weights and biases; default: %(default)s")
+    p.add_argument("--ranges", action="store_true", help="the ranges of weights and activations, too")
+    p.add_argument("--steps", type=int, default=200, metavar="N", help="batches to train on; default: %(default)s")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples in a batch, at most all; default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffling of the samples; default: %(default)s")
+    rates = ", ".join(f"{rate:g} for {what}" for what, rate in LEARNING_RATES.items())
+    p.add_argument("--learning-rate", type=float, metavar="R", help=f"of Adam, in units of about one rounding; default: {rates}")
+    p.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate; default: %(default)s")
+    p.add_argument("--stop", type=int, metavar="N", help="stop after so many of the steps, to go on later")
+    p.add_argument("--state", metavar="FILE.npz", help="write all that it takes to go on")
+    p.add_argument("--resume", metavar="FILE.npz", help="go on from what --state wrote, with all other options as they were")
+
+
 def bits(text: str) -> int | None:
     """A number of bits, or None for float."""
     return None if text == "float" else int(text)
@@ -220,6 +238,24 @@ def quantize_text(facts: Facts) -> Iterator[str]:
         yield from _run_text(facts["run"])
 
 
+def train_text(facts: Facts) -> Iterator[str]:
+    what = {"biases": "biases", "weights": "weights and biases"}[facts["parameters"]] + (", and ranges," if facts["ranges"] else "")
+    towards = "the float network's outputs" if facts["loss"] == "squared_error" else "labels"
+    before, after = facts["before"], facts["after"]
+    yield f"{what} trained for {_count(facts['steps'], 'step')} towards {towards}, on {facts['data']}"
+    yield f"loss: {before['loss']:.4g} -> {after['loss']:.4g}"
+    if "top1" in after:
+        yield f"top-1: {100 * before['top1']:.1f} -> {100 * after['top1']:.1f} %"
+    for name in after["sqnr"]:
+        yield f"{facts['quantizer']} SQNR of '{name}': {before['sqnr'][name]:.1f} -> {after['sqnr'][name]:.1f} dB"
+    if not facts["ok"]:
+        yield "NOT better than before: give more steps, or a lower --learning-rate"
+    yield from _batchnorm_text(facts)
+    yield f"written to {facts['output']}"
+    if facts["run"]:
+        yield from _run_text(facts["run"])
+
+
 def _run_text(run: Facts) -> Iterator[str]:
     for name, decibels in run.get("sqnr", {}).items():
         ours = "" if name not in run["difference"] else (
@@ -288,6 +324,8 @@ COMMANDS: dict[str, Command] = {
                         (_network, _output, _data, _fold, _method, _report, _plot, _quantizers), commands.run_equalize, equalize_text),
     "quantize": Command("put weights and activations on grids",
                         (_network, _output, _data, _fold, _report, _quantizers), commands.run_quantize, quantize_text),
+    "train": Command("train biases, weights or ranges of the quantized network",
+                     (_network, _output, _data, _fold, _training, _report, _quantizers), commands.run_train, train_text),
     "verify": Command("are two networks the same function, up to rounding", (_network, _other, _data), commands.run_verify, verify_text),
     "report": Command("range ratio, weakest channel, noise and pins of every tensor",
                       (_network, _data, _quantizers), commands.run_report, report_text),

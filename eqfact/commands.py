@@ -31,6 +31,7 @@ from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, quantize
+from eqfact.training import mean_loss, shuffled, train
 
 Args = argparse.Namespace
 Facts = dict[str, Any]
@@ -129,6 +130,42 @@ def run_quantize(args: Args) -> Facts:
     return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
 
 
+def run_train(args: Args) -> Facts:
+    _check_outputs(args)
+    network, images = _given(args)
+    if not args.data:
+        args.refuse("training takes images, and ranges come from them, too: give --data FILE.npz")
+    weights, activations = _quantizers(args)
+    if weights is None and activations is None:
+        args.refuse("nothing is quantized: leave out --weight-bits float or --activation-bits float")
+    labels = None if args.labels is None else files.load_labels(args.labels, len(images))
+    state = None if args.resume is None else files.load_state(args.resume)
+    _proven(network, images)
+    start = _folded(args, network.graph)
+    stats = calibrate(start, _progress(images.batches(), "calibrating"))
+    loss = "squared_error" if labels is None else "cross_entropy"
+    bar = iter(_progress(range(args.steps), "training", args.steps))
+    training = train(start, shuffled(images.arrays, labels, size=min(args.batch_size, len(images)), seed=args.seed), stats=stats,
+                     weights=weights, activations=activations, steps=args.steps, parameters=args.parameters, ranges=args.ranges, loss=loss,
+                     learning_rate=args.learning_rate, schedule=args.schedule, state=state, stop=args.stop,
+                     progress=lambda *_: next(bar, None))
+    facts: Facts = {**_file(network), "quantizer": _quantizer_name(args), "data": images.source, "parameters": args.parameters,
+                    "ranges": args.ranges, "loss": loss, "steps": training.state.step, **_batchnorms(start)}
+    for side, graph in (("before", _quantized(args, start, stats)), ("after", training.graph)):
+        noise = _noise(start, graph, images)
+        facts[side] = {"loss": mean_loss(start, graph, _pairs(images, labels), loss=loss),
+                       "sqnr": {name: noise[name] for name in start.outputs}}
+        if labels is not None:
+            facts[side]["top1"] = float((_joined([_outputs(graph, x) for x in images.batches()])[graph.outputs[0]].argmax(axis=1)
+                                         == labels).mean())
+    facts["ok"] = facts["after"]["loss"] <= facts["before"]["loss"]
+    written = _written(facts, args, {
+        args.report: lambda path: _write_json(path, facts | {"losses": training.losses.tolist()}),
+        args.state: partial(files.save_arrays, arrays=training.state.arrays()),
+        args.output: partial(network.save, graph=training.graph, quantized=True)})
+    return written | {"run": _run(args.output, network, start, training.graph, images.first(VERIFIED))}
+
+
 def run_verify(args: Args) -> Facts:
     network, other = _networks(args, args.network, args.other)
     images = _images(args, network)
@@ -152,7 +189,7 @@ def run_report(args: Args) -> Facts:
 def _check_outputs(args: Args) -> None:
     if "output" in args:
         files.network_kind(args.output)
-    files.check_outputs(getattr(args, name) for name in ("output", "factors", "report", "plot") if name in args)
+    files.check_outputs(getattr(args, name) for name in ("output", "factors", "state", "report", "plot") if name in args)
 
 
 def _networks(args: Args, *paths: str) -> list[files.Network]:
@@ -274,6 +311,12 @@ def _verification(graph: Graph, other: Graph, images: files.Images, count: int =
     images = images.first(count)
     verdict = report.verify_batches(graph, other, _progress(images.batches(), "verifying"))
     return {"ok": verdict.equal, "verification": {**asdict(verdict), "data": images.source}}
+
+
+def _pairs(images: files.Images, labels: Any) -> list[Any]:
+    """The batches, with their labels if there are any."""
+    parts = images.batches()
+    return parts if labels is None else [(x, labels[i * images.size:(i + 1) * images.size]) for i, x in enumerate(parts)]
 
 
 def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, images: files.Images) -> Facts | None:

@@ -24,6 +24,7 @@ from eqfact import serialization
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph, checked_inputs
 from eqfact.ops.base import Array
+from eqfact.training import TrainingState
 from eqfact.verification import Verification
 
 NETWORKS = (".npz", ".onnx")
@@ -168,6 +169,26 @@ def _images(arrays: Mapping[str, Array], feeds: Mapping[str, npt.NDArray[Any]], 
     return Images(arrays, feeds, source.format(count), max(1, BATCH_ENTRIES // entries))
 
 
+def load_labels(path: str, count: int) -> npt.NDArray[np.int64]:
+    """The labels of so many images in an ``.npz``: an array called ``labels``, or its only one, of whole numbers."""
+    found = _arrays(path)
+    if "labels" not in found and len(found) != 1:
+        raise ValueError(f"'{path}' must hold a single array, or an array called labels, got {', '.join(sorted(found)) or 'none'}")
+    labels = found["labels"] if "labels" in found else next(iter(found.values()))
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise ValueError(f"'{path}': labels must be whole numbers, one for each of {count} images, got {labels.dtype} of shape "
+                         f"{labels.shape}")
+    return labels.astype(np.int64)
+
+
+def load_state(path: str) -> TrainingState:
+    """The state of a training that :func:`save_arrays` wrote."""
+    try:
+        return TrainingState.of(_arrays(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}': {error}") from error
+
+
 def load_factors(path: str, graph: Graph) -> Factorization:
     """The factorization of a network whose factors :func:`save_factors` wrote."""
     factors = _arrays(path)
@@ -179,10 +200,15 @@ def load_factors(path: str, graph: Graph) -> Factorization:
 
 def save_factors(path: str, factorization: Factorization) -> None:
     """Write the factors of every value, ``(C,)`` each, under its name."""
-    with zipfile.ZipFile(path, "w") as archive:  # not numpy.savez, to which a value called "file" would be an argument
-        for value, factors in factorization.items():
-            with archive.open(f"{value}.npy", "w") as member:
-                np.lib.format.write_array(member, factors, allow_pickle=False)
+    save_arrays(path, dict(factorization.items()))
+
+
+def save_arrays(path: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write arrays by name."""
+    with zipfile.ZipFile(path, "w") as archive:  # not numpy.savez, to which an array called "file" would be an argument
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _arrays(path: str) -> dict[str, npt.NDArray[Any]]:

@@ -1,6 +1,7 @@
 """The command line: every subcommand from its arguments to its files, its text, its JSON, its exit status and its refusals."""
 
 import ast
+import dataclasses
 import io
 import json
 import math
@@ -228,6 +229,57 @@ def test_quantize_weights_alone_needs_no_images(run):
     assert facts_of(run, "quantize net.npz -o q.npz --activation-bits float --weight-bits float")["sqnr"] == {"fc": "inf"}
 
 
+def test_train_writes_what_the_library_returns(run):
+    facts = facts_of(run, "train net.npz -o q.npz --fold --data images.npz --weight-bits 4 --parameters weights --ranges --steps 6 "
+                          "--batch-size 5 --seed 3 --learning-rate 0.05 --schedule constant --report report.json")
+    folded = eq.fold_batchnorm(NET)
+    stats, bits = eq.calibrate(folded, IMAGES), {"weights": eq.UniformQuantizer(4), "activations": eq.UniformQuantizer(8, symmetric=False)}
+    expected = eq.train(folded, eq.shuffled(IMAGES, size=5, seed=3), stats=stats, **bits, parameters="weights", ranges=True, steps=6,
+                        learning_rate=0.05, schedule="constant")
+    before, after, truth = (eq.forward(g, IMAGES) for g in (eq.quantize(folded, stats=stats, **bits), expected.graph, folded))
+    assert np.array_equal(eq.forward(serialization.load("q.npz"), IMAGES), after)
+    assert facts["quantizer"] == "W4A8" and facts["loss"] == "squared_error" and facts["steps"] == 6
+    for side, made in (("before", before), ("after", after)):
+        assert facts[side]["sqnr"]["fc"] == pytest.approx(eq.sqnr(truth, made), abs=1e-3)
+        assert facts[side]["loss"] == pytest.approx(((made - truth) ** 2).sum() / (truth**2).sum(), rel=1e-4)
+    assert facts["ok"] == (facts["after"]["loss"] <= facts["before"]["loss"])
+    assert json.loads(Path("report.json").read_text())["losses"] == pytest.approx(expected.losses.tolist())
+
+
+def test_train_with_labels_counts_them(run):
+    labels = RNG.integers(0, 3, size=12)
+    np.savez("images.npz", images=IMAGES, labels=labels)
+    line = "train net.npz -o q.npz --data images.npz --labels images.npz --steps 30"
+    facts = facts_of(run, line)
+    assert facts["loss"] == "cross_entropy" and facts["after"]["loss"] < facts["before"]["loss"]
+    assert facts["after"]["top1"] == pytest.approx((eq.forward(serialization.load("q.npz"), IMAGES).argmax(axis=1) == labels).mean())
+    text = run(line)[1]
+    assert text.startswith("biases trained for 30 steps towards labels, on 12 images of images.npz\nloss: ")
+    assert "top-1: " in text and "W8A8 SQNR of 'fc': " in text and "written to q.npz" in text
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_file(run):
+    line = "train net.npz --data images.npz --steps 6 --parameters weights --batch-size 5"
+    run(f"{line} -o whole.npz --state whole.state.npz")
+    assert facts_of(run, f"{line} -o part.npz --stop 2 --state state.npz")["steps"] == 2
+    run(f"{line} -o resumed.npz --resume state.npz --state resumed.state.npz")
+    assert Path("whole.npz").read_bytes() == Path("resumed.npz").read_bytes() != Path("part.npz").read_bytes()
+    with np.load("whole.state.npz") as whole, np.load("resumed.state.npz") as resumed:
+        assert set(whole) == set(resumed) and all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_training_that_makes_it_worse_is_a_negative_verdict(run):
+    status, text = run("train net.npz -o q.npz --data images.npz --steps 2 --learning-rate 300")
+    assert status == 1 and "NOT better than before: give more steps, or a lower --learning-rate" in text and Path("q.npz").exists()
+
+
+def test_train_runs_onnx_files_in_onnxruntime(run):
+    pytest.importorskip("onnxruntime")
+    run("fold net.npz -o net.onnx")
+    facts = facts_of(run, "train net.onnx -o q.onnx --data images.npz --steps 5 --weight-bits 7")
+    assert facts["run"]["difference"]["fc"] < 1e-5 and facts["run"]["sqnr"]["fc"] > 20
+
+
 def test_verify_answers_with_its_exit_status(run):
     run("equalize net.npz -o eq.npz")
     assert run("verify net.npz eq.npz")[0] == 0
@@ -392,6 +444,13 @@ REFUSED = {
     "quantize net.npz -o out.npz --data images.npz --weight-bits 1": "bits must be an integer from 2 to 16, got 1",
     "quantize net.npz -o out.npz --data images.npz --activation-bits 17": "bits must be an integer from 2 to 16, got 17",
     "quantize net.npz -o out.npz --data images.npz --group-size 4": "group_size goes with granularity 'per_group'",
+    "train net.npz -o out.npz --data images.npz --steps 0": "steps must be an integer of at least 1, got 0",
+    "train net.npz -o out.npz --data images.npz --batch-size 0": "batches need a size of at least 1",
+    "train net.npz -o out.npz --data images.npz --learning-rate nan": "learning_rate must be positive and finite, got nan",
+    "train net.npz -o out.npz --data images.npz --labels images.npz": "'images.npz': labels must be whole numbers, one for each of",
+    "train net.npz -o out.npz --data images.npz --labels far.npz": "labels must be whole numbers from 0 to 2",
+    "train net.npz -o out.npz --data images.npz --resume images.npz": "'images.npz': a training's state holds step, losses",
+    "train net.npz -o out.npz --data images.npz --state out.npz": "two outputs have this name",
     "verify net.npz two.npz": "need the same inputs",
     "verify net.npz missing.npz": "No such file",
     "report net.npz --data images.npz --weight-bits 0": "bits must be an integer from 2 to 16, got 0",
@@ -404,6 +463,7 @@ def test_refusals_say_why_and_leave_nothing(run, folder, line):
     Path("folder.npz").mkdir()
     serialization.save("two.npz", TWO_INPUTS)
     np.savez("zero.npz", act1=np.zeros(8))
+    np.savez("far.npz", labels=np.full(12, 3))
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for suffix in ("", " --json"):
         status, error = run(line + suffix)
@@ -418,7 +478,9 @@ USAGE = ["", "frobnicate", "equalize net.npz", "equalize net.npz -o out.npz --me
          "inspect net.onnx --input-shape x", "inspect net.onnx --input-shape x=", "inspect net.onnx --input-shape =3,4,4",
          "inspect net.onnx --input-shape x=3,H,W", "inspect net.onnx --input-shape x=3,0,4",
          "inspect net.onnx --input-shape x=3,4,4 --input-shape x=3,4,4", "demo --strict",
-         "quantize net.npz -o out.npz", "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
+         "quantize net.npz -o out.npz", "train net.npz -o out.npz",
+         "train net.npz -o out.npz --data images.npz --weight-bits float --activation-bits float",
+         "quantize net.npz -o out.npz --activation-bits many", "verify net.npz", "demo extra"]
 
 
 @pytest.mark.parametrize("line", USAGE)
@@ -471,7 +533,7 @@ def small_demo(monkeypatch):
     bundle = demo.load_bundle()
     monkeypatch.setattr(demo, "BITS", (8, 4))
     monkeypatch.setattr(demo, "VERIFIED", 4)
-    small = demo.Bundle(bundle.network, bundle.calibration[:64], bundle.images[:90], bundle.labels[:90])
+    small = dataclasses.replace(bundle, calibration=bundle.calibration[:64], images=bundle.images[:90], labels=bundle.labels[:90])
     monkeypatch.setattr(demo, "load_bundle", lambda: small)
 
 
@@ -583,7 +645,8 @@ def test_quantize_runs_files_of_a_fixed_batch(run):
     assert [len(feed["x"]) for feed in running.fed("q.onnx", {"x": IMAGES[:4]})] == [3, 3]
 
 
-VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quantize": "-o out.onnx", "verify": "hard.onnx", "report": ""}
+VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quantize": "-o out.onnx", "train": "--steps 2 -o out.onnx",
+         "verify": "hard.onnx", "report": ""}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import eqfact as eq
 from eqfact.ops.grid import ROUNDINGS, rounded
-from eqfact.quantization import accumulator_step, effective_bits, grid_of, stored_values
+from eqfact.quantization import accumulator_step, effective_bits, grid_of, stored_values, tensor_ranges
 from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
 
@@ -974,3 +974,85 @@ def test_scores_that_no_softmax_reads_are_stored_as_any_value():
 def test_what_a_classifier_puts_through_softmax_is_stored_as_before():
     net = eq.Graph.chain((2,), fc=eq.Dense(np.eye(2)), prob=eq.Softmax())
     assert stored_values(net) == ["x", "fc"]
+
+
+# ------------------------------------------------------------------------------------------------ ranges that are given
+
+RANGED = {
+    "per tensor": (eq.UniformQuantizer(4), eq.UniformQuantizer(4, symmetric=False)),
+    "per channel": (eq.UniformQuantizer(4, granularity="per_channel"), eq.UniformQuantizer(4, symmetric=False, granularity="per_channel")),
+    "per group": (eq.UniformQuantizer(4, granularity="per_group", group_size=2), eq.UniformQuantizer(4)),
+}
+
+
+def ranged_net():
+    rng = np.random.default_rng(3)
+    shared = eq.Conv(rng.normal(size=(4, 4, 1, 1)))
+    net = eq.Graph({"x": (3, 4, 4)}, [
+        eq.Node("stem", eq.Conv(rng.normal(size=(4, 3, 3, 3))), ["x"]), eq.Node("act", eq.ReLU(), ["stem"]),
+        eq.Node("a", shared, ["act"]), eq.Node("b", shared, ["a"])], ["b"])
+    return net, rng.normal(size=(8, 3, 4, 4))
+
+
+@pytest.mark.parametrize(("weights", "activations"), RANGED.values(), ids=RANGED)
+def test_ranges_that_are_those_of_the_extrema_change_nothing(weights, activations):
+    net, x = ranged_net()
+    stats = eq.calibrate(net, x)
+    ranges = tensor_ranges(net, weights=weights, activations=activations, stats=stats)
+    assert list(ranges) == ["x", "act", "a", "stem.weight", "a.weight"]
+    expected = eq.forward(eq.quantize(net, weights=weights, activations=activations, stats=stats), x)
+    for seen in (stats, None):  # with all ranges given, statistics are not asked for
+        made = eq.quantize(net, weights=weights, activations=activations, ranges=ranges, stats=seen)
+        assert np.array_equal(eq.forward(made, x), expected)
+
+
+def test_a_range_given_is_the_range_of_the_grid_and_others_stay():
+    net, x = ranged_net()
+    stats, (weights, activations) = eq.calibrate(net, x), RANGED["per tensor"]
+    before = eq.quantize(net, weights=weights, activations=activations, stats=stats)
+    after = eq.quantize(net, weights=weights, activations=activations, stats=stats, ranges={"act": (0, 1.5), "a.weight": (-0.7, 0.1)})
+    grids = [{node.name: node.op.grid for node in q if getattr(node.op, "grid", None) is not None} for q in (before, after)]
+    assert float(grids[1]["act"].scale[0]) == pytest.approx(1.5 / 15) and grids[1]["act"].zero_point == 0
+    for name in ("a.float", "b"):  # one op at two nodes
+        assert float(grids[1][name].scale.item()) == pytest.approx(0.7 / 7) and np.abs(after[name].op.weight).max() <= 0.8 + 1e-12
+    assert {n: float(g.scale.item()) for n, g in grids[0].items() if n not in ("act", "a.float", "b")} == \
+        {n: float(g.scale.item()) for n, g in grids[1].items() if n not in ("act", "a.float", "b")}
+
+
+def test_ranges_by_channel_are_those_of_the_channels():
+    net, x = ranged_net()
+    stats, (weights, activations) = eq.calibrate(net, x), RANGED["per channel"]
+    high = np.array([1.0, 2.0, 3.0, 4.0])
+    for ends in ((-high, high), (-high.reshape(4, 1, 1, 1), 0.5)):
+        q = eq.quantize(net, weights=weights, activations=activations, stats=stats, ranges={"act": (0.0, high), "stem.weight": ends})
+        np.testing.assert_allclose(q["stem"].op.grid.scale.reshape(-1), high / 7)
+        np.testing.assert_allclose(q["act"].op.grid.scale, high / 15)
+    groups = np.arange(1.0, 17).reshape(4, 4, 1, 1)
+    q = eq.quantize(net, weights=RANGED["per group"][0], ranges={"a.weight": (-groups, 0)})
+    np.testing.assert_allclose(q["a"].op.grid.scale, groups / 7)
+
+
+@pytest.mark.parametrize(("ranges", "said"), [
+    ({"ghost": (0, 1)}, "a range is given for 'ghost', which is not quantized here; quantized are a, a.weight, act, stem.weight, x"),
+    ({"b.weight": (0, 1)}, "given for 'b.weight'"), ({"stem": (0, 1)}, "given for 'stem'"),
+    ({"act": 3.0}, r"the range of 'act' must be \(low, high\), got 3.0"),
+    ({"act": (0, 1, 2)}, r"the range of 'act' must be \(low, high\)"),
+    ({"act": (0, math.nan)}, "the range of 'act' must be finite, got NaN or infinity"),
+    ({"act": (-math.inf, 1)}, "the range of 'act' must be finite"),
+    ({"act": (1, 0.5)}, "the range of 'act' must not be empty, got low 1 above high 0.5"),
+    ({"act": (0, np.ones(4))}, r"'act' must be numbers or arrays that broadcast to \(1,\), the scales of its grid, got shapes"),
+    ({"a.weight": (0, np.ones((1, 1, 1, 1, 1)))}, r"broadcast to \(1, 1, 1, 1\)"),
+    ({"a.weight": (0, np.ones(3))}, r"broadcast to \(1, 1, 1, 1\)"),
+])
+def test_bad_ranges_of_tensors_are_refused(ranges, said):
+    net, x = ranged_net()
+    with pytest.raises(ValueError, match=said):
+        eq.quantize(net, weights=RANGED["per tensor"][0], activations=RANGED["per tensor"][1], stats=eq.calibrate(net, x), ranges=ranges)
+
+
+def test_ranges_of_what_stays_in_float_are_refused():
+    net, _ = ranged_net()
+    with pytest.raises(ValueError, match=r"given for 'act', which is not quantized here; quantized are a\.weight, stem\.weight"):
+        eq.quantize(net, weights=RANGED["per tensor"][0], ranges={"act": (0, 1)})
+    with pytest.raises(ValueError, match="needs their ranges: give stats"):
+        eq.quantize(net, activations=RANGED["per tensor"][1], ranges={"act": (0, 1)})
