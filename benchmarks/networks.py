@@ -59,6 +59,9 @@ SOURCES = {
     # that it could hit: the squared errors of 8 bits are 0.95 of step^2 / 12 in the median layer. But what was small is lost: 144 of
     # the 256 units of dense_1 have no weight left. All photographs here are "neutral" to it: SQNR of its logits says something, agreement
     # of classes does not.
+    # Its MobileNetV2 (width 1, ReLU6, 224 pixels), stored likewise; some channels of its expansions have next to no weight left, and an
+    # ordinary bias.
+    "nsfw_mobilenetv2": Source("nsfwjs@4.4.0", "package/dist/models/mobilenet_v2", 224, ("logits",), mean=(0.0,) * 3, std=(255.0,) * 3),
     "nsfw_inception_v3": Source("nsfwjs@4.4.0", "package/dist/models/inception_v3", 299, ("logits",), mean=(0.0,) * 3, std=(255.0,) * 3),
 }
 

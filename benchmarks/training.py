@@ -22,7 +22,6 @@ from eqfact.training import mean_loss
 STARTS = {"none": None, "cross-layer": "cross_layer", "optimal": "optimal"}
 BITS = ((8, 8), (4, 8), (4, 4))
 STEPS, BATCH, SEEDS = 200, 64, (0, 1)
-#: Images that the sensitivities of "optimal" are measured on.
 #: Points of a loss curve; each is the mean of the losses of as many steps.
 POINTS = 40
 FIGURE = results.DOCS / "training.svg"
