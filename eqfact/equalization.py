@@ -41,8 +41,8 @@ class EqualizeResult:
     #: Expected SQNR of the quantized output in dB before and after, for the ranges seen; None without data or statistics, and for
     #: weights on grids per group, which the noise model does not know.
     predicted: tuple[float, float] | None = None
-    #: "optimal" only: a lower bound on the objective of every factorization within the bounds that keeps dead channels, and by how many
-    #: dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
+    #: "optimal" only: a lower bound on the objective (the expected noise, and its ridge) of every factorization within the bounds that keeps
+    #: dead channels, and by how many dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
     bound: float | None = None
     gap_db: float | None = None
 
@@ -100,7 +100,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     if goal is not None:
         gap_db = decibels_above(goal.bound, goal.reached(factorization))
         what = "expected noise" if goal.objective == "noise" else "mean of all squared ranges"
-        message += f"; no factors within these bounds lower the {what} by more than {gap_db:.2g} dB"
+        price = f", where a factor of e costs {goal.ridge:g} dB," if goal.ridge else ""
+        message += f"; no factors within these bounds lower the {what}{price} by more than {gap_db:.2g} dB"
     if more := freed_by_slopes(graph):
         message += f"; {more} more factors would be free with a slope a channel in gates (eqfact.slope_gates)"
     return EqualizeResult(factorization.apply(graph), factorization, found.success, message, found.iterations, found.residual,

@@ -89,6 +89,7 @@ class Curvature:
     def __init__(self, size: int, forms: csr_array | None = None) -> None:
         self.size, self.forms, self._labels = size, forms, size
         self.entries: list[tuple[Indices, Indices, Vector]] = []
+        self.of_free: Vector | None = None
         self.spans: list[tuple[Indices, Vector]] = []
         self.amounts: list[float] = []
 
@@ -96,6 +97,10 @@ class Curvature:
         """``amount (rows . u_made + columns . u_read)**2``."""
         self.spans.append((np.concatenate([made, read]), np.concatenate([rows, columns])))
         self.amounts.append(amount)
+
+    def free_diagonal(self, x: Vector) -> None:
+        """``sum x t**2 / 2`` over the free numbers themselves."""
+        self.of_free = x
 
     def diagonal(self, labels: Indices, x: Vector) -> None:
         self.entries.append((labels, labels, x.reshape(-1)))
@@ -142,6 +147,9 @@ class Curvature:
         place, count = np.where(free, np.cumsum(free) - 1, -1), int(free.sum())
         mine = free[i] & free[j]
         i, j, x = place[i[mine]], place[j[mine]], x[mine]
+        if self.of_free is not None:
+            own = np.flatnonzero(free[:len(target)])
+            i, j, x = np.append(i, place[own]), np.append(j, place[own]), np.append(x, self.of_free[own])
         diagonal = np.maximum(np.bincount(i[i == j], x[i == j], count), 0)
         ridge, every = 1e-6 * diagonal + 1e-9 * (diagonal.max() or 1.0), np.arange(count)
         laplacian = coo_array((np.append(x, ridge), (np.append(i, every), np.append(j, every))), shape=(count, count)).tocsc()

@@ -30,6 +30,9 @@ from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_s
 #: factors of 1e8 blow up its bias (PAPER 9: EfficientNet-Lite0).
 CROSS_LAYER_MAX_FACTOR = 1024.0
 
+#: What a factor of e must earn, in dB of expected noise (docs/optimal.md): some thousand channels together then cost a fraction of a dB.
+RIDGE = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -75,11 +78,12 @@ class Goal:
 
     model: NoiseModel
     objective: str
+    ridge: float
     bound: float
 
     def reached(self, factorization: Factorization) -> float:
         """The objective there."""
-        return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective)
+        return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective, ridge=self.ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +207,15 @@ class Optimal:
 
     ``sensitivities`` are what noise is weighed with: gradients on the data if not given, or, where there are only statistics,
     :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
-    :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``objective="range"`` minimises
-    the product of all ranges instead, and needs no data. At most ``max_iter`` Newton steps. :class:`ValueError` for unusable options.
+    :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``ridge``: a factor of e must
+    earn so many dB, or the channel stays nearer to 1: what hardly lowers the noise expected from a few images may cost more on others.
+    ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton steps. :class:`ValueError` for unusable options.
     """
 
     sensitivities: Sensitivities | None = None
     ranges: Statistics | None = None
     objective: str = "noise"
+    ridge: float = RIDGE
     max_factor: float = CROSS_LAYER_MAX_FACTOR
     tol: float = 0.05
     max_iter: int = 200
@@ -217,6 +223,8 @@ class Optimal:
     def __post_init__(self) -> None:
         if self.objective not in ("noise", "range"):
             raise ValueError(f"unknown objective {self.objective!r}: use 'noise' or 'range'")
+        if not (np.isfinite(self.ridge) and self.ridge >= 0):
+            raise ValueError(f"ridge must be a finite number of dB, at least 0, got {self.ridge}")
         _check(self.max_factor, self.tol, self.max_iter)
 
     def find(self, task: Task) -> Found:
@@ -227,11 +235,12 @@ class Optimal:
         dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
         for plan in plans:
             dead[plan.labels] = ~_alive(plan, np.ones(resolved.size))
-        best = optimal(model, objective=self.objective, box=bound, held=dead, tol=self.tol, max_iter=int(self.max_iter))
+        ridge = self.ridge if self.objective == "noise" else 0.0
+        best = optimal(model, objective=self.objective, box=bound, held=dead, ridge=ridge, tol=self.tol, max_iter=int(self.max_iter))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
                    f"Newton steps" + _held_back(plans, resolved.by_label(best.f), bound, 1 / bound, ""))
         return Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
-                     Goal(model, self.objective, best.bound))
+                     Goal(model, self.objective, ridge, best.bound))
 
     def _model(self, task: Task) -> NoiseModel:
         if self.objective == "range" and task.stats is None:

@@ -9,6 +9,9 @@ The expected noise ``N(u)`` of :mod:`eqfact.noise` is convex in ``u = log f`` (P
 The first is the exponential method of multipliers: weights close in on the entries that matter, so ``p`` may stay small. Newton's
 method minimises each smooth model. The second is the certificate: the least value of ``c + g.u`` over the box, which lies in a corner.
 In products of values ``u = B t`` (docs/algebra.md): a linear function of the free numbers ``t``, so all this holds for these.
+
+The optimum is flat in most directions, and calibration images are few: a *ridge* ``rho |t|**2`` beside ``log N`` leaves a factor at 1 that
+hardly earns anything. It is strictly convex, and part of the certificate: the least value of ``c + g.t + rho |t|**2``, number by number.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ LONGEST_STEP = 4.0
 #: exp(600) is still finite in float64: within one stage, p-th powers move by no more than exp(+-300) on either side.
 REACH = 300.0
 
+#: What a dB is in a logarithm of power.
+NEPER = float(np.log(10) / 10)
+
 #: Taken off the bound's logarithm for roundoff, which is some 1e-12 in sums of millions of float64 numbers (no interval arithmetic).
 ROUNDOFF = 1e-9
 
@@ -51,10 +57,12 @@ def decibels_above(bound: float, noise: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """Factors of the free numbers, their exact noise, a lower bound on the noise of all factors in the box, and how that was found."""
+    """Factors of the free numbers, and how they were found."""
 
     f: Vector
+    #: The objective there, without smoothing: the noise, times ``exp`` of the ridge.
     noise: float
+    #: A lower bound on the objective of all factors in the box.
     bound: float
     #: Newton steps.
     iterations: int
@@ -68,15 +76,16 @@ class Optimum:
 
 
 def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str, float] | None = None, box: float = 1024.0,
-            start: Vector | None = None, held: npt.NDArray[np.bool_] | None = None, tol: float = 0.05, max_iter: int = 200) -> Optimum:
+            start: Vector | None = None, held: npt.NDArray[np.bool_] | None = None, ridge: float = 0.0, tol: float = 0.05,
+            max_iter: int = 200) -> Optimum:
     """Minimise the expected noise over all factors within ``[1 / box, box]``, and bound it from below.
 
     ``objective`` is ``"noise"``, the sum over the model's tensors, or ``"range"``, the geometric mean over the tensors of
     ``(R / steps)**2 / 12`` times the geometric mean of ``(f_in / f_out)**2`` over the live channels. That depends on no sensitivity
     (:func:`eqfact.noise.unit_sensitivities` serve); on a chain of layers it is the product of all ranges. ``weights`` multiplies the
     noise (or the logarithm) of tensors by name. ``start`` holds the factors of the free numbers, 1 if None; the minimum does not depend
-    on it. Numbers that are ``held`` keep the factor 1, in the bound too. The search ends when the certified gap is at most ``tol`` dB,
-    after
+    on it. Numbers that are ``held`` keep the factor 1, in the bound too. ``ridge``: what a number that moves by a factor of e must earn,
+    in dB of noise; one that moves by ``e**2`` four times as much. The search ends when the certified gap is at most ``tol`` dB, after
     ``max_iter`` Newton steps, or when the gap no longer falls.
 
     Raises :class:`ValueError` for unknown objectives and names, and unusable weights, boxes and starts.
@@ -91,7 +100,7 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     """
     size = model.channels.degrees_of_freedom + 1
     limit = np.where(_held(held, size), 0.0, _limit(objective, box))
-    goal = _goal(model, objective, weights or {})
+    goal = _goal(model, objective, weights or {}, ridge)
     t = _start(start, size, limit)
     best, lowest, bound = t, goal.exact(t), -np.inf
     if not goal.terms or not limit.any():
@@ -115,9 +124,10 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
             return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
 
 
-def objective_at(model: NoiseModel, free: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None) -> float:
+def objective_at(model: NoiseModel, free: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None,
+                 ridge: float = 0.0) -> float:
     """What :func:`optimal` minimises, at the factors of the free numbers: to be compared with its bound."""
-    return float(np.exp(_goal(model, objective, weights or {}).exact(np.log(free))))
+    return float(np.exp(_goal(model, objective, weights or {}, ridge).exact(np.log(free))))
 
 
 def _held(held: npt.NDArray[np.bool_] | None, size: int) -> npt.NDArray[np.bool_]:
@@ -146,8 +156,10 @@ def _start(start: Vector | None, size: int, limit: Vector) -> Vector:
     return np.clip(np.log(f), -limit, limit)
 
 
-def _goal(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> Goal:
+def _goal(model: NoiseModel, objective: str, weights: Mapping[str, float], ridge: float = 0.0) -> Goal:
     """The tensors with a positive weight."""
+    if not (np.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge must be a finite number of dB, at least 0, got {ridge}")
     names = [tensor.name for tensor in model.tensors]
     for name, weight in weights.items():
         if name not in names:
@@ -157,7 +169,7 @@ def _goal(model: NoiseModel, objective: str, weights: Mapping[str, float]) -> Go
     chosen = [(tensor, float(weights.get(tensor.name, 1))) for tensor in model.tensors if weights.get(tensor.name, 1) > 0]
     whole = sum(weight for _, weight in chosen)
     terms = [Term(tensor, weight) if objective == "noise" else Term(tensor, 1.0, weight / whole) for tensor, weight in chosen]
-    return Goal(terms, None if model.channels.compound is None else model.channels.forms)
+    return Goal(terms, None if model.channels.compound is None else model.channels.forms, ridge * NEPER)
 
 
 # ---------------------------------------------------------------------------------------------------- the smooth model
@@ -178,11 +190,15 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """The logarithm of a sum of terms, or the mean of their logarithms, as a function of the free numbers ``t``; by label ``u = B t``."""
+    """The logarithm of a sum of terms, or the mean of their logarithms, as a function of the free numbers ``t``; by label ``u = B t``.
+
+    And ``ridge |t|**2`` beside it.
+    """
 
     terms: list[Term]
     #: ``B``, if channels are related in other ways than ties and pins (docs/algebra.md).
     forms: csr_array | None
+    ridge: float = 0.0
 
     def spread(self, t: Vector) -> Vector:
         """``u``, by label."""
@@ -207,12 +223,12 @@ class Goal:
         slopes = [term.slope(share) for term, share in zip(self.terms, shares, strict=True)]
         for term, (rows, columns) in zip(self.terms, slopes, strict=True):
             slope += np.bincount(term.tensor.made, rows, len(u)) + np.bincount(term.tensor.read, columns, len(u))
-        return State(value, self.gathered(slope), slopes, shares)
+        return State(value + self.ridge * float(t @ t), self.gathered(slope) + 2 * self.ridge * t, slopes, shares)
 
     def exact(self, t: Vector) -> float:
         """The same without smoothing."""
         u = self.spread(t)
-        return self._combined([term.exact(u) for term in self.terms])[0]
+        return self._combined([term.exact(u) for term in self.terms])[0] + self.ridge * float(t @ t)
 
     def _combined(self, logs: Sequence[Vector]) -> tuple[float, list[Vector]]:
         """``log sum exp`` over all grids of all terms, or their mean if shares are fixed; and every grid's share in it."""
@@ -223,10 +239,15 @@ class Goal:
         return value, [np.exp(log - value) for log in logs]
 
     def lower_bound(self, now: State, t: Vector, limit: Vector) -> float:
-        """The least value in the box of ``c + g.t``, by ``log sum N >= sum share log(N / share)`` and the same within every term."""
+        """The least value in the box of ``c + g.t + ridge |t|**2``.
+
+        By ``log sum N >= sum share log(N / share)``, and the same within every term.
+        """
         u = self.spread(t)
         value = sum(term.geometric(share, u) for term, share in zip(self.terms, now.shares, strict=True))
-        return float(value - (now.slope * t + np.abs(now.slope) * limit).sum()) - ROUNDOFF
+        g = now.slope - 2 * self.ridge * t
+        lowest = np.clip(-g / (2 * self.ridge), -limit, limit) if self.ridge else -np.sign(g) * limit
+        return float(value + (g * (lowest - t) + self.ridge * lowest**2).sum()) - ROUNDOFF
 
     def newton_step(self, now: State, free: npt.NDArray[np.bool_]) -> Vector:
         """To the minimum of the quadratic model over the free numbers that may move."""
@@ -234,6 +255,8 @@ class Goal:
         for term, share, slopes in zip(self.terms, now.shares, now.slopes, strict=True):
             if share.any():
                 term.bend(curvature, share, slopes)
+        if self.ridge:
+            curvature.free_diagonal(np.full(len(free), 2 * self.ridge))
         return curvature.solve(-now.slope, free)
 
 

@@ -204,7 +204,7 @@ def test_predicted_terms_add_up_to_the_predicted_sqnr():
 @pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
 def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objective):
     net, _, stats = setting(build)
-    free, exact = (eq.equalize(net, eq.Optimal(ranges=stats, objective=objective), stats=stats, exact=exact) for exact in (False, True))
+    free, exact = (eq.equalize(net, eq.Optimal(ranges=stats, objective=objective, ridge=0), stats=stats, exact=exact) for exact in (False, True))
     assert exact.bound == pytest.approx(free.bound)
     assert exact.gap_db > free.gap_db
     assert exact.success == free.success
@@ -275,9 +275,9 @@ def test_bad_methods_and_options_are_refused(method, error, message):
 def test_the_gap_of_a_network_returned_as_it_is_is_its_own():
     """At the optimum nothing can fall any more, up to powers of two: the input comes back, with its own distance from the bound."""
     net, _, stats = setting(handmade.mobile)
-    best = eq.equalize(net, eq.Optimal(ranges=stats, tol=1e-3), stats=stats)
+    best = eq.equalize(net, eq.Optimal(ranges=stats, tol=1e-3, ridge=0), stats=stats)
     again_stats = best.factorization.apply(stats)
-    again = eq.equalize(best.graph, eq.Optimal(ranges=again_stats), stats=again_stats, exact=True, harmless=True)
+    again = eq.equalize(best.graph, eq.Optimal(ranges=again_stats, ridge=0), stats=again_stats, exact=True, harmless=True)
     assert "returned as it is" in again.message
     model = eq.noise_model(best.graph, again_stats, weights=W8, activations=A8,
                            sensitivities=eq.forward_sensitivities(best.graph, again_stats))

@@ -312,6 +312,45 @@ def test_the_line_lies_below_the_exact_objective_everywhere(name):
                 assert constant + now.slope @ (v - t) <= np.log(looped_noise(model, np.exp(v))) + TINY
 
 
+# --------------------------------------------------------------------------------------------------------------- ridge
+
+
+@pytest.mark.parametrize("ridge", [0.001, 0.1, 3.0])
+@pytest.mark.parametrize("name", ["residual", "product", "grouped queries, rotary"])
+def test_no_factors_beat_the_bound_of_a_ridge(name, ridge):
+    """The objective by its formula, ``10 log10 N + ridge sum (log f)**2`` in dB, at the optimum, near it and far away."""
+    rng = np.random.default_rng(8)
+    for setting in SETTINGS.values():
+        model = table_model(name, setting)
+        best = optimal(model, ridge=ridge, tol=0.02)
+
+        def decibels(f, model=model):
+            return 10 * np.log10(looped_noise(model, f)) + ridge * (np.log(f) ** 2).sum()
+        assert 10 * np.log10(best.noise) == pytest.approx(decibels(best.f), abs=1e-6)
+        assert best.gap_db <= 0.02 and best.bound < best.noise
+        for scale in (0.01, 0.3, 3):
+            for _ in range(5):
+                t = np.clip(np.log(best.f) + scale * rng.normal(size=len(best.f)), -np.log(1024), np.log(1024))
+                t[0] = 0
+                assert 10 * np.log10(best.bound) <= decibels(np.exp(t))
+
+
+def test_the_higher_the_ridge_the_less_changes():
+    model = table_model("residual", SETTINGS["W8A8"])
+    found = [optimal(model, ridge=ridge, tol=1e-3) for ridge in (0, 0.01, 0.1, 1, 10, 1e4)]
+    changes = [(np.log(best.f) ** 2).sum() for best in found]
+    noises = [looped_noise(model, best.f) for best in found]
+    assert changes == sorted(changes, reverse=True) and changes[-1] < 1e-4 * changes[0]
+    assert all(a <= b * 1.001 for a, b in zip(noises, noises[1:], strict=False))
+
+
+@pytest.mark.parametrize("ridge", [-1, np.nan, np.inf])
+def test_a_ridge_is_a_number_of_decibels(ridge):
+    for make in (lambda: optimal(table_model("residual", SETTINGS["W8A8"]), ridge=ridge), lambda: eq.Optimal(ridge=ridge)):
+        with pytest.raises(ValueError, match="ridge must be a finite number of dB, at least 0, got"):
+            make()
+
+
 # --------------------------------------------------------------------------------------------------------- derivatives
 
 
@@ -320,7 +359,7 @@ def test_the_line_lies_below_the_exact_objective_everywhere(name):
 @pytest.mark.parametrize("net", ["conv used twice", "square and cube made equal"])
 def test_slopes_are_the_derivatives(setting, objective, net):
     model = table_model(net, setting)
-    goal = module._goal(model, objective, {})
+    goal = module._goal(model, objective, {}, ridge=0.5)
     rng = np.random.default_rng(4)
     t = np.log(in_box(rng, model, 3))
     for p in (4.0, 16.0):
@@ -342,7 +381,7 @@ def test_the_quadratic_model_is_the_second_derivative(monkeypatch, name, net):
     monkeypatch.setattr(logsums, "COUPLING", 0.0)
     monkeypatch.setattr(logsums, "CG_STEPS", 300)
     model = table_model(net, SETTINGS[name])
-    goal = module._goal(model, "noise", {})
+    goal = module._goal(model, "noise", {}, ridge=0.5)
     t = np.log(in_box(np.random.default_rng(5), model, 1.5))
     for term in goal.terms:
         term.begin(goal.spread(t), 4.0)
@@ -354,7 +393,8 @@ def test_the_quadratic_model_is_the_second_derivative(monkeypatch, name, net):
     second = (goal.at(t + h * step).slope - goal.at(t - h * step).slope) / (2 * h)
     now = goal.at(t)
     # the logarithm of the sum has one term more, which the steps leave out: - slope slope'
-    second += now.slope * float(now.slope @ step)
+    of_noise = now.slope - 2 * goal.ridge * t
+    second += of_noise * float(of_noise @ step)
     assert second[1:] == pytest.approx(-now.slope[1:], rel=1e-4, abs=1e-5 * np.abs(now.slope).max())
 
 
