@@ -9,7 +9,7 @@ some channels grow with a number, those of others shrink. The weights stay as th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from eqfact.graph import Graph
 from eqfact.ops.base import Op, Weighted, channel_vector
 from eqfact.ops.joining import Concat
 from eqfact.quantization import fused_activation
-from eqfact.rules import Block, Maker, Vector
+from eqfact.rules import Anchor, Block, Maker, Vector
 
 Indices = npt.NDArray[np.int64]
 
@@ -113,7 +113,6 @@ class Layer:
     read: Indices
     rows: Largest
     columns: Largest
-
     def made_range(self, f: Vector) -> Vector:
         """Largest weight magnitude of every output channel, ``(out,)``."""
         return self.rows(1 / f[self.read]) * f[self.made]
@@ -134,6 +133,8 @@ class Side:
     numbers: Indices
     #: The channels of this side in which none of the block's numbers stands.
     held: Indices
+    #: Those that no factor moves: pinned, or dead.
+    fixed: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def ranges(self, f: Vector) -> Vector:
         """Largest weight magnitude of every channel."""
@@ -271,7 +272,24 @@ def blocks(found: Sequence[Layer], resolved: Channels, values: Sequence[Layer] =
                 return tuple(of.get((weighted, grows), ()))
             plans.append(BlockPlan(labels, kind(True, True), kind(True, False), kind(False, True), kind(False, False),
                                    followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()), max(of_layer.values())))
-    return tuple(plans)
+    moved = np.zeros(len(block_of), bool)
+    for plan in plans:
+        moved[plan.labels] = alive(plan, np.ones(resolved.size))
+    return tuple(replace(plan, growing=tuple(_with_fixed(side, forms, moved) for side in plan.growing),
+                         shrinking=tuple(_with_fixed(side, forms, moved) for side in plan.shrinking)) for plan in plans)
+
+
+def _with_fixed(side: Side, forms: csr_array, moved: npt.NDArray[np.bool_]) -> Side:
+    labels = side.layer.made if side.makes else side.layer.read
+    channels, free, _ = _entries(forms, labels)
+    return replace(side, fixed=np.setdiff1d(np.arange(len(labels)), channels[moved[free]]))
+
+
+def alive(plan: BlockPlan, f: Vector) -> npt.NDArray[np.bool_]:
+    """Which channels of a block have weights that make them and weights that read them."""
+    block = made_and_read(plan, f)
+    both: npt.NDArray[np.bool_] = (block.made > 0) & (block.read > 0)
+    return both
 
 
 def _entries(forms: csr_array, labels: Indices) -> tuple[Indices, Indices, Vector]:
@@ -334,8 +352,34 @@ def neighbours(plans: Sequence[BlockPlan]) -> list[set[int]]:
 
 def made_and_read(plan: BlockPlan, f: Vector) -> Block:
     """What grows and what shrinks with every number of a block, with the factors chosen so far: all that ``cross_layer`` asks for."""
-    return Block((), plan.largest(plan.growing, [side.ranges(f) for side in plan.growing]),
-                 plan.largest(plan.shrinking, [side.ranges(f) for side in plan.shrinking]))
+    growing, shrinking = [side.ranges(f) for side in plan.growing], [side.ranges(f) for side in plan.shrinking]
+    return Block((), plan.largest(plan.growing, growing), plan.largest(plan.shrinking, shrinking),
+                 made_anchors=_anchors(plan.growing, growing), read_anchors=_anchors(plan.shrinking, shrinking))
+
+
+def bias_bounds(found: Sequence[Layer], resolved: Channels, f: Vector, most: float) -> Vector:
+    """By free number the largest factors at which no bias exceeds ``most`` times the largest of its layer, times the layer's median factor.
+
+    For numbers that are a channel's label by themselves; infinite where no bias says anything.
+    """
+    bounds = np.full(resolved.degrees_of_freedom + 1, np.inf)
+    for layer in found:
+        bias = layer.op.bias if isinstance(layer.op, Weighted) else None
+        own = (layer.made > 0) & (layer.made <= resolved.degrees_of_freedom)
+        if bias is None or not own.any() or not bias.any():
+            continue
+        sizes = np.abs(bias.astype(np.float64)) / np.abs(bias).max()
+        level = most * float(np.median(f[layer.made[own]]))
+        with np.errstate(over="ignore"):  # of next to no bias
+            limits = np.divide(level, sizes, out=np.full(len(sizes), np.inf), where=sizes > 0)
+        np.minimum.at(bounds, layer.made[own], limits[own])
+    return bounds
+
+
+def _anchors(sides: Sequence[Side], ranges: Sequence[Vector]) -> tuple[Anchor, ...]:
+    """The sides that hold ranges which no factor moves."""
+    return tuple(Anchor(side.numbers, of_side[side.channels], float(of_side[side.fixed].max()))
+                 for side, of_side in zip(sides, ranges, strict=True) if len(side.fixed))
 
 
 def block_ranges(plan: BlockPlan, f: Vector, activations: dict[int, Activation], preactivation: bool) -> Block:

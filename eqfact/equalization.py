@@ -41,8 +41,8 @@ class EqualizeResult:
     #: Expected SQNR of the quantized output in dB before and after, for the ranges seen; None without data or statistics, and for
     #: weights on grids per group, which the noise model does not know.
     predicted: tuple[float, float] | None = None
-    #: "optimal" only: a lower bound on the objective (the expected noise, and its ridge) of every factorization within the bounds that keeps
-    #: dead channels, and by how many dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
+    #: "optimal" only: a lower bound on the objective (expected noise and ridge) of every factorization within the bounds that keeps dead
+    #: channels, and by how many dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
     bound: float | None = None
     gap_db: float | None = None
 

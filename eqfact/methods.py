@@ -14,9 +14,20 @@ from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from eqfact.blocks import BlockPlan, activation_ranges, block_ranges, blocks, layers, made_and_read, neighbours, product_values
+from eqfact.blocks import (
+    Activation,
+    BlockPlan,
+    activation_ranges,
+    alive,
+    bias_bounds,
+    block_ranges,
+    blocks,
+    layers,
+    made_and_read,
+    neighbours,
+    product_values,
+)
 from eqfact.calibration import Statistics, check_statistics, likely_ranges
 from eqfact.channels import Channels
 from eqfact.factorization import Factorization
@@ -29,6 +40,9 @@ from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_s
 #: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
 #: factors of 1e8 blow up its bias (PAPER 9: EfficientNet-Lite0).
 CROSS_LAYER_MAX_FACTOR = 1024.0
+
+#: By how much a bias may stand out of its layer after cross-layer equalization: one bit of the grid of the activations.
+MAX_BIAS = 2.0
 
 #: What a factor of e must earn, in dB of expected noise (docs/optimal.md): some thousand channels together then cost a fraction of a dB.
 RIDGE = 0.01
@@ -185,20 +199,27 @@ class Swept:
 class CrossLayer:
     """Makes the weights that make and that read every channel range alike (Nagel et al. 2019, PAPER 7); needs no data and uses none.
 
-    Swept as :class:`Swept`, until no ``|log f|`` moves by more than ``tol``, at most ``max_iter`` times.
+    Swept as :class:`Swept`, until no ``|log f|`` moves by more than ``tol``, at most ``max_iter`` times. A channel of nearly no weights and
+    an ordinary bias is nearly constant; balance would amplify it beyond all others, and with it the range of the activations, of which
+    biases are all that is known without data. So where balance takes a bias beyond ``max_bias`` times the largest of its layer, as the
+    layer's median factor moves that, its factor ends there, and the sweeps go on: the paper's promise that no range grows (PAPER 2), but
+    for one bit. Infinity takes the guard away. What no factor moves does not stand out, either (:func:`eqfact.rules.cross_layer`).
     """
 
     max_factor: float = CROSS_LAYER_MAX_FACTOR
     tol: float = 1e-3
     max_iter: int = 1000
+    max_bias: float = MAX_BIAS
 
     def __post_init__(self) -> None:
         _check(self.max_factor, self.tol, self.max_iter)
+        if not self.max_bias >= 1:
+            raise ValueError(f"max_bias must be a number of at least 1, got {self.max_bias}")
 
     def find(self, task: Task) -> Found:
         """The factors of balance."""
         return _loop(task, _Loop("cross_layer", cross_layer, self.max_factor, 1 / self.max_factor, tol=self.tol,
-                                 max_iter=int(self.max_iter), weights_alone=True))
+                                 max_iter=int(self.max_iter), weights_alone=True, max_bias=self.max_bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +230,8 @@ class Optimal:
     :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
     :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``ridge``: a factor of e must
     earn so many dB, or the channel stays nearer to 1: what hardly lowers the noise expected from a few images may cost more on others.
-    ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton steps. :class:`ValueError` for unusable options.
+    ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton
+    steps. :class:`ValueError` for unusable options.
     """
 
     sensitivities: Sensitivities | None = None
@@ -234,7 +256,7 @@ class Optimal:
         plans = blocks(layers(task.graph, resolved), resolved)
         dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
         for plan in plans:
-            dead[plan.labels] = ~_alive(plan, np.ones(resolved.size))
+            dead[plan.labels] = ~alive(plan, np.ones(resolved.size))
         ridge = self.ridge if self.objective == "noise" else 0.0
         best = optimal(model, objective=self.objective, box=bound, held=dead, ridge=ridge, tol=self.tol, max_iter=int(self.max_iter))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
@@ -291,6 +313,7 @@ class _Loop:
     preactivation: bool = False
     #: The rule looks at no activations.
     weights_alone: bool = False
+    max_bias: float = np.inf
 
 
 def _loop(task: Task, how: _Loop) -> Found:
@@ -301,11 +324,28 @@ def _loop(task: Task, how: _Loop) -> Found:
     plans = blocks(found, resolved, product_values(graph, resolved, stats) if looks and stats is not None else ())
     activations = activation_ranges(graph, found, stats) if looks and stats is not None else {}
     touched = neighbours(plans)
-    f = np.ones(resolved.size)
+    most = np.full(resolved.degrees_of_freedom + 1, how.bound)
+    f, residual, success = _sweep(plans, touched, resolved, how, most, np.ones(resolved.size), how.max_iter, activations)
+    if success and how.max_bias < np.inf:
+        most = np.clip(bias_bounds(found, resolved, f, how.max_bias), 1 / how.bound, how.bound)
+        for plan in plans:
+            most[plan.labels[~alive(plan, f)]] = how.bound  # a dead channel keeps the factor 1
+        if (f[:len(most)] > most * (1 + how.tol)).any() and len(residual) < how.max_iter:
+            f, more, success = _sweep(plans, touched, resolved, how, most, f, how.max_iter - len(residual), activations)
+            residual += more
+    free = f[:resolved.degrees_of_freedom + 1]
+    return Found(Factorization(resolved, free), success, _message(how, success, residual, f, most, plans, resolved), len(residual),
+                 tuple(residual))
+
+
+def _sweep(plans: Sequence[BlockPlan], touched: Sequence[set[int]], resolved: Channels, how: _Loop, most: Vector, f: Vector, max_iter: int,
+           activations: dict[int, Activation]) -> tuple[Vector, list[float], bool]:
+    """From the factors ``f``, by label, until no ``|log f|`` moves by more than the tolerance, none beyond ``most``, by free number."""
+    f = f.copy()
     residual: list[float] = []
     everything = set(range(len(plans)))
     due = everything  # blocks with a neighbour that moved; the last sweep looks at all again
-    while len(residual) < how.max_iter:
+    while len(residual) < max_iter:
         whole, moved = due == everything, 0.0
         pending = set()
         for index, plan in enumerate(plans):
@@ -318,7 +358,7 @@ def _loop(task: Task, how: _Loop) -> Found:
             if (power := plan.of_side if how.once else plan.of_weights) > 1:
                 step = step ** (1 / power)
             old = f[plan.labels]
-            f[plan.labels] = new = old * step if how.once else np.clip(old * step, 1 / how.bound, how.bound)
+            f[plan.labels] = new = old * step if how.once else np.clip(old * step, 1 / how.bound, most[plan.labels])
             resolved.follow(f, plan.followers)
             change = float(np.abs(np.log(new / old)).max())
             moved = max(moved, change)
@@ -328,10 +368,7 @@ def _loop(task: Task, how: _Loop) -> Found:
         if whole and moved <= how.tol:
             break
         due = pending or everything
-    success = how.once or residual[-1] <= how.tol
-    free = f[:resolved.degrees_of_freedom + 1]
-    return Found(Factorization(resolved, free), success, _message(how, success, residual, f, plans, resolved), len(residual),
-                 tuple(residual))
+    return f, residual, how.once or residual[-1] <= how.tol
 
 
 def _checked(step: Vector, plan: BlockPlan) -> Vector:
@@ -350,7 +387,8 @@ def _checked(step: Vector, plan: BlockPlan) -> Vector:
     return step
 
 
-def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, plans: Sequence[BlockPlan], resolved: Channels) -> str:
+def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, most: Vector, plans: Sequence[BlockPlan],
+             resolved: Channels) -> str:
     """What happened, in a sentence or two."""
     if not plans:
         return f"{how.name}: no channel is free, the network is returned as it is"
@@ -358,25 +396,21 @@ def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, pl
     verdict = f"{how.name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
     if not success:
         verdict = f"{how.name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {how.tol:g}); raise max_iter"
-    return verdict + _held_back(plans, f, how.bound, how.lowest, "" if how.once else "nearly dead ")
+    text = verdict + _held_back(plans, f, how.bound, how.lowest, "" if how.once else "nearly dead ")
+    if held := int(((most < how.bound) & (f[:len(most)] >= most * (1 - 1e-9)))[1:].sum()):
+        text += f"; {held} channel{'s' if held > 1 else ''} held at {how.max_bias:g} times the largest bias of the layer"
+    return text
 
 
 def _held_back(plans: Sequence[BlockPlan], f: Vector, bound: float, lowest: float, kind: str) -> str:
     """How many channels are dead, and how many of the others stand at a bound."""
     text, dead, at_bound = "", 0, 0
     for plan in plans:
-        alive = _alive(plan, f)
-        dead += int((~alive).sum())
-        at_bound += int((alive & ((f[plan.labels] >= bound * (1 - 1e-9)) | (f[plan.labels] <= lowest * (1 + 1e-9)))).sum())
+        live = alive(plan, f)
+        dead += int((~live).sum())
+        at_bound += int((live & ((f[plan.labels] >= bound * (1 - 1e-9)) | (f[plan.labels] <= lowest * (1 + 1e-9)))).sum())
     if dead:
         text += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
     if at_bound:
         text += f"; {at_bound} {kind}channel{'s' if at_bound > 1 else ''} held at the bound {bound:g}"
     return text
-
-
-def _alive(plan: BlockPlan, f: Vector) -> npt.NDArray[np.bool_]:
-    """Which channels of a block have weights that make them and weights that read them."""
-    block = made_and_read(plan, f)
-    alive: npt.NDArray[np.bool_] = (block.made > 0) & (block.read > 0)
-    return alive

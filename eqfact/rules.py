@@ -46,12 +46,22 @@ class Maker:
 
 
 @dataclass(frozen=True, eq=False)
+class Anchor:
+    """A weight tensor that a block makes or reads, and the largest of its ranges that no factor moves: of pinned and of dead channels."""
+
+    #: Which channels of the block stand in it, and their ranges with the factors chosen so far.
+    channels: npt.NDArray[np.int64]
+    ranges: Vector
+    fixed: float
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Channels that are made together: their makers, and how the weights that read them range, with the factors chosen so far.
 
     In products of values a channel stands for a free number (docs/algebra.md): made is what grows with it, read what shrinks.
 
-    ``cross_layer`` gets ``made`` and ``read`` alone; every other rule gets all.
+    ``cross_layer`` gets what is known without data; every other rule gets all.
     """
 
     makers: tuple[Maker, ...]
@@ -63,6 +73,9 @@ class Block:
     consumed: Vector | None = None
     #: What else grows with the channels, in products of values: it limits them, and shares nothing.
     limits: tuple[Maker, ...] = ()
+    #: The tensors that make and that read the block and hold ranges that no factor moves.
+    made_anchors: tuple[Anchor, ...] = ()
+    read_anchors: tuple[Anchor, ...] = ()
 
 
 #: From a block to the factors ``(C,)`` by which its channels shall be multiplied.
@@ -93,13 +106,37 @@ def two_step(block: Block, *, max_factor: float = MAX_FACTOR) -> Vector:
 def cross_layer(block: Block) -> Vector:
     """``f_i = sqrt(read_i / made_i)``: makes the weights that make and that read channel i range alike (Nagel et al. 2019).
 
+    What no factor moves, dead and pinned channels, must not stand out of a tensor because all others shrink: there the factors of the block
+    have another level in common, and made and read range alike up to that.
+
     >>> maker = Maker(np.arange(1), np.array([0.5]))
     >>> cross_layer(Block((maker,), maker.kernel, np.array([2.0]), np.ones(1)))
     array([2.])
     """
     live = (block.made > 0) & (block.read > 0)
     # two roots, because the quotient of a huge and a subnormal range would overflow
-    return np.divide(np.sqrt(block.read), np.sqrt(block.made), out=np.ones_like(block.made), where=live)
+    f = np.divide(np.sqrt(block.read), np.sqrt(block.made), out=np.ones_like(block.made), where=live)
+    return np.where(live, f * _level(block, f, live), f)
+
+
+def _level(block: Block, f: Vector, live: npt.NDArray[np.bool_]) -> float:
+    """What the factors of a block have in common, so that what no factor moves does not stand out of the tensors around it.
+
+    Balance says nothing about it: the ranges of all weights that make a block may grow, if those of all that read it shrink. What a step
+    of its tensor is wide is set by its largest range; where that is a dead or a pinned channel's, the rest may as well grow up to it. 1
+    where nothing stands out, and the geometric mean of what both sides ask for, if they disagree.
+    """
+    low = max((_over(a.fixed, (f[a.channels] * a.ranges)[live[a.channels]]) for a in block.made_anchors), default=0.0)
+    high = max((_over(a.fixed, (a.ranges / f[a.channels])[live[a.channels]]) for a in block.read_anchors), default=0.0)
+    if low * high > 1:
+        return float(np.sqrt(low / high))
+    return max(low, 1.0) / max(high, 1.0)
+
+
+def _over(fixed: float, ranges: Vector) -> float:
+    """By how much what is fixed stands out of the other ranges."""
+    largest = float(ranges.max(initial=0.0))
+    return fixed / largest if largest > 0 else 0.0
 
 
 def smooth_quant(block: Block, *, alpha: float = 0.5) -> Vector:

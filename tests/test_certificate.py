@@ -204,7 +204,8 @@ def test_predicted_terms_add_up_to_the_predicted_sqnr():
 @pytest.mark.parametrize("build", [handmade.mobile, handmade.residual], ids=lambda f: f.__name__)
 def test_the_gap_of_powers_of_two_is_that_of_the_factors_returned(build, objective):
     net, _, stats = setting(build)
-    free, exact = (eq.equalize(net, eq.Optimal(ranges=stats, objective=objective, ridge=0), stats=stats, exact=exact) for exact in (False, True))
+    method = eq.Optimal(ranges=stats, objective=objective, ridge=0)
+    free, exact = (eq.equalize(net, method, stats=stats, exact=exact) for exact in (False, True))
     assert exact.bound == pytest.approx(free.bound)
     assert exact.gap_db > free.gap_db
     assert exact.success == free.success

@@ -341,7 +341,7 @@ def test_the_higher_the_ridge_the_less_changes():
     changes = [(np.log(best.f) ** 2).sum() for best in found]
     noises = [looped_noise(model, best.f) for best in found]
     assert changes == sorted(changes, reverse=True) and changes[-1] < 1e-4 * changes[0]
-    assert all(a <= b * 1.001 for a, b in zip(noises, noises[1:], strict=False))
+    assert all(a <= b * 1.001 for a, b in itertools.pairwise(noises))
 
 
 @pytest.mark.parametrize("ridge", [-1, np.nan, np.inf])
