@@ -186,7 +186,9 @@ def main() -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     eq.save(output / "digits_mobilenet.npz", graph)
-    np.savez_compressed(output / "digits_images.npz", **{name: data[name] for name in ("calibration", "images", "labels")})
+    data["train_labels"] = data["train_labels"].astype(np.uint8)
+    np.savez_compressed(output / "digits_images.npz",
+                        **{name: data[name] for name in ("calibration", "images", "labels", "train", "train_labels")})
     for file in ("digits_mobilenet.npz", "digits_images.npz"):
         print(f"{output / file}: {(output / file).stat().st_size} bytes")
 

@@ -49,12 +49,16 @@ ROWS: tuple[tuple[str, str | None, str, bool], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """The bundled network, its calibration images, and held-out images ``(N, 1, 8, 8)`` with their labels ``(N,)``."""
+    """The bundled network, its calibration images, held-out images ``(N, 1, 8, 8)`` with their labels ``(N,)``, and the
+    images that the network was trained on.
+    """
 
     network: Graph
     calibration: Array
     images: Array
     labels: npt.NDArray[np.uint8]
+    train: Array
+    train_labels: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def load_bundle() -> Bundle:
     with resources.as_file(folder / "digits_mobilenet.npz") as path:
         network = serialization.load(path)
     with np.load(io.BytesIO((folder / "digits_images.npz").read_bytes())) as data:
-        return Bundle(network, data["calibration"] / WHITE, data["images"] / WHITE, data["labels"])
+        return Bundle(network, data["calibration"] / WHITE, data["images"] / WHITE, data["labels"], data["train"] / WHITE,
+                      data["train_labels"])
 
 
 def rows(bundle: Bundle) -> Iterator[Row]:

@@ -8,7 +8,7 @@ rounds an activation, and :func:`quantize` a pass ``Graph -> Graph``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,9 @@ from eqfact.ops.elementwise import Clip
 from eqfact.ops.grid import ROUNDINGS, Grid
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+
+#: The ends ``(low, high)`` of a range: numbers, or arrays that broadcast as the scales of its grid do.
+Range = tuple[npt.ArrayLike, npt.ArrayLike]
 
 #: Integer engines add up products of 8 bits in 32, a sign among them.
 ACCUMULATOR = 2**31
@@ -105,8 +108,22 @@ class UniformQuantizer:
         # a range of 0 (or so small that a step underflows) holds zero alone
         return Grid(np.where(scale > np.finfo(np.float64).tiny, scale, 1.0), zero_point, self.qmin, self.qmax, self.rounding)
 
-    def weight_grid(self, op: Weighted) -> Grid:
-        """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
+    def range_vjp(self, grid: Grid, by_scale: Array, by_zero_point: Array) -> tuple[Array, Array]:
+        """The cotangents of ``low`` and ``high`` from those of scale and zero point, for a ``grid`` that :meth:`grid` made of them.
+
+        Affine, with ``n = qmax - qmin``: ``scale = (high - low) / n``, and ``zero_point = qmin - low / scale`` as if it were not rounded
+        (straight-through). An end at zero stays there: ranges hold zero. Symmetric: the range is ``[-a, a]``, and what ``a`` gets is
+        shared by its two ends.
+        """
+        if self.symmetric:
+            half = by_scale / (2 * (grid.qmax - grid.zero_point))
+            return -half, half
+        n, below, above = grid.qmax - grid.qmin, grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+        by_low, by_high = -(by_scale + by_zero_point * above / grid.scale) / n, (by_scale + by_zero_point * below / grid.scale) / n
+        return np.where(below < 0, by_low, 0), np.where(above > 0, by_high, 0)
+
+    def weight_range(self, op: Weighted) -> tuple[Array, Array]:
+        """The extrema of the weights of an op that share a grid, of shapes that broadcast against ``(out, in // groups, *kernel)``."""
         w = op.weight
         if self.granularity == "per_group" and self.group_size is not None and self.group_size < w.shape[1]:
             starts = np.arange(0, w.shape[1], self.group_size)
@@ -114,18 +131,25 @@ class UniformQuantizer:
             group = np.arange(w.shape[1]) // self.group_size
             low, high = (extreme.reduceat(extreme.reduce(w, axis=axes, keepdims=True), starts, axis=1)[:, group]
                          for extreme in (np.minimum, np.maximum))
-        else:
-            axes = tuple(range(w.ndim)) if self.granularity == "per_tensor" else tuple(range(1, w.ndim))
-            low, high = w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True)
-        return self.grid(low, high)
+            return low, high
+        axes = tuple(range(w.ndim)) if self.granularity == "per_tensor" else tuple(range(1, w.ndim))
+        return w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True)
 
-    def activation_grid(self, low: Array, high: Array) -> Grid:
-        """The grid for an activation with these ranges ``(C,)``: one for the tensor, or ``(C,)`` of them."""
+    def weight_grid(self, op: Weighted) -> Grid:
+        """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
+        return self.grid(*self.weight_range(op))
+
+    def activation_range(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """Of the ranges ``(C,)`` of an activation, those of its grids: ``(1,)`` for the tensor, or ``(C,)``."""
         if self.granularity == "per_group":
             raise ValueError("granularity 'per_group' is for weights; quantize activations per_tensor or per_channel")
         if self.granularity == "per_tensor":
             low, high = low.min(keepdims=True), high.max(keepdims=True)
-        return self.grid(low, high)
+        return low, high
+
+    def activation_grid(self, low: Array, high: Array) -> Grid:
+        """The grid for an activation with these ranges ``(C,)``: one for the tensor, or ``(C,)`` of them."""
+        return self.grid(*self.activation_range(low, high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +184,6 @@ class FakeQuantize(Blocking):
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
-        scale, zero_point = (along_channels(v, x.ndim - 1) for v in (self.grid.scale, self.grid.zero_point))
         step = None if self.step is None else along_channels(self.step, x.ndim - 1)
         if self.step is not None:
             sums = np.abs(x).max(axis=(0, *range(2, x.ndim)), initial=0).astype(np.float64) / self.step
@@ -168,7 +191,21 @@ class FakeQuantize(Blocking):
                 channel = int(np.argmax(sums))
                 raise ValueError(f"channel {channel}: a sum of {sums[channel]:.10g} steps does not fit into an integer engine's 32 bits, "
                                  f"which hold less than {ACCUMULATOR}; raise the scale of the weights, as eqfact.quantize does")
-        return replace(self.grid, scale=scale, zero_point=zero_point).fake_quantize(x, step)
+        return self._along(x).fake_quantize(x, step)
+
+    def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
+        """Straight through, as if nothing were rounded, where the value lies in the range of the grid; 0 where it saturates."""
+        return (cotangent * self._along(inputs[0]).inside(inputs[0]),)
+
+    def grid_vjp(self, cotangent: Array, x: Array) -> tuple[Array, Array]:
+        """The cotangents of the grid's scale and zero point, in their shapes (:meth:`Grid.vjp`)."""
+        by_scale, by_zero_point = self._along(x).vjp(cotangent, x)
+        return by_scale.reshape(self.grid.scale.shape), by_zero_point.reshape(self.grid.scale.shape)
+
+    def _along(self, x: Array) -> Grid:
+        """The grid, to broadcast against a value."""
+        return replace(self.grid, scale=along_channels(self.grid.scale, x.ndim - 1),
+                       zero_point=along_channels(self.grid.zero_point, x.ndim - 1))
 
     def passes(self, errors: Sequence[Array], inputs: Sequence[Array], u: float) -> Array:
         """Rounding is monotone: how far the ends of the interval come apart."""
@@ -181,7 +218,8 @@ class FakeQuantize(Blocking):
 
 
 def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,
-             stats: Statistics | None = None, biases: bool = True, outputs: bool = False) -> Graph:
+             stats: Statistics | None = None, ranges: Mapping[str, Range] | None = None, biases: bool = True,
+             outputs: bool = False) -> Graph:
     """The network with weights on grids and fake-quantized activations, as an integer engine would compute it.
 
     ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
@@ -192,6 +230,11 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
+    ``ranges``: ends ``(low, high)`` that take the place of the extrema, of activations by the name of the value, of weights as
+    ``"NODE.weight"`` (the first node of those that share them); each a number, or an array that broadcasts as the scales of its grid do:
+    ``(C,)`` for activations, ``(out,)`` or ``(out, in // groups, 1, ...)`` for weights. What lies outside saturates. Activations whose
+    ranges are all given need no ``stats``.
+
     ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
     then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
     not hold: where weights and activations have 8 bits, ``s_w`` is raised as far as that needs, and, per channel, until no bias has more
@@ -199,14 +242,18 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     weights that are all 0 is chosen for their bias. Scales are numbers of the network's own type.
 
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
-    :class:`ValueError` if the network has quantized activations already or the statistics are of another one.
+    :class:`ValueError` if the network has quantized activations already, the statistics are of another one, or a range is of nothing
+    that is quantized here, empty, not finite or of another shape.
     """
     check_quantizers(weights, activations)
     for node in graph.nodes:  # weights alone may be quantized again
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     dtype = scale_dtype(graph)
-    grids = {} if activations is None else _activation_grids(graph, activations, stats, outputs, dtype)
+    extrema = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, ranges=ranges or {}, outputs=outputs)
+    shared = weight_names(graph)
+    grids = {} if activations is None else {value: activations.grid(*extrema[value]).astype(dtype)
+                                            for value in stored_values(graph, outputs=outputs)}
     stored = set(grids)
     names = set(graph.shapes)
 
@@ -223,7 +270,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
             input_grid = grids.get(source) if biases else None
             key = (id(op), b"" if input_grid is None else input_grid.scale.tobytes())
             if key not in on_grid:  # an op used twice stays one op, if what it reads has one grid
-                on_grid[key] = _on_grids(op, weights, input_grid, dtype)
+                grid = None if weights is None else weights.grid(*extrema[shared[id(op)]]).astype(dtype)
+                on_grid[key] = _on_grids(op, grid, input_grid, dtype)
             op, step = on_grid[key]
             if step is not None:
                 steps[node.name] = step
@@ -242,14 +290,64 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     return replace(graph, nodes=tuple(nodes))
 
 
-def _activation_grids(graph: Graph, quantizer: UniformQuantizer, stats: Statistics | None, outputs: bool,
-                      dtype: np.dtype[Any]) -> dict[str, Grid]:
-    """The grid of every value that an engine stores."""
-    if stats is None:
-        raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
-    stored = stored_values(graph, outputs=outputs)
-    check_statistics(graph, stats, stored)
-    return {value: quantizer.activation_grid(stats[value].min, stats[value].max).astype(dtype) for value in stored}
+def tensor_ranges(graph: Graph, *, weights: UniformQuantizer | None, activations: UniformQuantizer | None, stats: Statistics | None = None,
+                  ranges: Mapping[str, Range] | None = None, outputs: bool = False) -> dict[str, tuple[Array, Array]]:
+    """The range ``(low, high)`` of every tensor that :func:`quantize` would put on a grid, by name, in the shape of its grid's scales.
+
+    >>> net = Graph.chain((1,), fc=Dense(np.array([[0.5], [-1.0]])))
+    >>> tensor_ranges(net, weights=UniformQuantizer(8), activations=None)
+    {'fc.weight': (array([[-1.]]), array([[0.5]]))}
+    """
+    left = dict(ranges or {})
+    found: dict[str, tuple[Array, Array]] = {}
+    if activations is not None:
+        stored = stored_values(graph, outputs=outputs)
+        if stats is None and not set(stored) <= set(left):
+            raise ValueError("quantizing activations needs their ranges: give stats=calibrate(graph, batches)")
+        if stats is not None:
+            check_statistics(graph, stats, stored)
+        for value in stored:
+            found[value] = activations.activation_range(*((stats[value].min, stats[value].max) if stats is not None
+                                                          else (np.zeros(graph.shapes[value][0]),) * 2))
+    if weights is not None:
+        ops = {id(node.op): node.op for node in graph.nodes}
+        for key, name in weight_names(graph).items():
+            op = ops[key]
+            assert isinstance(op, Weighted)
+            found[name] = weights.weight_range(op)
+    for name, given in left.items():
+        if name not in found:
+            raise ValueError(f"a range is given for '{name}', which is not quantized here; quantized are "
+                             f"{', '.join(sorted(found)[:8]) or 'none'}{', ...' if len(found) > 8 else ''}")
+        found[name] = _range_given(name, given, found[name][0].shape)
+    return found
+
+
+def _range_given(name: str, given: Range, shape: Shape) -> tuple[Array, Array]:
+    """The ends of a range in the shape of its grid's scales, or an error that names the tensor."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise ValueError(f"the range of '{name}' must be (low, high), got {given!r}")
+    low, high = (np.asarray(end, np.float64) for end in given)
+    ends = [end.reshape(-1, *(1,) * (len(shape) - 1)) if end.ndim == 1 else end for end in (low, high)]
+    if any(end.ndim > len(shape) or any(n not in (1, m) for n, m in zip(end.shape[::-1], shape[::-1], strict=False))
+           for end in ends):
+        raise ValueError(f"the ends of the range of '{name}' must be numbers or arrays that broadcast to {shape}, the scales of its grid, "
+                         f"got shapes {low.shape} and {high.shape}")
+    low, high = (np.broadcast_to(end, shape) for end in ends)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"the range of '{name}' must be finite, got NaN or infinity")
+    if (low > high).any():
+        raise ValueError(f"the range of '{name}' must not be empty, got low {low[low > high][0]:g} above high {high[low > high][0]:g}")
+    return low, high
+
+
+def weight_names(graph: Graph) -> dict[int, str]:
+    """``"NODE.weight"`` for every op (by ``id``) whose weights lie on a grid in a quantized network, with the first node that uses it."""
+    names: dict[int, str] = {}
+    for node in graph.nodes:
+        if isinstance(node.op, Weighted) and node.op.gridded:
+            names.setdefault(id(node.op), f"{node.name}.weight")
+    return names
 
 
 def check_quantizers(weights: object, activations: object) -> None:
@@ -401,12 +499,10 @@ def scale_dtype(graph: Graph) -> np.dtype[Any]:
     return np.result_type(graph.dtype or np.float64, np.float32)
 
 
-def _on_grids(op: Weighted, quantizer: UniformQuantizer | None, input_grid: Grid | None,
-              dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
-    """The op with its weights on a grid, if a quantizer is given, and its bias on that of its sums; and their step, if there is one."""
+def _on_grids(op: Weighted, grid: Grid | None, input_grid: Grid | None, dtype: np.dtype[Any]) -> tuple[Weighted, Array | None]:
+    """The op with its weights on a grid, if one is given, and its bias on that of its sums; and their step, if there is one."""
     given = op
-    if quantizer is not None:
-        grid = quantizer.weight_grid(op).astype(dtype)
+    if grid is not None:
         if input_grid is not None and _one_step(op, grid, input_grid):
             grid = _roomy(grid, op, input_grid, dtype)
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass

@@ -23,7 +23,7 @@ ROWS = [
     ["blocks", "logsums", "optimal"],
     ["methods"],
     ["equalization"],
-    ["correction"],
+    ["correction", "training"],
     ["serialization"],
     ["onnx"],
     ["files", "testing"],

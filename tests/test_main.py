@@ -1,6 +1,7 @@
 """The command line: every subcommand from its arguments to its files, its text, its JSON, its exit status and its refusals."""
 
 import ast
+import dataclasses
 import io
 import json
 import math
@@ -471,7 +472,7 @@ def small_demo(monkeypatch):
     bundle = demo.load_bundle()
     monkeypatch.setattr(demo, "BITS", (8, 4))
     monkeypatch.setattr(demo, "VERIFIED", 4)
-    small = demo.Bundle(bundle.network, bundle.calibration[:64], bundle.images[:90], bundle.labels[:90])
+    small = dataclasses.replace(bundle, calibration=bundle.calibration[:64], images=bundle.images[:90], labels=bundle.labels[:90])
     monkeypatch.setattr(demo, "load_bundle", lambda: small)
 
 

@@ -74,6 +74,30 @@ class Grid:
         held = x.dtype == np.float32 and self.scale.min(initial=1) >= np.finfo(np.float32).tiny and max(-self.qmin, self.qmax) < 2**24
         return np.dtype(np.float32 if held else np.float64)
 
+    def inside(self, x: Array) -> npt.NDArray[np.bool_]:
+        """Where ``x`` is rounded; elsewhere it saturates.
+
+        The nearest number of the grid is at most half a step away, so the range reaches half a step beyond its first and its last number:
+        the largest weight stays inside, wherever the rounding of scale and zero point put the end. Where zero is the last number it ends
+        there, as the ReLU before it does, that a quantized network leaves out.
+        """
+        low, high = self.qmin - self.zero_point, self.qmax - self.zero_point
+        found: npt.NDArray[np.bool_] = ((x >= self.scale * np.where(low < 0, low - 0.5, 0))
+                                        & (x <= self.scale * np.where(high > 0, high + 0.5, 0)))
+        return found
+
+    def vjp(self, cotangent: Array, x: Array) -> tuple[Array, Array]:
+        """The cotangents of ``scale`` and ``zero_point`` (in float64, their shapes) of ``y = fake_quantize(x)``, rounding straight through.
+
+        ``y = scale (clip(r, qmin, qmax) - zero_point)``, where ``r = x / scale + zero_point + (what rounding added, a constant)``. So
+        ``dy/dscale = (y - x) / scale`` and ``dy/dzero_point = 0`` inside, as the scales cancel but for what rounding added; and
+        ``dy/dscale = y / scale``, ``dy/dzero_point = -scale`` where ``x`` saturates (Esser et al., ICLR 2020, equation 3).
+        """
+        inside = self.inside(x)
+        by_scale = cotangent * ((self.fake_quantize(x) - x * inside) / self.scale)
+        by_zero_point = cotangent * np.where(inside, 0, -self.scale)
+        return _reduced(by_scale, self.scale.shape), _reduced(by_zero_point, self.zero_point.shape)
+
     def dequantize(self, q: npt.ArrayLike) -> Array:
         """The numbers that ``q`` stands for, in float64."""
         return self.scale * (np.asarray(q, np.float64) - self.zero_point)
@@ -99,3 +123,11 @@ def rounded(x: Array, rounding: str) -> Array:
         if rounding == "half_up":
             return whole + (x - whole >= 0.5)
         return whole + np.copysign(np.abs(x - whole) >= 0.5, x)
+
+
+def _reduced(array: Array, shape: tuple[int, ...]) -> Array:
+    """Summed up to a shape that broadcasts to the array's."""
+    lead = array.ndim - len(shape)
+    axes = (*range(lead), *(lead + i for i, n in enumerate(shape) if n == 1))
+    total: Array = array.sum(axis=axes, keepdims=True)
+    return total.reshape(shape)
