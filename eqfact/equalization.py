@@ -58,7 +58,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     between the weights of neighbouring layers (``"cross_layer"``). Any other ``method`` is a name, ``"one_step"`` or ``"two_step"``, a
     value with options, such as ``eqfact.CrossLayer(tol=1e-4)`` (:mod:`eqfact.methods`), or a rule function (:mod:`eqfact.rules`), swept.
 
-    ``weights`` and ``activations`` are the quantizers that one intends to use: 8 bits, per tensor, if neither is given. ``include`` and
+    ``weights`` and ``activations`` are the quantizers that one intends to use: 8 bits, per tensor, if neither is given; for those that clip
+    (``range``) the optimum is one of factors and clips together (:class:`eqfact.Optimal`). ``include`` and
     ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds the factors to powers of two: outputs are
     then bit-identical. A result whose expected noise is higher than before says so first in its message; with ``harmless`` the network is
     returned as it is there.
@@ -89,7 +90,10 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     found = chosen.find(task)
     factorization = found.factorization.power_of_two() if exact else found.factorization
     message, goal = found.message, found.goal
-    predicted = None if model is None else (model.sqnr(), model.sqnr(factorization))
+    predicted = None
+    if model is not None:
+        after = task.model(at=factorization) if task.clips else model
+        predicted = (model.sqnr(), after.sqnr(factorization))
     if predicted is not None and harmless and not predicted[1] > predicted[0]:
         factorization, predicted = Factorization(resolved, np.ones(resolved.degrees_of_freedom + 1)), (predicted[0], predicted[0])
         message += "; the expected noise would not fall, so the network is returned as it is"
@@ -100,6 +104,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     if goal is not None:
         gap_db = decibels_above(goal.bound, goal.reached(factorization))
         what = "expected noise" if goal.objective == "noise" else "mean of all squared ranges"
+        what += " with these clips" if goal.model.saturation else ""
         message += f"; no factors within these bounds lower the {what} by more than {gap_db:.2g} dB"
     if more := freed_by_slopes(graph):
         message += f"; {more} more factors would be free with a slope a channel in gates (eqfact.slope_gates)"
