@@ -32,7 +32,7 @@ from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
 from eqfact.noise import forward_sensitivities, gradient_sensitivities
 from eqfact.ops import BatchNorm, Weighted
-from eqfact.quantization import UniformQuantizer, quantize
+from eqfact.quantization import UniformQuantizer, clips, quantize
 
 Args = argparse.Namespace
 Facts = dict[str, Any]
@@ -214,7 +214,7 @@ def _batchnorms(graph: Graph) -> Facts:
 
 def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | None:
     """Statistics over the images that the user gave; random numbers would say nothing about ranges."""
-    return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
+    return calibrate(graph, _progress(images.batches(), "calibrating"), histograms=clips(*_quantizers(args))) if args.data else None
 
 
 def _folded(args: Args, graph: Graph) -> Graph:

@@ -18,7 +18,7 @@ from eqfact.graph import Data, Graph, batches_of, checked_inputs
 from eqfact.methods import Method, Optimal, Task, method_of
 from eqfact.ops.base import Array
 from eqfact.optimal import decibels_above
-from eqfact.quantization import UniformQuantizer, check_quantizers
+from eqfact.quantization import UniformQuantizer, check_quantizers, clips
 from eqfact.rules import Rule
 
 #: Gradients are taken on at most so many of the images: 64 samples, with their four projections, tell a sensitivity to half a dB.
@@ -80,7 +80,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     resolved = _resolved(graph, include, exclude)
     images = None
     if data is not None:
-        stats, images = _measured(graph, data, stats)
+        stats, images = _measured(graph, data, stats, histograms=clips(weights, activations))
     if stats is not None:
         check_statistics(graph, stats)
     task = Task(graph, resolved, stats, images, weights, activations, chosen.sensitivities if isinstance(chosen, Optimal) else None)
@@ -112,7 +112,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
                           resolved.pinned, predicted, None if goal is None else goal.bound, gap_db)
 
 
-def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | None) -> tuple[Statistics, dict[str, Array]]:
+def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | None,
+              histograms: bool = True) -> tuple[Statistics, dict[str, Array]]:
     """Statistics over all batches, unless they are there, and some of the images, drawn evenly from all; batches are seen once."""
     rng, seen = np.random.default_rng(0), 0
     kept: dict[str, list[Array]] = {name: [] for name in graph.inputs}
@@ -130,7 +131,7 @@ def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | Non
                         of[place:place + 1] = [arrays[name][image].copy()]
             yield batch
     if stats is None:
-        stats = calibrate(graph, passing())
+        stats = calibrate(graph, passing(), histograms=histograms)
     else:
         for _ in passing():
             pass

@@ -23,7 +23,7 @@ from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import decibels_above, objective_at, optimal
-from eqfact.quantization import UniformQuantizer
+from eqfact.quantization import UniformQuantizer, clips
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
 #: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
@@ -75,8 +75,8 @@ class Task:
 
     @property
     def clips(self) -> bool:
-        """Does one of the quantizers end its grids earlier than at the extrema?"""
-        return any(q is not None and q.range != "minmax" for q in (self.weights, self.activations))
+        """Does one of the quantizers end its grids by another rule than the extrema?"""
+        return clips(self.weights, self.activations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +281,10 @@ class Optimal:
                 noises.append(noise)
             if gain <= self.tol or steps >= self.max_iter:
                 break
-        none, clips = task.model(ranges, clips=False).sqnr(), _sqnr(model, of_clips[1])
-        message = (f"{found.message}; with clips, in {len(noises) - 1} turns that gained: an SQNR of {_sqnr(model, noises[-1]):.1f} dB is "
-                   f"expected, of factors alone {_sqnr(model, unclipped):.1f}, of clips alone {clips:.1f}, of neither {none:.1f}")
+        none = task.model(ranges, clips=False).sqnr()
+        together, factors, of_clips_alone = (_sqnr(model, reached) for reached in (noises[-1], unclipped, of_clips[1]))
+        message = (f"{found.message}; with clips, in {len(noises) - 1} turns that gained: an SQNR of {together:.1f} dB is expected, of "
+                   f"factors alone {factors:.1f}, of clips alone {of_clips_alone:.1f}, of neither {none:.1f}")
         # the last turn's goal has the clips of the factors that are returned, or the ones before them
         return replace(found, factorization=f, message=message, iterations=steps,
                        residual=tuple(decibels_above(noises[-1], noise) for noise in noises))

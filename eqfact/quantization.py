@@ -438,6 +438,11 @@ def check_quantizers(weights: object, activations: object) -> None:
                             "give for instance UniformQuantizer(bits=8)")
 
 
+def clips(*quantizers: UniformQuantizer | None) -> bool:
+    """Does one of the quantizers end its grids by another rule than the extrema?"""
+    return any(q is not None and q.range != "minmax" for q in quantizers)
+
+
 def quantized_node(graph: Graph) -> Node | None:
     """The first node whose weights are on a grid, or that puts its input on one; None in a float network."""
     return next((node for node in graph.nodes if isinstance(node.op, FakeQuantize)
