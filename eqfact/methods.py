@@ -283,7 +283,7 @@ class Optimal:
                 break
         none = task.model(ranges, clips=False).sqnr()
         together, factors, of_clips_alone = (_sqnr(model, reached) for reached in (noises[-1], unclipped, of_clips[1]))
-        message = (f"{found.message}; with clips, in {len(noises) - 1} turns that gained: an SQNR of {together:.1f} dB is expected, of "
+        message = (f"{found.message}; with clips ({len(noises) - 1} further turns gained), an SQNR of {together:.1f} dB is expected, of "
                    f"factors alone {factors:.1f}, of clips alone {of_clips_alone:.1f}, of neither {none:.1f}")
         # the last turn's goal has the clips of the factors that are returned, or the ones before them
         return replace(found, factorization=f, message=message, iterations=steps,
