@@ -5,7 +5,7 @@ they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md`
 renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
-`docs/operators.md` (the extra `onnx`); `transformers` trains and measures transformers, and writes
+`docs/operators.md` (the extra `onnx`); `clipping` measures ranges that clip; `transformers` trains and measures transformers, and writes
 `docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Two measure the
 tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes eqfact.
 """
@@ -17,7 +17,8 @@ import importlib
 import sys
 
 #: Modules of their own, with their own arguments and exit status.
-APART = {"files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
+APART = {"clipping": "clipping and equalization, alone and together",
+         "files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
          "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",
          "training": "the bundled network, trained in few bits from several starts",
          "transformers": "SQNR and the task itself, of quantized transformers"}

@@ -16,6 +16,7 @@ from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.freeing import add_scales, slope_gates
 from eqfact.gradients import Gradients, backward
 from eqfact.graph import Graph, Node, forward, values
+from eqfact.histograms import Histogram
 from eqfact.methods import CrossLayer, OneStep, Optimal, Swept, TwoStep
 from eqfact.metrics import sqnr
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, predict_noise
@@ -30,9 +31,9 @@ from eqfact.verification import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "Channels", "Correction", "CrossLayer", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Node",
-    "NoiseModel", "OneStep", "Optimal", "Sensitivities", "Statistics", "Swept", "Training", "TrainingState", "TwoStep", "UniformQuantizer",
-    "ValueStatistics", "Verification",
+    "Channels", "Correction", "CrossLayer", "EqualizeResult", "Factorization", "FakeQuantize", "Gradients", "Graph", "Grid", "Histogram",
+    "Node", "NoiseModel", "OneStep", "Optimal", "Sensitivities", "Statistics", "Swept", "Training", "TrainingState", "TwoStep",
+    "UniformQuantizer", "ValueStatistics", "Verification",
     "absorb_high_bias", "add_scales", "backward", "batchnorm_gaussians", "calibrate", "channels", "correct_bias",
     "correct_bias_analytically", "degrees_of_freedom", "equalize", "fold_batchnorm", "folding_obstacles", "forward",
     "forward_sensitivities",

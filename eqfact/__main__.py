@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from eqfact import __version__, commands
+from eqfact.clips import RANGES
 from eqfact.commands import Args, Facts
 from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
@@ -134,6 +135,9 @@ def _quantizers(p: argparse.ArgumentParser) -> None:
                            help="2 to 16, or float; default: %(default)s" + ("; 7 is exact on processors that add pairs of products in 16 "
                                                                               "bits (x86 without VNNI)" if what == "weight" else ""))
         group.add_argument(f"--{what}-granularity", choices=granularities, default=granularities[0], help="default: %(default)s")
+        group.add_argument(f"--{what}-range", choices=RANGES, default=RANGES[0], help="where grids end: at the extrema (the default), at a "
+                           "percentile, or by the least error, divergence, or noise at the output (needs --data)")
+    group.add_argument("--percentile", type=float, metavar="P", help="for the range of that name, percent; default: 99.99")
     group.add_argument("--group-size", type=int, metavar="N", help="input channels in a group, for per_group")
     group.add_argument("--affine-weights", action="store_true", help="weights on affine grids, not symmetric ones")
     group.add_argument("--symmetric-activations", action="store_true", help="activations on symmetric grids, not affine ones")

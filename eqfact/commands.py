@@ -23,14 +23,16 @@ from eqfact import demo, files, report
 from eqfact.calibration import Statistics, calibrate, likely_ranges
 from eqfact.channels import channels
 from eqfact.correction import batchnorm_gaussians
-from eqfact.equalization import EqualizeResult, equalize
+from eqfact.equalization import SENSED, EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.freeing import add_scales, slope_gates
+from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, forward
 from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
+from eqfact.noise import forward_sensitivities, gradient_sensitivities
 from eqfact.ops import BatchNorm, Weighted
-from eqfact.quantization import UniformQuantizer, quantize
+from eqfact.quantization import UniformQuantizer, clips, quantize
 from eqfact.training import mean_loss, shuffled, train
 
 Args = argparse.Namespace
@@ -120,12 +122,13 @@ def run_quantize(args: Args) -> Facts:
     _proven(network, images)
     start = _folded(args, graph)
     stats = _calibrated(args, start, images)
-    quantized = _quantized(args, start, stats)
+    sensitivities = _sensitivities(args, start, stats, images)
+    quantized = _quantized(args, start, stats, sensitivities)
     noise = _noise(start, quantized, images)
     facts = {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source,
              "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start)}
     written = _written(facts, args, {
-        args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise)}),
+        args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise, sensitivities)}),
         args.output: partial(network.save, graph=quantized, quantized=True)})
     return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
 
@@ -151,7 +154,7 @@ def run_train(args: Args) -> Facts:
                      progress=lambda *_: next(bar, None))
     facts: Facts = {**_file(network), "quantizer": _quantizer_name(args), "data": images.source, "parameters": args.parameters,
                     "ranges": args.ranges, "loss": loss, "steps": training.state.step, **_batchnorms(start)}
-    for side, graph in (("before", _quantized(args, start, stats)), ("after", training.graph)):
+    for side, graph in (("before", _quantized(args, start, stats, None)), ("after", training.graph)):
         noise = _noise(start, graph, images)
         facts[side] = {"loss": mean_loss(start, graph, _pairs(images, labels), loss=loss),
                        "sqnr": {name: noise[name] for name in start.outputs}}
@@ -178,9 +181,10 @@ def run_report(args: Args) -> Facts:
     network, images = _given(args)
     graph = network.graph
     stats = _calibrated(args, graph, images)
-    noise = _noise(graph, _quantized(args, graph, stats), images) if stats else {}
+    sensitivities = _sensitivities(args, graph, stats, images)
+    noise = _noise(graph, _quantized(args, graph, stats, sensitivities), images) if stats else {}
     return {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source if stats else None,
-            **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise)}
+            **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise, sensitivities)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def _batchnorms(graph: Graph) -> Facts:
 
 def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | None:
     """Statistics over the images that the user gave; random numbers would say nothing about ranges."""
-    return calibrate(graph, _progress(images.batches(), "calibrating")) if args.data else None
+    return calibrate(graph, _progress(images.batches(), "calibrating"), histograms=clips(*_quantizers(args))) if args.data else None
 
 
 def _folded(args: Args, graph: Graph) -> Graph:
@@ -294,16 +298,19 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
 def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images) -> Facts:
     """What equalization changed: range ratios and, on images, the noise of the quantized network."""
     facts: Facts = {"quantizer": _quantizer_name(args), "data": images.source if stats else None, "tensors": {}}
+    sensitivities = _sensitivities(args, start, stats, images)
     for side, graph in (("before", start), ("after", result.graph)):
+        if sensitivities is not None and side == "after":
+            sensitivities = sensitivities.rescaled(start, result.factorization)
         of = result.factorization.apply(stats) if stats and side == "after" else stats
         measured: Facts = {"weight_ratio": report.largest_ratio(report.weight_ranges(graph))}
         noise: dict[str, float] = {}
         if of is not None:
-            noise = _noise(graph, _quantized(args, graph, of), images)
+            noise = _noise(graph, _quantized(args, graph, of, sensitivities), images)
             measured["value_ratio"] = report.largest_ratio(report.value_ranges(graph, of))
             measured["sqnr"] = {name: noise[name] for name in graph.outputs}
         facts[side] = measured
-        facts["tensors"][side] = _tensors(args, graph, of, noise) if args.report else []
+        facts["tensors"][side] = _tensors(args, graph, of, noise, sensitivities) if args.report else []
     return facts
 
 
@@ -378,24 +385,42 @@ def _written(facts: Facts, args: Args, writers: Mapping[str | None, Callable[[st
 def _quantizers(args: Args) -> tuple[UniformQuantizer | None, UniformQuantizer | None]:
     """For weights and for activations; None leaves them in float."""
     weights = activations = None
+    rules = (args.weight_range, args.activation_range)
+    if args.percentile is not None and "percentile" not in rules:
+        args.refuse("--percentile goes with --weight-range percentile or --activation-range percentile")
+    percentile = {} if args.percentile is None else {"percentile": args.percentile}
     if args.weight_bits is not None:
         weights = UniformQuantizer(bits=args.weight_bits, symmetric=not args.affine_weights, granularity=args.weight_granularity,
-                                   group_size=args.group_size)
+                                   group_size=args.group_size, range=args.weight_range, **percentile)
     if args.activation_bits is not None:
         activations = UniformQuantizer(bits=args.activation_bits, symmetric=args.symmetric_activations,
-                                       granularity=args.activation_granularity)
+                                       granularity=args.activation_granularity, range=args.activation_range, **percentile)
     return weights, activations
 
 
-def _quantized(args: Args, graph: Graph, stats: Statistics | None) -> Graph:
+def _sensitivities(args: Args, graph: Graph, stats: Statistics | None, images: files.Images) -> Sensitivities | None:
+    """For quantizers that end their grids by them: of at most ``SENSED`` of the images, or else of the statistics; None for others."""
+    if all(q is None or q.range != "noise" for q in _quantizers(args)):
+        return None
+    if stats is None:
+        args.refuse("the range 'noise' is weighed by sensitivities, which come from images: give --data FILE.npz")
+        return None
+    try:
+        return gradient_sensitivities(graph, images.first(SENSED).batches(), relative_to=stats)
+    except TypeError:  # an op that has no vjp
+        return forward_sensitivities(graph, stats)
+
+
+def _quantized(args: Args, graph: Graph, stats: Statistics | None, sensitivities: Sensitivities | None) -> Graph:
     weights, activations = _quantizers(args)
-    return quantize(graph, weights=weights, activations=activations, stats=stats)
+    return quantize(graph, weights=weights, activations=activations, stats=stats, sensitivities=sensitivities)
 
 
 def _quantizer_name(args: Args) -> str:
-    """For instance ``W8A8``, or ``W4A32, weights per_channel``."""
-    ways = [f"{what} {way}" for what, way in (("weights", args.weight_granularity), ("activations", args.activation_granularity))
-            if way != "per_tensor"]
+    """For instance ``W8A8``, or ``W4A32, weights per_channel, activations mse``."""
+    ways = [f"{what} {way}" for what, *ways in (("weights", args.weight_granularity, args.weight_range),
+                                                 ("activations", args.activation_granularity, args.activation_range))
+            for way in ways if way not in ("per_tensor", "minmax")]
     return ", ".join([f"W{args.weight_bits or 32}A{args.activation_bits or 32}", *ways])
 
 
@@ -403,10 +428,11 @@ def _noise(graph: Graph, quantized: Graph, images: files.Images) -> dict[str, fl
     return report.local_sqnr(graph, quantized, _progress(images.batches(), "measuring"))
 
 
-def _tensors(args: Args, graph: Graph, stats: Statistics | None, noise: Mapping[str, float]) -> list[Facts]:
+def _tensors(args: Args, graph: Graph, stats: Statistics | None, noise: Mapping[str, float],
+             sensitivities: Sensitivities | None) -> list[Facts]:
     """The rows of the report on what is quantized: weights and, with images, values."""
     weights, activations = _quantizers(args)
-    rows = report.weight_report(graph, weights) if weights else []
+    rows = report.weight_report(graph, weights, sensitivities) if weights else []
     if activations and stats:
         rows += report.value_report(graph, stats, noise, activations.bits)
     return [asdict(row) for row in rows]

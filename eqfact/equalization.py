@@ -18,7 +18,7 @@ from eqfact.graph import Data, Graph, batches_of, checked_inputs
 from eqfact.methods import Method, Optimal, Task, method_of
 from eqfact.ops.base import Array
 from eqfact.optimal import decibels_above
-from eqfact.quantization import UniformQuantizer, check_quantizers
+from eqfact.quantization import UniformQuantizer, check_quantizers, clips
 from eqfact.rules import Rule
 
 #: Gradients are taken on at most so many of the images: 64 samples, with their four projections, tell a sensitivity to half a dB.
@@ -58,7 +58,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     between the weights of neighbouring layers (``"cross_layer"``). Any other ``method`` is a name, ``"one_step"`` or ``"two_step"``, a
     value with options, such as ``eqfact.CrossLayer(tol=1e-4)`` (:mod:`eqfact.methods`), or a rule function (:mod:`eqfact.rules`), swept.
 
-    ``weights`` and ``activations`` are the quantizers that one intends to use: 8 bits, per tensor, if neither is given. ``include`` and
+    ``weights`` and ``activations`` are the quantizers that one intends to use: 8 bits, per tensor, if neither is given; for those that clip
+    (``range``) the optimum is one of factors and clips together (:class:`eqfact.Optimal`). ``include`` and
     ``exclude`` name values whose channels alone may, or may not, get factors. ``exact`` rounds the factors to powers of two: outputs are
     then bit-identical. A result whose expected noise is higher than before says so first in its message; with ``harmless`` the network is
     returned as it is there.
@@ -79,7 +80,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     resolved = _resolved(graph, include, exclude)
     images = None
     if data is not None:
-        stats, images = _measured(graph, data, stats)
+        stats, images = _measured(graph, data, stats, histograms=clips(weights, activations))
     if stats is not None:
         check_statistics(graph, stats)
     task = Task(graph, resolved, stats, images, weights, activations, chosen.sensitivities if isinstance(chosen, Optimal) else None)
@@ -89,7 +90,10 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     found = chosen.find(task)
     factorization = found.factorization.power_of_two() if exact else found.factorization
     message, goal = found.message, found.goal
-    predicted = None if model is None else (model.sqnr(), model.sqnr(factorization))
+    predicted = None
+    if model is not None:
+        after = task.model(at=factorization) if task.clips else model
+        predicted = (model.sqnr(), after.sqnr(factorization))
     if predicted is not None and harmless and not predicted[1] > predicted[0]:
         factorization, predicted = Factorization(resolved, np.ones(resolved.degrees_of_freedom + 1)), (predicted[0], predicted[0])
         message += "; the expected noise would not fall, so the network is returned as it is"
@@ -100,6 +104,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     if goal is not None:
         gap_db = decibels_above(goal.bound, goal.reached(factorization))
         what = "expected noise" if goal.objective == "noise" else "mean of all squared ranges"
+        what += " with these clips" if goal.model.saturation else ""
         price = f", where a factor of e costs {goal.ridge:g} dB," if goal.ridge else ""
         message += f"; no factors within these bounds lower the {what}{price} by more than {gap_db:.2g} dB"
     if more := freed_by_slopes(graph):
@@ -108,7 +113,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
                           resolved.pinned, predicted, None if goal is None else goal.bound, gap_db)
 
 
-def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | None) -> tuple[Statistics, dict[str, Array]]:
+def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | None,
+              histograms: bool = True) -> tuple[Statistics, dict[str, Array]]:
     """Statistics over all batches, unless they are there, and some of the images, drawn evenly from all; batches are seen once."""
     rng, seen = np.random.default_rng(0), 0
     kept: dict[str, list[Array]] = {name: [] for name in graph.inputs}
@@ -126,7 +132,7 @@ def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | Non
                         of[place:place + 1] = [arrays[name][image].copy()]
             yield batch
     if stats is None:
-        stats = calibrate(graph, passing())
+        stats = calibrate(graph, passing(), histograms=histograms)
     else:
         for _ in passing():
             pass

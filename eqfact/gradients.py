@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from eqfact.graph import Data, Graph, Node, values
 from eqfact.ops.base import Array, Weighted
+
+Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +26,31 @@ class Gradients:
 
     values: Mapping[str, Array]
     weights: Mapping[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """How much of the noise in each weight and each activation channel reaches the output, as a power.
+
+    ``weights[node]`` is ``(groups, out // groups, in // groups)``, summed over taps; ``activations[value]`` is ``(C,)``, summed over
+    pixels. ``signal`` is the power of the output in the same measure, so that ``noise / signal`` is the inverse SQNR.
+    """
+
+    weights: Mapping[str, Vector]
+    activations: Mapping[str, Vector]
+    signal: float
+
+    def rescaled(self, graph: Graph, factors: Mapping[str, Array]) -> Sensitivities:
+        """Those of the equivalent network in which the values of ``graph`` are multiplied by ``factors``, a factorization of it for one.
+
+        A weight, ``f_out / f_in`` times as large, matters ``(f_in / f_out)**2`` times as much.
+        """
+        weights = {}
+        for node in graph.nodes:
+            if (s := self.weights.get(node.name)) is not None:
+                made, read = factors[node.name].reshape(len(s), -1, 1), factors[node.inputs[0]].reshape(len(s), 1, -1)
+                weights[node.name] = s * (read / made) ** 2
+        return Sensitivities(weights, {value: s / factors[value] ** 2 for value, s in self.activations.items()}, self.signal)
 
 
 def backward(graph: Graph, x: Data, cotangent: Data) -> Gradients:

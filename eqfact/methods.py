@@ -9,11 +9,12 @@ the rule sees ranges that :mod:`eqfact.blocks` reads off weights and factors. ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from eqfact.blocks import (
     Activation,
@@ -33,8 +34,8 @@ from eqfact.channels import Channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, unit_sensitivities
-from eqfact.optimal import objective_at, optimal
-from eqfact.quantization import UniformQuantizer
+from eqfact.optimal import decibels_above, objective_at, optimal
+from eqfact.quantization import UniformQuantizer, clips
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
 #: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded
@@ -75,15 +76,25 @@ class Task:
                 pass
         return forward_sensitivities(self.graph, self.stats)
 
-    def model(self, ranges: Statistics | None = None) -> NoiseModel:
-        """The expected noise of the quantizers, 8 bits per tensor if none is named, for the ranges of the statistics or others."""
+    def model(self, ranges: Statistics | None = None, at: Factorization | None = None, clips: bool = True) -> NoiseModel:
+        """The expected noise of the quantizers, 8 bits per tensor if none is named, for the ranges of the statistics or others.
+
+        Grids end as after the factorization ``at``, or, without ``clips``, at the extrema.
+        """
         if self.stats is None:
             raise ValueError("expected noise needs the ranges of activations: give data=images, or stats=calibrate(graph, batches)")
         weights, activations = self.weights, self.activations
         if weights is None and activations is None:
             weights, activations = UniformQuantizer(8), UniformQuantizer(8, symmetric=False)
+        if not clips:
+            weights, activations = (q and replace(q, range="minmax") for q in (weights, activations))
         return noise_model(self.graph, ranges or self.stats, weights=weights, activations=activations,
-                           sensitivities=self.sensitivities, resolved=self.channels)
+                           sensitivities=self.sensitivities, resolved=self.channels, at=at)
+
+    @property
+    def clips(self) -> bool:
+        """Does one of the quantizers end its grids by another rule than the extrema?"""
+        return clips(self.weights, self.activations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +108,9 @@ class Goal:
 
     def reached(self, factorization: Factorization) -> float:
         """The objective there."""
-        return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective, ridge=self.ridge)
+        fixed = self.model.saturation if self.objective == "noise" else 0.0
+        return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective,
+                            ridge=self.ridge) + fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +239,13 @@ class CrossLayer:
 class Optimal:
     """The least expected noise over all factors within ``[1 / max_factor, max_factor]``, certified to ``tol`` dB (docs/optimal.md).
 
+    Quantizers that clip (``range`` other than ``"minmax"``) get factors and clips together: in turn the best factors, while every channel
+    keeps its clip, and new clips by the quantizers' rule for these factors, as long as that gains more than ``tol`` dB. A clip ``c`` of the
+    grid is ``c / f`` in a channel of factor ``f``. While it stays there saturation does, and rounding is convex in ``log f``: so the best
+    factors lower the sum of both; the grid that holds all clips then saturates less still; and by the rule ``"noise"`` the new clips are
+    the best for these factors. Every step lowers what is expected at the output, then, rounding and saturation by sensitivity. Other rules
+    lower something else: of all that was passed, the best is returned. The certificate is for clips that stay.
+
     ``sensitivities`` are what noise is weighed with: gradients on the data if not given, or, where there are only statistics,
     :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
     :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``ridge``: a factor of e must
@@ -251,28 +271,74 @@ class Optimal:
 
     def find(self, task: Task) -> Found:
         """The factors of the least objective, and its certificate."""
-        resolved, bound = task.channels, self.max_factor
-        model = self._model(task)
-        plans = blocks(layers(task.graph, resolved), resolved)
-        dead = np.zeros(resolved.degrees_of_freedom + 1, bool)
+        plans = blocks(layers(task.graph, task.channels), task.channels)
+        dead = np.zeros(task.channels.degrees_of_freedom + 1, bool)
         for plan in plans:
-            dead[plan.labels] = ~alive(plan, np.ones(resolved.size))
+            dead[plan.labels] = ~alive(plan, np.ones(task.channels.size))
+        if task.clips and self.objective == "noise" and task.stats is not None:
+            return self._with_clips(task, plans, dead)
+        return self._best(task, self._model(task), plans, dead)[1]
+
+    def _best(self, task: Task, model: NoiseModel, plans: Sequence[BlockPlan], dead: npt.NDArray[np.bool_],
+              start: Factorization | None = None) -> tuple[float, Found]:
+        """The best factors for a model, and the objective there."""
+        resolved, bound = task.channels, self.max_factor
         ridge = self.ridge if self.objective == "noise" else 0.0
-        best = optimal(model, objective=self.objective, box=bound, held=dead, ridge=ridge, tol=self.tol, max_iter=int(self.max_iter))
+        best = optimal(model, objective=self.objective, box=bound, held=dead, ridge=ridge, tol=self.tol, max_iter=int(self.max_iter),
+                       start=None if start is None else np.asarray(start.free, np.float64))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
                    f"Newton steps" + _held_back(plans, resolved.by_label(best.f), bound, 1 / bound, ""))
-        return Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
-                     Goal(model, self.objective, ridge, best.bound))
+        fixed = model.saturation if self.objective == "noise" else 0.0
+        return best.noise + fixed, Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
+                                         Goal(model, self.objective, ridge, best.bound + fixed))
+
+    def _with_clips(self, task: Task, plans: Sequence[BlockPlan], dead: npt.NDArray[np.bool_]) -> Found:
+        """Factors and clips in turn, from the better of clips alone and factors alone."""
+        ranges = self._ranges(task)
+
+        def clipped(at: Factorization) -> tuple[NoiseModel, float]:
+            model = task.model(ranges, at)
+            return model, sum(model.terms(at).values())
+        identity = Factorization(task.channels, np.ones(task.channels.degrees_of_freedom + 1))
+        unclipped, alone = self._best(task, task.model(ranges, clips=False), plans, dead)
+        of_clips, of_both = clipped(identity), clipped(alone.factorization)
+        f, (model, noise) = (identity, of_clips) if of_clips[1] <= of_both[1] else (alone.factorization, of_both)
+        noises, steps = [noise], alone.iterations
+        while True:
+            _, found = self._best(task, model, plans, dead, f)
+            steps += found.iterations
+            then, noise = clipped(found.factorization)
+            gain = decibels_above(noise, noises[-1])
+            if gain > 0:
+                f, model = found.factorization, then
+                noises.append(noise)
+            if gain <= self.tol or steps >= self.max_iter:
+                break
+        none = task.model(ranges, clips=False).sqnr()
+        together, factors, of_clips_alone = (_sqnr(model, reached) for reached in (noises[-1], unclipped, of_clips[1]))
+        message = (f"{found.message}; with clips ({len(noises) - 1} further turns gained), an SQNR of {together:.1f} dB is expected, of "
+                   f"factors alone {factors:.1f}, of clips alone {of_clips_alone:.1f}, of neither {none:.1f}")
+        # the last turn's goal has the clips of the factors that are returned, or the ones before them
+        return replace(found, factorization=f, message=message, iterations=steps,
+                       residual=tuple(decibels_above(noises[-1], noise) for noise in noises))
 
     def _model(self, task: Task) -> NoiseModel:
         if self.objective == "range" and task.stats is None:
-            return noise_model(task.graph, None, weights=task.weights or UniformQuantizer(8), activations=None,
+            return noise_model(task.graph, None, weights=replace(task.weights or UniformQuantizer(8), range="minmax"), activations=None,
                                sensitivities=unit_sensitivities(task.graph), resolved=task.channels)
         if task.stats is None:
             raise ValueError("expected noise needs the ranges of activations: give data=images, or stats=calibrate(graph, batches)")
+        return task.model(self._ranges(task), clips=False)  # the product of ranges knows no clips
+
+    def _ranges(self, task: Task) -> Statistics:
+        assert task.stats is not None
         if self.ranges is not None:
             check_statistics(task.graph, self.ranges)
-        return task.model(likely_ranges(task.graph, task.stats) if self.ranges is None else self.ranges)
+        return likely_ranges(task.graph, task.stats) if self.ranges is None else self.ranges
+
+
+def _sqnr(model: NoiseModel, noise: float) -> float:
+    return decibels_above(noise, model.signal) if noise > 0 else np.inf
 
 
 #: The methods that a name stands for, with their defaults.

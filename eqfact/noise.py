@@ -5,14 +5,15 @@ sensitivities ``S`` (PAPER 6 and 9). With factors ``f`` a tensor with entries ``
 
     (R / steps)**2 / 12 * sum S (f_in / f_out)**2 ,
 
-for weights ``(out, in)``, and for activations as the case of one input channel with factor 1. Both factors of this product are
+for weights ``(out, in)``, and for activations as the case of one input channel with factor 1. Where the grid ends earlier
+(:mod:`eqfact.clips`), its end caps the entries, and what lies beyond adds noise of its own. Both factors of this product are
 posynomials or maxima of posynomials in ``f``: the total is convex in ``log f`` (PAPER 8), which :mod:`eqfact.optimal` uses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,26 +23,14 @@ from scipy import linalg, special
 from eqfact.calibration import Statistics, ValueStatistics, check_statistics
 from eqfact.channels import Channels, channels
 from eqfact.factorization import Factorization
+from eqfact.gradients import Sensitivities as Sensitivities
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
 from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
-from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values
+from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values, tensor_ranges
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Sensitivities:
-    """How much of the noise in each weight and each activation channel reaches the output, as a power.
-
-    ``weights[node]`` is ``(groups, out // groups, in // groups)``, summed over taps; ``activations[value]`` is ``(C,)``, summed over
-    pixels. ``signal`` is the power of the output in the same measure, so that ``noise / signal`` is the inverse SQNR.
-    """
-
-    weights: Mapping[str, Vector]
-    activations: Mapping[str, Vector]
-    signal: float
 
 
 def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, projections: int = 4, seed: int = 0,
@@ -212,14 +201,17 @@ class Tensor:
     read: Indices
     #: Every row has a grid of its own (per-channel granularity).
     by_row: bool
+    #: The noise of entries that are larger than their part, as grids that end earlier leave them: a clip of each channel, which its factor
+    #: moves along with the channel.
+    saturation: float = 0.0
 
     def noise(self, f: Vector) -> float:
-        """``sum (R / steps)**2 / 12 * sum S (f_in / f_out)**2`` for factors by label, exactly."""
+        """``sum (R / steps)**2 / 12 * sum S (f_in / f_out)**2`` for factors by label, exactly, and that of saturation."""
         groups, rows, inner = self.sensitivity.shape
         ratio = f[self.made].reshape(groups, rows, 1) / f[self.read].reshape(groups, 1, inner)
         axes = (2,) if self.by_row else (0, 1, 2)
         largest = sum((part * ratio).max(axis=axes) for part in self.parts)
-        return float(((largest / self.steps) ** 2 / 12 * (self.sensitivity / ratio**2).sum(axis=axes)).sum())
+        return float(((largest / self.steps) ** 2 / 12 * (self.sensitivity / ratio**2).sum(axis=axes)).sum()) + self.saturation
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +221,11 @@ class NoiseModel:
     channels: Channels
     tensors: tuple[Tensor, ...]
     signal: float
+
+    @property
+    def saturation(self) -> float:
+        """The part of the noise that no factor changes, clips being held channel by channel."""
+        return sum(tensor.saturation for tensor in self.tensors)
 
     def terms(self, factorization: Factorization | None = None) -> dict[str, float]:
         """Expected noise power at the output from each tensor, after the factorization (identity if None)."""
@@ -250,14 +247,20 @@ class NoiseModel:
 
 
 def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuantizer | None, activations: UniformQuantizer | None,
-                sensitivities: Sensitivities, resolved: Channels | None = None, outputs: bool = False) -> NoiseModel:
+                sensitivities: Sensitivities, resolved: Channels | None = None, outputs: bool = False,
+                at: Factorization | None = None) -> NoiseModel:
     """The model for the quantizers that one intends to use, as :func:`eqfact.quantize` would use them.
 
-    Weights per tensor or per channel; activations need ``stats`` of this graph.
+    Weights per tensor or per channel; activations need ``stats`` of this graph. Where the quantizers' ``range`` is not ``"minmax"``, grids
+    end as they would after the factorization ``at`` (identity if None), and there the noise is theirs. An end ``c`` of the grid caps a
+    channel of factor ``f`` at ``c / f``. For other factors these caps stay: a grid that goes as far as the largest of them saturates no
+    more than that, so that the model bounds its noise from above (and is convex, as without clips).
     """
     check_quantizers(weights, activations)
     resolved = channels(graph) if resolved is None else resolved
+    ends = _ends(graph, stats, weights, activations, sensitivities, outputs, at)
     tensors: dict[object, Tensor] = {}
+    ways: dict[object, Node] = {}
     if weights is not None:
         if weights.granularity == "per_group":
             raise ValueError("the noise model knows granularities 'per_tensor' and 'per_channel' of weights, not 'per_group'")
@@ -273,6 +276,11 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
                 else:
                     tensors[id(op)] = _tensor(f"{node.name}.weight", op.taps().astype(np.float64), s, weights,
                                               resolved.labels[node.name], resolved.labels[node.inputs[0]])
+                    ways[id(op)] = node
+        for key, node in ways.items():
+            if (end := ends.get(f"{node.name}.weight")) is not None:
+                assert isinstance(node.op, Weighted)
+                tensors[key] = _clipped_weights(tensors[key], node, end, at)
     if activations is not None:
         if stats is None:
             raise ValueError("the noise of activations needs their ranges: give stats=calibrate(graph, batches)")
@@ -281,13 +289,16 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
             extremes = np.stack([stats[value].min, stats[value].max], axis=1).astype(np.float64)[None, :, None, :]
             s = sensitivities.activations.get(value, np.zeros(len(labels)))
             tensors[value] = _tensor(value, extremes, s.reshape(1, -1, 1), activations, labels, np.zeros(1, np.int64))
-    live = tuple(t for t in tensors.values() if t.sensitivity.any() and any(part.any() for part in t.parts))
+            if (end := ends.get(value)) is not None:
+                tensors[value] = _clipped_values(tensors[value], stats[value], end, None if at is None else at[value])
+    parts = {key: tuple(part for part in tensor.parts if part.any()) for key, tensor in tensors.items()}
+    live = tuple(replace(tensor, parts=parts[key]) for key, tensor in tensors.items() if tensor.sensitivity.any() and parts[key])
     return NoiseModel(resolved, live, sensitivities.signal)
 
 
 def predict_noise(graph: Graph, stats: Statistics | None, *, weights: UniformQuantizer | None, activations: UniformQuantizer | None,
                   sensitivities: Sensitivities) -> dict[str, float]:
-    """Expected noise of each quantized tensor at the output, in dB of the output's power.
+    """Expected noise of each quantized tensor at the output, in dB of the output's power; rounding, and saturation where grids are clipped.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0]])))
     >>> s = gradient_sensitivities(net, [np.array([[1.0]])])
@@ -302,11 +313,61 @@ def _tensor(name: str, entries: Vector, sensitivity: Vector, quantizer: UniformQ
     """A tensor from its signed entries ``(groups, out, in, taps)``."""
     if quantizer.symmetric:
         parts: tuple[Vector, ...] = (np.abs(entries).max(axis=3),)
-        steps = quantizer.qmax - (quantizer.qmax + quantizer.qmin + 1) // 2 if quantizer.qmin >= 0 else quantizer.qmax
     else:
         parts = (np.maximum(entries, 0).max(axis=3), np.maximum(-entries, 0).max(axis=3))
-        steps = quantizer.qmax - quantizer.qmin
-    return Tensor(name, tuple(p for p in parts if p.any()), steps, sensitivity, made, read, quantizer.granularity == "per_channel")
+    return Tensor(name, parts, quantizer.steps, sensitivity, made, read, quantizer.granularity == "per_channel")
+
+
+Ends = tuple[Array, Array]
+
+
+def _ends(graph: Graph, stats: Statistics | None, weights: UniformQuantizer | None, activations: UniformQuantizer | None,
+          sensitivities: Sensitivities, outputs: bool, at: Factorization | None) -> dict[str, Ends]:
+    """Where the grids of those quantizers that clip end, by tensor, after the factorization: what :func:`eqfact.quantize` would take."""
+    weights, activations = (None if q is None or q.range == "minmax" else q for q in (weights, activations))
+    if weights is None and activations is None:
+        return {}
+    if at is not None:
+        sensitivities = sensitivities.rescaled(graph, at)
+        graph, stats = at.apply(graph), None if stats is None else at.apply(stats)
+    return tensor_ranges(graph, weights=weights, activations=activations, stats=stats, sensitivities=sensitivities, outputs=outputs)
+
+
+def _clipped_weights(tensor: Tensor, node: Node, ends: Ends, at: Factorization | None) -> Tensor:
+    """The tensor with its entries capped at a range of its grids at these factors."""
+    op, (groups, rows, inner) = node.op, tensor.sensitivity.shape
+    assert isinstance(op, Weighted)
+    taps = op.taps().astype(np.float64)
+    made, read = (np.ones(n) if at is None else at[value] for n, value in ((groups * rows, node.name), (groups * inner, node.inputs[0])))
+    ratio = (made.reshape(groups, rows, 1) / read.reshape(groups, 1, inner))[..., None]
+    low, high = (end.reshape((groups, rows, 1, 1) if end.size > 1 else (1, 1, 1, 1)) / ratio for end in ends)
+    each = tensor.sensitivity[..., None] / np.maximum((taps != 0).sum(axis=3, keepdims=True), 1)
+    return _capped(tensor, taps, each, low, high)
+
+
+def _clipped_values(tensor: Tensor, stats: ValueStatistics, ends: Ends, factor: Array | None) -> Tensor:
+    """The same of an activation, whose entries are known by their histogram."""
+    assert stats.histogram is not None
+    channels = len(stats.min)
+    shares = stats.histogram.counts.reshape(channels, -1) / np.maximum(stats.histogram.live, 1)[:, None]
+    entries = stats.histogram.values(stats.min, stats.max).reshape(1, channels, 1, -1)
+    each = tensor.sensitivity[..., None] * shares[None, :, None, :]
+    low, high = (np.reshape(end / (1.0 if factor is None else factor), (1, -1, 1, 1)) for end in ends)
+    return _capped(tensor, entries, each, low, high)
+
+
+def _capped(tensor: Tensor, entries: Array, each: Vector, low: Array, high: Array) -> Tensor:
+    """A tensor whose grids end there, in units of the channels at factors of 1; ``each`` is the sensitivity of every entry."""
+    if len(tensor.parts) == 1:  # symmetric
+        high = np.maximum(-low, high)
+        parts: tuple[Vector, ...] = (np.minimum(tensor.parts[0], high[..., 0]),)
+        low = -high
+    else:
+        high, low = np.maximum(high, 0), np.minimum(low, 0)
+        parts = (np.minimum(tensor.parts[0], high[..., 0]), np.minimum(tensor.parts[1], -low[..., 0]))
+    with np.errstate(over="ignore"):  # of bins that hold nothing
+        beyond = np.where(each > 0, np.maximum(entries - high, 0) + np.maximum(low - entries, 0), 0)
+    return replace(tensor, parts=parts, saturation=float((each * beyond**2).sum()))
 
 
 def _taps(op: Weighted, array: Array) -> Vector:

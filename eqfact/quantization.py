@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.calibration import Statistics, check_statistics
+from eqfact.calibration import Statistics, ValueStatistics, check_statistics
+from eqfact.clips import RANGES, Entries, clipped, of_histogram, of_numbers, together
+from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops.base import Array, Blocking, Commuting, Op, Shape, Weighted, along_channels, one_input, parameter
 from eqfact.ops.elementwise import Clip
@@ -46,6 +48,11 @@ class UniformQuantizer:
     ``rounding`` is ``"half_even"``, ``"half_away"``, ``"half_up"`` or ``"floor"``. Zero is always on the grid exactly; a range of 0 gets
     scale 1.
 
+    ``range`` is the rule that grids end by (:mod:`eqfact.clips`): at the extrema, ``"minmax"``; where ``percentile`` percent of the entries
+    end, ``"percentile"``; where the expected error of rounding and saturation is least, ``"mse"``, or the divergence of distributions,
+    ``"entropy"``; or where the noise that is expected to reach the output is least, ``"noise"``, which takes sensitivities. What lies
+    outside saturates. Weights are looked at one by one, activations in the histograms of their statistics.
+
     >>> UniformQuantizer(bits=8).grid(-1.0, 0.5).fake_quantize(np.array([-1.0, 0.0]))
     array([-1.,  0.])
     """
@@ -57,6 +64,8 @@ class UniformQuantizer:
     narrow_range: bool = False
     rounding: str = "half_even"
     group_size: int | None = None
+    range: str = "minmax"
+    percentile: float = 99.99
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, np.integer)) or not 2 <= self.bits <= 16:
@@ -69,6 +78,10 @@ class UniformQuantizer:
             raise ValueError(f"group_size goes with granularity 'per_group', got {self.group_size} with {self.granularity!r}")
         if self.group_size is not None and (not isinstance(self.group_size, (int, np.integer)) or self.group_size < 1):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}")
+        if self.range not in RANGES:
+            raise ValueError(f"range must be one of {RANGES}, got {self.range!r}")
+        if not 50 <= self.percentile <= 100:
+            raise ValueError(f"percentile must be a number from 50 to 100, got {self.percentile!r}")
 
     @property
     def qmin(self) -> int:
@@ -82,15 +95,15 @@ class UniformQuantizer:
         return (1 << (self.bits - 1)) - 1 if self._signed else (1 << self.bits) - 1
 
     @property
-    def _signed(self) -> bool:
-        return self.symmetric if self.signed is None else self.signed
+    def steps(self) -> int:
+        """The steps of the whole range of an affine grid; of a symmetric one those from zero to its end."""
+        if not self.symmetric:
+            return self.qmax - self.qmin
+        return self.qmax - (0 if self._signed else 1 << (self.bits - 1))
 
     @property
-    def steps(self) -> int:
-        """How many steps the range is wide: ``[0, a]`` of a symmetric ``[-a, a]``, or all of an affine one."""
-        if self.symmetric:
-            return self.qmax - (0 if self._signed else 1 << (self.bits - 1))
-        return self.qmax - self.qmin
+    def _signed(self) -> bool:
+        return self.symmetric if self.signed is None else self.signed
 
     def grid(self, low: npt.ArrayLike, high: npt.ArrayLike) -> Grid:
         """The grid for values from ``low`` to ``high`` (arrays: one grid an entry).
@@ -134,8 +147,12 @@ class UniformQuantizer:
         by_width = (by_scale + by_zero_point * below / scale**2) / self.steps
         return np.where(below < 0, -by_zero_point / scale - by_width, 0), np.where(above > 0, by_width, 0)
 
-    def weight_range(self, op: Weighted) -> tuple[Array, Array]:
-        """The extrema of the weights of an op that share a grid, of shapes that broadcast against ``(out, in // groups, *kernel)``."""
+    def weight_range(self, op: Weighted, sensitivities: npt.NDArray[np.float64] | None = None) -> tuple[Array, Array]:
+        """The ranges of the grids of an op's weights, in shapes that broadcast against ``(out, in // groups, *kernel)``.
+
+        The extrema of the weights that share a grid, or within these by the rule; ``sensitivities`` are those of the weights, ``(groups,
+        out // groups, in // groups)``, which ``"noise"`` needs.
+        """
         w = op.weight
         if self.granularity == "per_group" and self.group_size is not None and self.group_size < w.shape[1]:
             starts = np.arange(0, w.shape[1], self.group_size)
@@ -143,16 +160,54 @@ class UniformQuantizer:
             group = np.arange(w.shape[1]) // self.group_size
             low, high = (extreme.reduceat(extreme.reduce(w, axis=axes, keepdims=True), starts, axis=1)[:, group]
                          for extreme in (np.minimum, np.maximum))
+            columns = [slice(start, start + self.group_size) for start in starts.tolist()]
+        else:
+            axes = tuple(range(w.ndim)) if self.granularity == "per_tensor" else tuple(range(1, w.ndim))
+            low, high = w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True)
+            columns = [slice(None)]
+        if self.range == "minmax":
             return low, high
-        axes = tuple(range(w.ndim)) if self.granularity == "per_tensor" else tuple(range(1, w.ndim))
-        return w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True)
+        low, high, weights = low.astype(np.float64), high.astype(np.float64), self._weighing(w, sensitivities)
+        rows = [slice(None)] if len(low) == 1 else [slice(row, row + 1) for row in range(len(low))]
+        for grid in ((row, column) for row in rows for column in columns):
+            ends = self._clipped(of_numbers(w[grid], weights[grid]), float(low[grid].flat[0]), float(high[grid].flat[0]))
+            low[grid], high[grid] = ends
+        return low, high
 
-    def weight_grid(self, op: Weighted) -> Grid:
-        """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity."""
-        return self.grid(*self.weight_range(op))
+    def _weighing(self, w: Array, sensitivities: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+        """How much the square of each weight's error counts, for ``"noise"``: taps share their sensitivity."""
+        if self.range != "noise":
+            return np.ones_like(w, np.float64)
+        if sensitivities is None:
+            raise ValueError("range 'noise' needs sensitivities of these weights: give sensitivities=gradient_sensitivities(graph, images)")
+        axes = tuple(np.arange(2, w.ndim))
+        live = np.maximum(np.count_nonzero(w, axis=axes, keepdims=True), 1)
+        return np.broadcast_to(sensitivities.reshape(live.shape) / live, w.shape)
+
+    def weight_grid(self, op: Weighted, sensitivities: npt.NDArray[np.float64] | None = None) -> Grid:
+        """The grid for the weights of an op, ``(out, in // groups, *kernel)``, by granularity and rule."""
+        return self.grid(*self.weight_range(op, sensitivities))
+
+    def value_range(self, stats: ValueStatistics, sensitivities: npt.NDArray[np.float64] | None = None) -> tuple[Array, Array]:
+        """The ranges of an activation's grids by the rule, ``(1,)`` for the tensor, or ``(C,)``; ``"noise"`` needs ``sensitivities``."""
+        low, high = self.activation_range(stats.min, stats.max)
+        if self.range == "minmax":
+            return low, high
+        if stats.histogram is None:
+            raise ValueError(f"range {self.range!r} needs a histogram, which these statistics do not hold: give those of "
+                             "calibrate(graph, batches), or range='minmax'")
+        if self.range == "noise" and sensitivities is None:
+            raise ValueError("range 'noise' needs sensitivities of this value: give sensitivities=gradient_sensitivities(graph, images)")
+        entries = of_histogram(stats.histogram, stats.min, stats.max, sensitivities if self.range == "noise" else None)
+        entries = [together(entries)] if len(low) == 1 else entries
+        ends = np.array([self._clipped(e, a, b) for e, a, b in zip(entries, low.tolist(), high.tolist(), strict=True)])
+        return ends[:, 0], ends[:, 1]
+
+    def _clipped(self, entries: Entries, low: float, high: float) -> tuple[float, float]:
+        return clipped(entries, self.range, low, high, steps=self.steps, symmetric=self.symmetric, percentile=self.percentile)
 
     def activation_range(self, low: Array, high: Array) -> tuple[Array, Array]:
-        """Of the ranges ``(C,)`` of an activation, those of its grids: ``(1,)`` for the tensor, or ``(C,)``."""
+        """Of the extrema ``(C,)`` of an activation, those of its grids: ``(1,)`` for the tensor, or ``(C,)``."""
         if self.granularity == "per_group":
             raise ValueError("granularity 'per_group' is for weights; quantize activations per_tensor or per_channel")
         if self.granularity == "per_tensor":
@@ -160,7 +215,7 @@ class UniformQuantizer:
         return low, high
 
     def activation_grid(self, low: Array, high: Array) -> Grid:
-        """The grid for an activation with these ranges ``(C,)``: one for the tensor, or ``(C,)`` of them."""
+        """The grid for an activation with these extrema ``(C,)``: one for the tensor, or ``(C,)`` of them."""
         return self.grid(*self.activation_range(low, high))
 
 
@@ -230,8 +285,8 @@ class FakeQuantize(Blocking):
 
 
 def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activations: UniformQuantizer | None = None,
-             stats: Statistics | None = None, ranges: Mapping[str, Range] | None = None, biases: bool = True,
-             outputs: bool = False) -> Graph:
+             stats: Statistics | None = None, ranges: Mapping[str, Range] | None = None, sensitivities: Sensitivities | None = None,
+             biases: bool = True, outputs: bool = False) -> Graph:
     """The network with weights on grids and fake-quantized activations, as an integer engine would compute it.
 
     ``weights`` and ``activations`` say on which grids (None leaves them in float); activations need ``stats`` of this graph,
@@ -242,10 +297,12 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     layer's rounded value, ``"LAYER.quantized"``, with bounds on the same grid, or is gone where the grid ends as early: rounding is
     monotone, so that this is the same function, and an engine need not leave the whole numbers for it.
 
-    ``ranges``: ends ``(low, high)`` that take the place of the extrema, of activations by the name of the value, of weights as
-    ``"NODE.weight"`` (the first node of those that share them; a number follows where a value has this name). Each end is a number, or an
-    array that broadcasts as the scales of its grid do: ``(C,)`` for activations, ``(out,)`` or ``(out, in // groups, 1, ...)`` for weights.
-    What lies outside saturates. Activations whose ranges are all given need no ``stats``.
+    ``ranges``: ends ``(low, high)`` in the place of those by the quantizer's rule, of activations by the name of the value, of weights as
+    ``"NODE.weight"`` (the first node of those that share them; a number follows where a value has this name); each a number, or an array
+    that broadcasts as the scales of its grid do: ``(C,)`` for activations, ``(out,)`` or ``(out, in // groups, 1, ...)`` for weights. What
+    lies outside saturates. Activations whose ranges are all given need no ``stats``. ``sensitivities`` are those of this graph, for
+    quantizers of ``range="noise"``
+    (:func:`eqfact.gradient_sensitivities`; after an equalization ``sensitivities.rescaled(graph, factorization)``).
 
     ``biases``: to whole multiples of ``s_x * s_w``, where both scales exist (per-tensor activations). The layer's sums are such multiples
     then, too, and are rounded as an integer engine rounds them: the same whole numbers come out. No input makes a sum that 32 bits do
@@ -262,7 +319,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
         if isinstance(node.op, FakeQuantize):
             raise ValueError(f"node '{node.name}': the network is quantized already: quantize the float network")
     dtype = scale_dtype(graph)
-    extrema = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, ranges=ranges, outputs=outputs)
+    extrema = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, ranges=ranges, outputs=outputs,
+                            sensitivities=sensitivities)
     shared = weight_names(graph)
     grids = {} if activations is None else {value: activations.grid(*extrema[value]).astype(dtype)
                                             for value in stored_values(graph, outputs=outputs)}
@@ -303,7 +361,8 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
 
 
 def tensor_ranges(graph: Graph, *, weights: UniformQuantizer | None, activations: UniformQuantizer | None, stats: Statistics | None = None,
-                  ranges: Mapping[str, Range] | None = None, outputs: bool = False) -> dict[str, tuple[Array, Array]]:
+                  ranges: Mapping[str, Range] | None = None, outputs: bool = False,
+                  sensitivities: Sensitivities | None = None) -> dict[str, tuple[Array, Array]]:
     """The range ``(low, high)`` of every tensor that :func:`quantize` would put on a grid, by name, in the shape of its grid's scales.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[0.5], [-1.0]])))
@@ -319,21 +378,35 @@ def tensor_ranges(graph: Graph, *, weights: UniformQuantizer | None, activations
         if stats is not None:
             check_statistics(graph, stats, stored)
         for value in stored:
-            unseen = np.zeros(graph.shapes[value][0])  # its range is given
-            low, high = (unseen, unseen) if stats is None else (stats[value].min, stats[value].max)
-            found[value] = activations.activation_range(low, high)
+            if stats is None or value in given:  # the shape counts alone
+                found[value] = activations.activation_range(*(np.zeros(graph.shapes[value][0]),) * 2)
+            else:
+                found[value] = _of_tensor(value, activations.value_range, stats[value], sensitivities and sensitivities.activations.get(
+                    value, np.zeros(graph.shapes[value][0])))
     if weights is not None:
         ops = {id(node.op): node.op for node in graph.nodes}
         for key, name in weight_names(graph).items():
             op = ops[key]
             assert isinstance(op, Weighted)
-            found[name] = weights.weight_range(op)
+            rule = replace(weights, range="minmax") if name in given else weights
+            of_op = None if sensitivities is None else sum(
+                (sensitivities.weights[node.name] for node in graph.nodes if node.op is op and node.name in sensitivities.weights),
+                np.zeros(op.taps().shape[:3]))
+            found[name] = _of_tensor(name, rule.weight_range, op, of_op)
     for name, ends in given.items():
         if name not in found:
             raise ValueError(f"a range is given for '{name}', which is not quantized here; quantized are "
                              f"{', '.join(sorted(found)[:8]) or 'none'}{', ...' if len(found) > 8 else ''}")
         found[name] = _range_given(name, ends, found[name][0].shape)
     return found
+
+
+def _of_tensor(name: str, rule: Callable[[Any, Any], tuple[Array, Array]], *arguments: Any) -> tuple[Array, Array]:
+    """The range by a rule, or an error that names the tensor."""
+    try:
+        return rule(*arguments)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
 
 
 def _range_given(name: str, given: Range, shape: Shape) -> tuple[Array, Array]:
@@ -372,6 +445,11 @@ def check_quantizers(weights: object, activations: object) -> None:
         if not isinstance(quantizer, UniformQuantizer | None):
             raise TypeError(f"{argument} must be a quantizer or None (float), got {quantizer!r}: "
                             "give for instance UniformQuantizer(bits=8)")
+
+
+def clips(*quantizers: UniformQuantizer | None) -> bool:
+    """Does one of the quantizers end its grids by another rule than the extrema?"""
+    return any(q is not None and q.range != "minmax" for q in quantizers)
 
 
 def quantized_node(graph: Graph) -> Node | None:

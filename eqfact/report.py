@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from eqfact.calibration import Statistics
 from eqfact.channels import channels
+from eqfact.gradients import Sensitivities
 from eqfact.graph import Data, Graph, walk
 from eqfact.metrics import decibels, sqnr
 from eqfact.ops import Weighted
@@ -78,9 +79,9 @@ def largest_ratio(ranges: Mapping[str, Ranges]) -> float:
     return max(map(range_ratio, ranges.values()), default=1.0)
 
 
-def weight_report(graph: Graph, quantizer: UniformQuantizer) -> list[Tensor]:
-    """A row for the weights of every layer, BatchNorms apart."""
-    float_layers, layers = _layers(graph), _layers(quantize(graph, weights=quantizer))
+def weight_report(graph: Graph, quantizer: UniformQuantizer, sensitivities: Sensitivities | None = None) -> list[Tensor]:
+    """A row for the weights of every layer, BatchNorms apart; ``sensitivities`` for quantizers of ``range="noise"``."""
+    float_layers, layers = _layers(graph), _layers(quantize(graph, weights=quantizer, sensitivities=sensitivities))
     return [_tensor(name, "weight", ranges, quantizer.bits, sqnr(float_layers[name].weight, layers[name].weight))
             for name, ranges in weight_ranges(graph).items()]
 

@@ -16,7 +16,8 @@ ROOT = Path(eqfact.__file__).parent
 ROWS = [
     ["ops"],
     ["graph"],
-    ["channels", "calibration"],
+    ["channels", "histograms"],
+    ["calibration", "clips"],
     ["factorization"],
     ["folding", "freeing", "gradients", "metrics", "quantization", "roundings", "rules"],
     ["noise", "verification"],

@@ -331,6 +331,13 @@ def another_minimum(laws, plant):
     laws.same_statistics(eq.Statistics({n: dataclasses.replace(s, min=s.min - 1) for n, s in stats.items()}), stats)
 
 
+@caught_by("same_statistics", 3)
+def another_histogram(laws, plant):
+    stats = eq.calibrate(NET, X)
+    twice = {n: dataclasses.replace(s, histogram=s.histogram + s.histogram) for n, s in stats.items()}
+    laws.same_statistics(eq.Statistics(twice), stats)
+
+
 # ------------------------------------------------------------------------------------------------ the laws without one comparison
 
 

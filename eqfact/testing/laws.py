@@ -284,6 +284,9 @@ def same_statistics(got: Statistics, expected: Statistics, roundings: int = 0) -
                 largest = np.square(of.max_abs) if key == "sum_square" else of.max_abs
                 bound = (roundings + of.count) * unit_roundoff(b) * of.count * largest
             same(f"{key} of '{value}'", a, b, bound)
+        counted, wanted = got[value].histogram, of.histogram
+        for key in ("top", "unit", "counts") if counted is not None and wanted is not None else ():
+            same(f"{key} of the histogram of '{value}'", getattr(counted, key), getattr(wanted, key))
 
 
 def rounding_bounds(graph: Graph, x: Data) -> dict[str, Array]:

@@ -1,0 +1,103 @@
+"""What does clipping add to equalization, and equalization to clipping?
+
+Ranges and sensitivities come from random crops of one half of the twenty images, SQNR from the centres of the other half; then the halves
+change places. Methods, jitters and quantizers are those of `quality.py`. Keeps rows in `docs/benchmarks.json` (section "clipping") and
+prints the tables of `docs/clipping.md`: `python -m benchmarks clipping`, with `--only NETWORK ...` and `--jitters N`, or `--table` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+
+import numpy as np
+
+import eqfact as eq
+from benchmarks import networks, quality, results
+
+CROPS = 4  # of each image
+SENSED = 10  # images that gradients are taken on
+BITS = (8, 6, 4)  # of weights; activations have 8
+METHODS = ("none", "cross_layer", "optimal")
+#: Of weights and of activations.
+CLIPS = (("minmax", "minmax"), ("minmax", "mse"), ("mse", "minmax"), ("mse", "mse"), ("noise", "noise"))
+
+
+@cache
+def case_of(network: str, half: int) -> quality.Case:
+    """The case of `quality.py`, calibrated on crops."""
+    return replace(quality.case_of(network, half), calibration=networks.crops(network, half, each=CROPS))
+
+
+@cache
+def sensitivities(network: str, half: int) -> eq.Sensitivities:
+    """Of the float network, on crops of every image."""
+    case = case_of(network, half)
+    return eq.gradient_sensitivities(case.graph, [case.calibration[::len(case.calibration) // SENSED]])
+
+
+def samples(network: str, jitters: int, half: int) -> dict[str, list[float]]:
+    """SQNR in dB, and what was expected of it first, by method, bits and clips."""
+    case, known = case_of(network, half), sensitivities(network, half)
+    found: dict[str, list[float]] = {}
+    for method in METHODS:
+        for bits in BITS:
+            for clips in CLIPS:
+                weights, activations = eq.UniformQuantizer(bits, range=clips[0]), eq.UniformQuantizer(8, symmetric=False, range=clips[1])
+                f = eq.Factorization.identity(case.graph)
+                if method != "none":
+                    how = eq.Optimal(known, case.likely) if method == "optimal" else method
+                    f = eq.equalize(case.graph, how, stats=case.stats, weights=weights, activations=activations).factorization
+                model = eq.noise_model(case.graph, case.stats, weights=weights, activations=activations, sensitivities=known, at=f)
+                row = [model.sqnr(f)]
+                for g in (quality.jittered(f, seed) for seed in range(jitters)):
+                    quantized = eq.quantize(g.apply(case.graph), stats=g.apply(case.stats), weights=weights, activations=activations,
+                                            sensitivities=known.rescaled(case.graph, g))
+                    outputs = quality.run(quantized, case.test)
+                    row.append(eq.sqnr(quality.regressions(case.reference), quality.regressions(outputs)))
+                found[f"{method} W{bits}A8 {clips[0]}/{clips[1]}"] = [round(float(number), 3) for number in row]
+    return found
+
+
+def measure(only: Sequence[str], jitters: int) -> None:
+    """Both halves at once; a network's rows are kept as soon as they are known."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for network in only:
+            start = time.perf_counter()
+            halves = list(pool.map(partial(samples, network, jitters), (0, 1)))
+            rows = {key: {"expected": [half[key][0] for half in halves], "sqnr": [x for half in halves for x in half[key][1:]]}
+                    for key in halves[0]}
+            results.keep("clipping", {network: {"network": network, "rows": rows}})
+            print(f"{network} in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def table(network: str) -> Iterator[str]:
+    """Mean SQNR in dB, a row for each method and weights' bits, a column for each pair of rules."""
+    rows = results.load()["clipping"][network]["rows"]
+    yield f"| {network} | " + " | ".join(f"{w} / {a}" for w, a in CLIPS) + " |"
+    yield "|---|" + "---:|" * len(CLIPS)
+    for bits in BITS:
+        for method in METHODS:
+            cells = [rows[f"{method} W{bits}A8 {w}/{a}"]["sqnr"] for w, a in CLIPS]
+            yield f"| W{bits}A8 {method.replace('_', '-')} | " + " | ".join(f"{np.mean(cell):.1f}" for cell in cells) + " |"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks clipping", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(networks.SOURCES), default=list(networks.SOURCES), metavar="NETWORK")
+    parser.add_argument("--jitters", type=int, default=2, help="jitters of the factors for each half of the images")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of what is kept")
+    arguments = parser.parse_args(argv)
+    if not arguments.table:
+        measure(arguments.only, arguments.jitters)
+    for network in arguments.only:
+        if network in results.load().get("clipping", {}):
+            print("\n".join(table(network)), end="\n\n")
+    return 0
