@@ -78,6 +78,7 @@ def test_ties_go_to_even_by_default():
 @given(x=st.lists(st.floats(-40, 40), min_size=1, max_size=8), bits=st.integers(2, 16), exponent=st.integers(-6, 3),
        symmetric=st.booleans(), signed=st.booleans(), narrow=st.booleans(), rounding=st.sampled_from(ROUNDINGS), offset=st.integers(0, 3))
 @settings(max_examples=300)
+@example(x=[-5e-324], bits=3, exponent=1, symmetric=False, signed=False, narrow=False, rounding="floor", offset=3)  # x / scale underflows
 def test_fake_quantization_is_the_formula_in_exact_fractions(x, bits, exponent, symmetric, signed, narrow, rounding, offset):
     quantizer = eq.UniformQuantizer(bits=bits, symmetric=symmetric, signed=signed, narrow_range=narrow, rounding=rounding)
     step = 2.0**exponent  # scales that are powers of two, so that floats compute exactly, too

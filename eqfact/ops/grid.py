@@ -61,6 +61,8 @@ class Grid:
         with np.errstate(over="ignore"):  # what overflows saturates
             if step is None:
                 unrounded = x / scale
+                if self.rounding == "floor":  # what underflows is still below zero
+                    unrounded = np.where((unrounded == 0) & (x < 0), -np.finfo(dtype).tiny, unrounded)
             else:
                 step = np.asarray(step, dtype)
                 n = np.rint(np.divide(x, step, dtype=np.float64))  # exact as long as x itself tells it
