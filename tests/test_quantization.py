@@ -12,7 +12,7 @@ import handmade
 import numpy as np
 import pytest
 from handmade import Maker
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import eqfact as eq
