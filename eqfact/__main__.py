@@ -8,6 +8,7 @@ nothing written.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -41,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"eqfact: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 3
-    if args.json:
-        print(commands.as_json(facts))
-    else:
-        print("\n".join([*filter(None, [facts.get("partly")]), *command.text(facts)]))
+    said = commands.as_json(facts) if args.json else "\n".join([*filter(None, [facts.get("partly")]), *command.text(facts)])
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has; what Python flushes at its end goes nowhere, then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if facts["ok"] else 1
 
 

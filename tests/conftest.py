@@ -25,3 +25,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = os.cpu_count()
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch):
+    """Plant a wrong implementation, and see that a law that holds without it fails with it."""
+    def check(law, owner, name, wrong):
+        law()
+        with monkeypatch.context() as planting:
+            planting.setattr(owner, name, wrong)
+            with pytest.raises(AssertionError):
+                law()
+    return check

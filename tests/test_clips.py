@@ -471,18 +471,6 @@ def test_the_command_line_refuses(files, capsys, line, message):
 
 # ----------------------------------------------------------------------------------------------------- planted mistakes
 
-@pytest.fixture
-def caught(monkeypatch):
-    """Plant a wrong implementation, and see that a law that holds without it fails with it."""
-    def check(law, owner, name, wrong):
-        law()
-        with monkeypatch.context() as planting:
-            planting.setattr(owner, name, wrong)
-            with pytest.raises(AssertionError):
-                law()
-    return check
-
-
 def test_windows_that_do_not_move_are_caught(caught):
     caught(lambda: shards_merge([[1.0], [7.0, 1e-6], [3e5]]), histograms.Histogram, "_lowered", lambda self, top: self.counts)
 

@@ -669,20 +669,6 @@ def test_lower_bounds_of_another_size_or_not_numbers_are_refused():
 # ------------------------------------------------------------------------------------------------ planted mistakes
 
 
-@pytest.fixture
-def caught(monkeypatch):
-    """Plant a wrong implementation, and see that a law that holds without it fails with it."""
-
-    def check(law, owner, name, wrong):
-        law()
-        with monkeypatch.context() as planting:
-            planting.setattr(owner, name, wrong)
-            with pytest.raises(AssertionError):
-                law()
-
-    return check
-
-
 def mean_law():
     leaves_no_mean_error(*prepared(handmade.mobile, SETTINGS["W3A8 and outputs"]), SETTINGS["W3A8 and outputs"])
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -756,3 +757,14 @@ def test_an_output_that_only_moves_entries_is_measured_like_any_other(run, verb)
     facts = facts_of(run, f"{verb} net.npz{output} --data images.npz")
     if verb == "equalize":
         assert 20 < facts["after"]["sqnr"]["flat"] < 80
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    """As ``eqfact ... | head`` is: what reads is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-m", "eqfact", "inspect", "net.npz"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0 and done.stderr == ""
