@@ -357,7 +357,8 @@ def method_of(given: str | Rule | Method) -> Method:
         raise TypeError(f"a method is a value: give {given.__name__}(...) with its options, not the class")
     if isinstance(given, (OneStep, CrossLayer, Swept, Optimal)) or not callable(given):
         if not callable(getattr(given, "find", None)):
-            raise TypeError(f"a method is a name, a rule or a value such as eqfact.CrossLayer(), got {given!r}")
+            images = "; images are given as data=" if isinstance(given, np.ndarray) else ""
+            raise TypeError(f"a method is a name, a rule or a value such as eqfact.CrossLayer(), got {type(given).__name__}{images}")
         return given
     return Swept(given)
 
