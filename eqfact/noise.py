@@ -263,8 +263,8 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
     ways: dict[object, Node] = {}
     if weights is not None:
         if weights.granularity == "per_group":
-            raise ValueError("the noise model knows granularities 'per_tensor' and 'per_channel' of weights, not 'per_group': expect the noise "
-                             "of 'per_channel', which is nearest")
+            raise ValueError("the noise model knows granularities 'per_tensor' and 'per_channel' of weights, not 'per_group': "
+                             "give 'per_channel', which is nearest")
         for node in graph.nodes:
             op = node.op
             if isinstance(op, Weighted) and op.gridded:
