@@ -38,8 +38,8 @@ class EqualizeResult:
     residual: tuple[float, ...]
     #: Why channels of a value keep the factor 1, for every value with such a channel.
     pinned: dict[str, str]
-    #: Expected SQNR of the quantized output in dB before and after, for the ranges seen; None without data or statistics, and for
-    #: weights on grids per group, which the noise model does not know.
+    #: Expected SQNR of the quantized output in dB before and after, for the ranges seen; None without data or statistics, for rules that
+    #: are given statistics but neither data nor quantizers, and for weights on grids per group, which the noise model does not know.
     predicted: tuple[float, float] | None = None
     #: "optimal" only: a lower bound on the objective (expected noise and ridge) of every factorization within the bounds that keeps dead
     #: channels, and by how many dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
@@ -85,7 +85,8 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
         check_statistics(graph, stats)
     task = Task(graph, resolved, stats, images, weights, activations, chosen.sensitivities if isinstance(chosen, Optimal) else None)
     model = None
-    if harmless or (stats is not None and (weights is None or weights.granularity != "per_group")):
+    asked = isinstance(chosen, Optimal) or data is not None or weights is not None or activations is not None
+    if harmless or (asked and stats is not None and (weights is None or weights.granularity != "per_group")):
         model = task.model()
     found = chosen.find(task)
     factorization = found.factorization.power_of_two() if exact else found.factorization

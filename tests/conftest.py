@@ -25,6 +25,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = os.cpu_count()
+        config.option.dist = "loadgroup"  # tests of one xdist_group share a process, and what it has drawn
 
 
 @pytest.fixture

@@ -13,22 +13,33 @@ import eqfact as eq
 from eqfact.testing import laws, strategies
 from eqfact.testing.strategies import LARGEST_INPUT, NEARLY_DEAD, batches, factorizations, networks
 
+#: One process draws the networks, for all tests here.
+pytestmark = pytest.mark.xdist_group("networks")
+
 #: So many examples show every feature.
 ENOUGH = 800
 
 
 @pytest.fixture(scope="module")
-def found():
-    """The first networks of the generator, with data and factors."""
-    drawn = []
+def drawn():
+    """The first networks of the generator, with data and factors; and how often each producer was called for them."""
+    cases, calls = [], collections.Counter()
 
     @settings(max_examples=ENOUGH, derandomize=True, database=None, phases=[Phase.generate])
     @given(networks().flatmap(lambda graph: st.tuples(st.just(graph), batches(graph), factorizations(graph))))
     def collect(case):
-        drawn.append(case)
+        cases.append(case)
 
-    collect()
-    return drawn
+    with pytest.MonkeyPatch.context() as counting:
+        for name in PRODUCERS:
+            counting.setattr(strategies._Builder, name, counted(getattr(strategies._Builder, name), calls))
+        collect()
+    return cases, calls
+
+
+@pytest.fixture
+def found(drawn):
+    return drawn[0]
 
 
 def uses(graph, kind):
@@ -239,19 +250,9 @@ def counted(method, calls):
     return calling
 
 
-def test_networks_use_every_producer():
+def test_networks_use_every_producer(drawn):
     """Counted where they are called: the menu must offer each, and the draws must take it."""
-    calls = collections.Counter()
-    with pytest.MonkeyPatch.context() as counting:
-        for name in PRODUCERS:
-            counting.setattr(strategies._Builder, name, counted(getattr(strategies._Builder, name), calls))
-
-        @settings(max_examples=ENOUGH, derandomize=True, database=None, phases=[Phase.generate])
-        @given(networks())
-        def collect(graph):
-            pass
-
-        collect()
+    _, calls = drawn
     assert len(PRODUCERS) >= 32
     assert {name: calls[name] for name in PRODUCERS if calls[name] < 5} == {}
 
