@@ -212,7 +212,8 @@ def inspect_text(facts: Facts) -> Iterator[str]:
 
 
 def fold_text(facts: Facts) -> Iterator[str]:
-    yield f"{_count(facts['folded'], 'BatchNorm')} folded"
+    if not facts["folded"]:
+        yield "0 BatchNorms folded"
     yield from _batchnorm_text(facts)
     yield from _verification_text(facts)
 
@@ -296,6 +297,8 @@ def _verification_text(facts: Facts) -> Iterator[str]:
 
 
 def _batchnorm_text(facts: Facts) -> Iterator[str]:
+    if facts["folded"]:
+        yield f"{_count(facts['folded'], 'BatchNorm')} folded"
     if facts["foldable"]:
         yield f"{_count(len(facts['foldable']), 'BatchNorm')} can be folded: eqfact fold, or --fold"
     yield from _listed("not folded", facts["unfoldable"])

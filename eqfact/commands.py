@@ -83,7 +83,7 @@ def run_fold(args: Args) -> Facts:
     graph = network.graph
     _proven(network, images)
     folded = fold_batchnorm(graph)
-    facts = {**_file(network), "folded": len(graph) - len(folded), **_batchnorms(folded), **_verification(graph, folded, images)}
+    facts = {**_file(network), **_batchnorms(folded, graph), **_verification(graph, folded, images)}
     return _written(facts, args, {args.output: partial(_save, network=network, graph=folded, images=images)})
 
 
@@ -102,7 +102,7 @@ def run_equalize(args: Args) -> Facts:
     facts = {**_file(network), "method": _method(args), "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
-             "predicted_sqnr": result.predicted, **_batchnorms(folded),
+             "predicted_sqnr": result.predicted, **_batchnorms(folded, graph),
              **_before_and_after(args, start, result, stats, images), **_verification(graph, result.graph, images)}
     tensors = facts.pop("tensors")  # for the report file only
     facts["ok"] = facts["ok"] and result.success
@@ -126,7 +126,7 @@ def run_quantize(args: Args) -> Facts:
     quantized = _quantized(args, start, stats, sensitivities)
     noise = _noise(start, quantized, images)
     facts = {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source,
-             "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start)}
+             "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start, graph)}
     written = _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise, sensitivities)}),
         args.output: partial(network.save, graph=quantized, quantized=True)})
@@ -153,7 +153,7 @@ def run_train(args: Args) -> Facts:
                      learning_rate=args.learning_rate, schedule=args.schedule, state=state, stop=args.stop,
                      progress=lambda *_: next(bar, None))
     facts: Facts = {**_file(network), "quantizer": _quantizer_name(args), "data": images.source, "parameters": args.parameters,
-                    "ranges": args.ranges, "loss": loss, "steps": training.state.step, **_batchnorms(start)}
+                    "ranges": args.ranges, "loss": loss, "steps": training.state.step, **_batchnorms(start, network.graph)}
     for side, graph in (("before", _quantized(args, start, stats, None)), ("after", training.graph)):
         noise = _noise(start, graph, images)
         facts[side] = {"loss": mean_loss(start, graph, _pairs(images, labels), loss=loss),
@@ -243,10 +243,11 @@ def _parameters(graph: Graph) -> int:
     return sum(op.weight.size + (0 if op.bias is None else op.bias.size) for op in ops.values())
 
 
-def _batchnorms(graph: Graph) -> Facts:
-    """The BatchNorms that can be folded, and those that cannot, with the reason."""
+def _batchnorms(graph: Graph, unfolded: Graph | None = None) -> Facts:
+    """How many BatchNorms were folded; those that can still be, and those that cannot, with the reason."""
     stay = folding_obstacles(graph)
-    return {"foldable": [node.name for node in graph.nodes if isinstance(node.op, BatchNorm) and node.name not in stay], "unfoldable": stay}
+    return {"folded": 0 if unfolded is None else len(unfolded) - len(graph),
+            "foldable": [node.name for node in graph.nodes if isinstance(node.op, BatchNorm) and node.name not in stay], "unfoldable": stay}
 
 
 def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | None:

@@ -133,7 +133,7 @@ def test_equalize_tells_all_in_text(run):
     status, text = run("equalize net.npz -o eq.npz --data images.npz")
     assert status == 0
     for said in ("optimal: ", "16 degrees of freedom", "largest range ratio of weight channels: ", "of value channels",
-                 "W8A8 SQNR of 'fc': ", "pinned: 'x', network input 'x'",
+                 "W8A8 SQNR of 'fc': ", "pinned: 'x', network input 'x'", "1 BatchNorm folded",
                  "\nequal: ", "(on the first 4 of 12 images of images.npz)", "written to eq.npz"):
         assert said in text
     kept = run("equalize net.npz -o eq.npz --no-fold")[1]
