@@ -21,7 +21,7 @@ from eqfact.optimal import decibels_above
 from eqfact.quantization import UniformQuantizer, check_quantizers, clips
 from eqfact.rules import Rule
 
-#: Gradients are taken on at most so many of the images: 64 samples, with their four projections, tell a sensitivity to half a dB.
+#: Gradients are taken on at most so many of the images: with four projections each that is the mean of 64 squares, within a dB or so.
 SENSED = 16
 
 
