@@ -192,8 +192,9 @@ class Tensor:
     """A quantized tensor as the noise model sees it: entries ``a f_out / f_in``, sensitivities ``S (f_in / f_out)**2``."""
 
     name: str
-    #: Magnitudes whose maxima add up to the range: one array if symmetric, positive and negative ones if affine.
-    parts: tuple[Vector, ...]
+    #: Magnitudes whose maxima add up to the range: one array if symmetric, positive and negative ones if affine. In the dtype of the
+    #: weights, which holds them exactly: they are as many as these. (Products with factors are made in float64.)
+    parts: tuple[Array, ...]
     #: The range is this many steps wide.
     steps: float
     sensitivity: Vector
@@ -274,7 +275,7 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
                     first = tensors[id(op)]
                     tensors[id(op)] = replace(first, sensitivity=first.sensitivity + s)
                 else:
-                    tensors[id(op)] = _tensor(f"{node.name}.weight", op.taps().astype(np.float64), s, weights,
+                    tensors[id(op)] = _tensor(f"{node.name}.weight", op.taps(), s, weights,
                                               resolved.labels[node.name], resolved.labels[node.inputs[0]])
                     ways[id(op)] = node
         for key, node in ways.items():
@@ -309,10 +310,10 @@ def predict_noise(graph: Graph, stats: Statistics | None, *, weights: UniformQua
     return {name: float(10 * np.log10(noise / model.signal)) for name, noise in model.terms().items()}
 
 
-def _tensor(name: str, entries: Vector, sensitivity: Vector, quantizer: UniformQuantizer, made: Indices, read: Indices) -> Tensor:
+def _tensor(name: str, entries: Array, sensitivity: Vector, quantizer: UniformQuantizer, made: Indices, read: Indices) -> Tensor:
     """A tensor from its signed entries ``(groups, out, in, taps)``."""
     if quantizer.symmetric:
-        parts: tuple[Vector, ...] = (np.abs(entries).max(axis=3),)
+        parts: tuple[Array, ...] = (np.abs(entries).max(axis=3),)
     else:
         parts = (np.maximum(entries, 0).max(axis=3), np.maximum(-entries, 0).max(axis=3))
     return Tensor(name, parts, quantizer.steps, sensitivity, made, read, quantizer.granularity == "per_channel")
@@ -360,7 +361,7 @@ def _capped(tensor: Tensor, entries: Array, each: Vector, low: Array, high: Arra
     """A tensor whose grids end there, in units of the channels at factors of 1; ``each`` is the sensitivity of every entry."""
     if len(tensor.parts) == 1:  # symmetric
         high = np.maximum(-low, high)
-        parts: tuple[Vector, ...] = (np.minimum(tensor.parts[0], high[..., 0]),)
+        parts: tuple[Array, ...] = (np.minimum(tensor.parts[0], high[..., 0]),)
         low = -high
     else:
         high, low = np.maximum(high, 0), np.minimum(low, 0)
