@@ -18,7 +18,7 @@ from eqfact.noise import Indices, Tensor, Vector
 from eqfact.ops.base import Array
 
 #: Channels with a coupling above this, in units of their own curvatures, are coupled one by one.
-COUPLING = 0.1
+COUPLING = 0.2
 
 #: Iterations of conjugate gradients per Newton step.
 CG_STEPS = 6
