@@ -75,12 +75,20 @@ GROWTH = """\
 
 Cross-layer equalization of random chains with ReLU between the layers; "optimal" with the objective "range",
 its Newton steps for sweeps. *Peak* is the most memory taken beyond the given network, the equalized network included, in
-multiples of the float32 weights (tracemalloc, one sweep)."""
+multiples of the float32 weights (tracemalloc; one sweep, or all of "optimal")."""
+
+COSTS = """\
+## What takes longest
+
+*Sensitivities* in forward passes per image and projection, *verify* in forward passes on as many images (one, and four), both the forward
+pass of the first network included. *Optimal*, the expected noise at the default tolerance with sensitivities given, in seconds per
+million weights; *peak*: the most memory that it takes beyond network and sensitivities, in multiples of the float32 weights (tracemalloc).
+In processor time."""
 
 
 def text(kept: Kept) -> str:
     """The whole page."""
-    parts = [_head(kept), *_quality(kept), *_peers(kept), *_integer(kept), *_forward(kept), *_equalize(kept), *_growth(kept)]
+    parts = [_head(kept), *_quality(kept), *_peers(kept), *_integer(kept), *_forward(kept), *_equalize(kept), *_costs(kept), *_growth(kept)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -193,6 +201,17 @@ def _equalize(kept: Kept) -> Iterable[str]:
             cells = [f"{row[key]:.3f} ({row[f'{key} iterations']})" if key in row else "" for key in METHODS]
             lines.append([title, *cells, f"{row['sensitivities']:.2f}"])
     yield f"{EQUALIZE}\n\n{_table(header, lines)}"
+
+
+def _costs(kept: Kept) -> Iterable[str]:
+    rows = kept.get("costs", {})
+    if not rows:
+        return
+    header = ["", "M weights", "forward ms", "sensitivities", "verify", "verify, 4 images", "optimal s/M", "peak"]
+    lines = [[TITLES[name], f"{row['weights'] / 1e6:.2f}", f"{1e3 * row['forward']:.0f}", f"{row['sensitivities']:.1f}",
+              f"{row['verify']:.1f}", f"{row['verify 4 images']:.1f}", f"{row['optimal']:.2f}", f"{row['peak']:.1f}"]
+             for name, row in sorted(rows.items(), key=lambda item: item[1]["weights"])]
+    yield f"{COSTS}\n\n{_table(header, lines)}"
 
 
 def _growth(kept: Kept) -> Iterable[str]:

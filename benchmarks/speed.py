@@ -1,9 +1,9 @@
 """How fast is eqfact beside other runtimes, and how do time and memory of an equalization grow?
 
 Four parts. `forward`: MobileNetV2 on one image, every runtime in turn, several rounds, medians and ratios. `equalize`: every
-method on every network. `verify`: the check of an equalized network, in forward passes on as many images. `growth`: equalization
-of dense and convolutional chains up to 100 million weights, time and, in a second run under tracemalloc, the peak of memory beyond
-the network itself, in multiples of its weights.
+method on every network. `costs`: sensitivities and the check of an equalized network in forward passes, the optimum in seconds and memory
+by the number of weights, up to Inception-V3. `growth`: equalization of dense and convolutional chains up to 100 million weights, time and,
+in a second run under tracemalloc, the peak of memory beyond the network itself, in multiples of its weights.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ Work = Callable[[], object]
 
 NETWORK, THREADS = "mobilenetv2", 2
 ROUNDS, RUNS, PAUSE = 5, 5, 0.3  # pause in seconds between runtimes, until the threads of the last one sleep
+#: Where the costs are measured, and with how many projections: the largest network last.
+COSTLY, PROJECTIONS = ("mobilenetv2", "efficientnet_lite0", "nsfw_inception_v3"), 4
 METHODS = ("one_step", "two_step", "cross_layer", "optimal")
 
 
@@ -116,20 +118,49 @@ def _equalized(graph: eq.Graph, method: Any, stats: eq.Statistics) -> tuple[floa
     return time.perf_counter() - start, result
 
 
-# Verification ---------------------------------------------------------------------------------------------------------
+# What else takes long -------------------------------------------------------------------------------------------------
 
-def measure_verify() -> None:
-    """Forward passes that a verification costs, by the number of images; the fastest of several."""
-    graph = eq.fold_batchnorm(eqfact.onnx.load(networks.networks()[NETWORK]))
-    x, other = networks.images(NETWORK)[0], eq.equalize(graph).graph
-    row = {}
-    for images in (1, 4):
-        batch = x[:images]
-        forward, verify = (min(_seconds(work) for _ in range(RUNS)) for work in (
-            partial(eq.forward, graph, batch), partial(eq.verify, graph, other, batch)))
-        row[f"{images} images"] = {"forward": forward, "verify": verify}
-        print(f"verify    {images} images: {1e3 * verify:8.1f} ms, {verify / forward:.1f} forward passes", flush=True)
-    results.keep("verify", row)
+def measure_costs() -> None:
+    """What sensitivities and a verification cost in forward passes on as many images, and the optimum by the number of weights.
+
+    In processor time, of which a busy machine takes less away; the fastest of several.
+    """
+    for name in COSTLY:
+        graph, x = eq.fold_batchnorm(eqfact.onnx.load(networks.networks()[name])), networks.images(name)[0][:4]
+        one, stats = x[:1], eq.calibrate(graph, [image[None] for image in x])
+        weights = sum(node.op.weight.size for node in graph.nodes if isinstance(node.op, (eq.Dense, eq.Conv)))
+        best, other = eq.Optimal(gradient_sensitivities(graph, [x]), stats), eq.equalize(graph).graph
+        optimal = partial(eq.equalize, graph, best, stats=stats)
+        forward = _fastest(partial(eq.forward, graph, one), RUNS)
+        row = {"weights": weights, "forward": forward,
+               "sensitivities": _fastest(partial(gradient_sensitivities, graph, [one], projections=PROJECTIONS)) / PROJECTIONS / forward,
+               "verify": _fastest(partial(eq.verify, graph, other, one)) / forward,
+               "verify 4 images": _fastest(partial(eq.verify, graph, other, x)) / _fastest(partial(eq.forward, graph, x)),
+               "optimal": _fastest(optimal, 2) / (weights / 1e6),
+               "peak": _peak(optimal) / (4 * weights)}
+        print(f"costs     {name:20s}{weights / 1e6:6.2f} M weights: sensitivities {row['sensitivities']:.1f} forward passes per image and "
+              f"projection, verify {row['verify']:.1f} (4 images {row['verify 4 images']:.1f}), optimal {row['optimal']:.2f} s per million "
+              f"weights, peak {row['peak']:.1f} times the weights", flush=True)
+        results.keep("costs", {name: row})
+
+
+def _fastest(work: Work, runs: int = 3) -> float:
+    """Seconds of processor time."""
+    found = []
+    for _ in range(runs):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def _peak(work: Work) -> int:
+    """The most bytes taken beyond what was there before."""
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 # Growth ---------------------------------------------------------------------------------------------------------------
@@ -169,7 +200,7 @@ FAMILIES = {
     "width": Family("8 dense layers, wider and wider", dense_chain, [(w, 8) for w in (110, 350, 1118, 3536)]),
     "depth": Family("dense layers of 256, more and more", dense_chain, [(256, d) for d in (4, 8, 16, 32, 64)]),
     "weights": Family("12 convolutions 3x3, wider and wider", conv_chain, [(w, 12) for w in (96, 304, 962)]),
-    "optimal": Family("6 dense layers, wider and wider", dense_chain, [(w, 6) for w in (128, 256, 512, 1024)], "optimal"),
+    "optimal": Family("6 dense layers, wider and wider", dense_chain, [(w, 6) for w in (128, 256, 512, 1024, 2048)], "optimal"),
 }
 
 
@@ -194,10 +225,8 @@ def _grown(graph: eq.Graph, width: int, depth: int, method: str) -> dict[str, An
     start = time.perf_counter()
     eq.equalize(graph, kind(max_iter=1))
     once = time.perf_counter() - start
-    tracemalloc.start()
-    eq.equalize(graph, kind(max_iter=1))
-    peak = tracemalloc.get_traced_memory()[1]  # beyond the network, which was there before
-    tracemalloc.stop()
+    # "optimal" holds more from its second stage on, cross-layer does not with its sweeps
+    peak = _peak(partial(eq.equalize, graph, kind() if method == "optimal" else kind(max_iter=1)))
     return {"width": width, "depth": depth, "weights": sum(w.size for w in weights), "seconds": seconds, "sweeps": sweeps,
             "seconds_per_sweep": max(seconds - once, 0.0) / max(sweeps - 1, 1), "peak": peak / sum(w.nbytes for w in weights)}
 
@@ -208,7 +237,7 @@ def _exponent(points: Sequence[dict[str, Any]], quantity: str, largest: int = 3)
     return float(np.polyfit(x, y, 1)[0])
 
 
-PARTS: dict[str, Callable[[], None]] = {"forward": measure_forward, "equalize": measure_equalize, "verify": measure_verify,
+PARTS: dict[str, Callable[[], None]] = {"forward": measure_forward, "equalize": measure_equalize, "costs": measure_costs,
                                      "growth": measure_growth}
 
 

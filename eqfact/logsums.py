@@ -15,9 +15,10 @@ from scipy.sparse import block_diag, coo_array, csr_array, identity
 from scipy.sparse.linalg import LinearOperator, cg, splu
 
 from eqfact.noise import Indices, Tensor, Vector
+from eqfact.ops.base import Array
 
 #: Channels with a coupling above this, in units of their own curvatures, are coupled one by one.
-COUPLING = 0.1
+COUPLING = 0.2
 
 #: Iterations of conjugate gradients per Newton step.
 CG_STEPS = 6
@@ -26,22 +27,24 @@ CG_STEPS = 6
 class LogSum:
     """``log sum exp(logs + q (u_made - u_read))`` over each grid of a tensor, for ``u`` around a centre.
 
-    Arrays are ``(groups, out, in)``, with 1 in the place of what is summed over.
+    Arrays are ``(groups, out, in)``, with 1 in the place of what is summed over. They are as many as the weights: so ``logs`` are not
+    kept, and their memory becomes that of the summands.
     """
 
     def __init__(self, tensor: Tensor, logs: Vector, q: float, centre: Vector) -> None:
         self.tensor, self.q = tensor, q
         self.centre = made, read = made_and_read(tensor, centre)
-        self.logs = logs + q * (made - read)
-        top = self.logs.max(axis=axes_of(tensor), keepdims=True)
+        logs += q * made
+        logs -= q * read
+        top = logs.max(axis=axes_of(tensor), keepdims=True)
         self.top = np.where(np.isfinite(top), top, 0.0)
-        self.summands = np.exp(self.logs - self.top)
+        logs -= self.top
+        self.summands = np.exp(logs, out=logs)
 
     def at(self, u: Vector) -> Vector:
         """The value by grid. What follows is at the same ``u``."""
         made, read = (now - then for now, then in zip(made_and_read(self.tensor, u), self.centre, strict=True))
-        self.moved = self.q * made, -self.q * read
-        self.made, self.read = np.exp(self.moved[0]), np.exp(self.moved[1])
+        self.made, self.read = np.exp(self.q * made), np.exp(-self.q * read)
         rows = self.made * (self.summands @ self.read.swapaxes(1, 2))
         self.total = rows.sum(axis=axes_of(self.tensor), keepdims=True)
         self.rows = ratio(rows, self.total)
@@ -53,11 +56,11 @@ class LogSum:
         columns: Vector = self.read * ((ratio(amount, self.total) * self.made).swapaxes(1, 2) @ self.summands)
         return columns
 
-    def log_shares(self) -> Vector:
-        """The logarithm of every entry's share in its grid."""
-        made, read = self.moved
-        logs: Vector = self.logs + (made - np.where(np.isfinite(self.log), self.log, 0.0)) + read
-        return logs
+    def shares(self) -> Vector:
+        """Every entry's share in its grid."""
+        shares: Vector = self.summands * ratio(self.made, self.total)
+        shares *= self.read
+        return shares
 
 
 class LogMean:
@@ -65,18 +68,20 @@ class LogMean:
 
     def __init__(self, tensor: Tensor, q: float) -> None:
         self.tensor, self.q = tensor, q
-        live = np.max([part > 0 for part in tensor.parts], axis=0)
+        live = np.logical_or.reduce([part > 0 for part in tensor.parts])
         live = live if tensor.by_row else live.any(axis=2, keepdims=True) & live.any(axis=1, keepdims=True)
-        self.shares = ratio(live.astype(np.float64), live.sum(axis=axes_of(tensor), keepdims=True))
-        self.rows = self.shares.sum(axis=2, keepdims=True)
+        self.live, self.count = live, live.sum(axis=axes_of(tensor), keepdims=True)
+        self.rows = ratio(live.sum(axis=2, keepdims=True), self.count)
 
     def at(self, u: Vector) -> Vector:
         made, read = made_and_read(self.tensor, u)
-        value: Vector = self.q * (self.rows * made - self.shares @ read.swapaxes(1, 2)).sum(axis=axes_of(self.tensor), keepdims=True)
+        sums = self.rows * made - ratio(self.live @ read.swapaxes(1, 2), self.count)
+        value: Vector = self.q * sums.sum(axis=axes_of(self.tensor), keepdims=True)
         return value
 
     def columns(self, amount: Vector) -> Vector:
-        columns: Vector = (amount * self.shares).sum(axis=1, keepdims=True)
+        per_row = np.broadcast_to(ratio(amount, self.count), self.rows.shape)
+        columns: Vector = per_row.swapaxes(1, 2) @ self.live
         return columns
 
 
@@ -121,7 +126,10 @@ class Curvature:
         rows, columns = amount * piece.rows, piece.columns(amount)
         self.entries += [(made, made, rows.reshape(-1)), (tensor.read, tensor.read, columns.reshape(-1))]
         by_row, by_column = ratio(amount, piece.total) * piece.made, piece.read
-        strong = np.flatnonzero(piece.summands * ratio(by_row, np.sqrt(rows)) * ratio(by_column, np.sqrt(columns)) > COUPLING)
+        coupling = piece.summands * ratio(by_row, np.sqrt(rows))
+        coupling *= ratio(by_column, np.sqrt(columns))
+        strong = np.flatnonzero(coupling > COUPLING)
+        del coupling
         _, out, inner = piece.summands.shape
         row = strong // inner
         column = row // out * inner + strong % inner
@@ -187,10 +195,11 @@ def made_and_read(tensor: Tensor, u: Vector) -> tuple[Vector, Vector]:
     return u[tensor.made].reshape(groups, out, 1), u[tensor.read].reshape(groups, 1, inner)
 
 
-def safe_log(x: Vector) -> Vector:
-    """Logarithm, minus infinity at 0."""
+def safe_log(x: Array) -> Vector:
+    """Logarithm in float64, minus infinity at 0."""
     with np.errstate(divide="ignore"):
-        return np.log(x)
+        log: Vector = np.log(x, dtype=np.float64)
+    return log
 
 
 def ratio(a: Vector, b: Vector) -> Vector:

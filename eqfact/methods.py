@@ -271,28 +271,24 @@ class Optimal:
 
     def find(self, task: Task) -> Found:
         """The factors of the least objective, and its certificate."""
-        plans = blocks(layers(task.graph, task.channels), task.channels)
-        dead = np.zeros(task.channels.degrees_of_freedom + 1, bool)
-        for plan in plans:
-            dead[plan.labels] = ~alive(plan, np.ones(task.channels.size))
+        fates = _fates(blocks(layers(task.graph, task.channels), task.channels), np.ones(task.channels.size), task.channels)
         if task.clips and self.objective == "noise" and task.stats is not None:
-            return self._with_clips(task, plans, dead)
-        return self._best(task, self._model(task), plans, dead)[1]
+            return self._with_clips(task, fates)
+        return self._best(task, self._model(task), fates)[1]
 
-    def _best(self, task: Task, model: NoiseModel, plans: Sequence[BlockPlan], dead: npt.NDArray[np.bool_],
-              start: Factorization | None = None) -> tuple[float, Found]:
+    def _best(self, task: Task, model: NoiseModel, fates: Fates, start: Factorization | None = None) -> tuple[float, Found]:
         """The best factors for a model, and the objective there."""
         resolved, bound = task.channels, self.max_factor
         ridge = self.ridge if self.objective == "noise" else 0.0
-        best = optimal(model, objective=self.objective, box=bound, held=dead, ridge=ridge, tol=self.tol, max_iter=int(self.max_iter),
+        best = optimal(model, objective=self.objective, box=bound, held=fates[1], ridge=ridge, tol=self.tol, max_iter=int(self.max_iter),
                        start=None if start is None else np.asarray(start.free, np.float64))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
-                   f"Newton steps" + _held_back(plans, resolved.by_label(best.f), bound, 1 / bound, ""))
+                   f"Newton steps" + _held_back(fates, best.f, bound, 1 / bound, ""))
         fixed = model.saturation if self.objective == "noise" else 0.0
         return best.noise + fixed, Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
                                          Goal(model, self.objective, ridge, best.bound + fixed))
 
-    def _with_clips(self, task: Task, plans: Sequence[BlockPlan], dead: npt.NDArray[np.bool_]) -> Found:
+    def _with_clips(self, task: Task, fates: Fates) -> Found:
         """Factors and clips in turn, from the better of clips alone and factors alone."""
         ranges = self._ranges(task)
 
@@ -300,12 +296,12 @@ class Optimal:
             model = task.model(ranges, at)
             return model, sum(model.terms(at).values())
         identity = Factorization(task.channels, np.ones(task.channels.degrees_of_freedom + 1))
-        unclipped, alone = self._best(task, task.model(ranges, clips=False), plans, dead)
+        unclipped, alone = self._best(task, task.model(ranges, clips=False), fates)
         of_clips, of_both = clipped(identity), clipped(alone.factorization)
         f, (model, noise) = (identity, of_clips) if of_clips[1] <= of_both[1] else (alone.factorization, of_both)
         noises, steps = [noise], alone.iterations
         while True:
-            _, found = self._best(task, model, plans, dead, f)
+            _, found = self._best(task, model, fates, f)
             steps += found.iterations
             then, noise = clipped(found.factorization)
             gain = decibels_above(noise, noises[-1])
@@ -463,19 +459,30 @@ def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, mo
     verdict = f"{how.name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
     if not success:
         verdict = f"{how.name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {how.tol:g}); raise max_iter"
-    text = verdict + _held_back(plans, f, how.bound, how.lowest, "" if how.once else "nearly dead ")
+    text = verdict + _held_back(_fates(plans, f, resolved), f[:len(most)], how.bound, how.lowest, "" if how.once else "nearly dead ")
     if held := int(((most < how.bound) & (f[:len(most)] >= most * (1 - 1e-9)))[1:].sum()):
         text += f"; {held} channel{'s' if held > 1 else ''} held at {how.max_bias:g} times the largest bias of the layer"
     return text
 
 
-def _held_back(plans: Sequence[BlockPlan], f: Vector, bound: float, lowest: float, kind: str) -> str:
-    """How many channels are dead, and how many of the others stand at a bound."""
-    text, dead, at_bound = "", 0, 0
+#: The free numbers of all blocks, as masks: those with weights on both sides, and the dead ones. (Plans hold all weights, so that they had
+#: better not be kept for this.)
+Fates = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+
+
+def _fates(plans: Sequence[BlockPlan], f: Vector, resolved: Channels) -> Fates:
+    """Which free numbers are alive and which dead, at the factors ``f``, by label."""
+    live, dead = np.zeros((2, resolved.degrees_of_freedom + 1), bool)
     for plan in plans:
-        live = alive(plan, f)
-        dead += int((~live).sum())
-        at_bound += int((live & ((f[plan.labels] >= bound * (1 - 1e-9)) | (f[plan.labels] <= lowest * (1 + 1e-9)))).sum())
+        live[plan.labels] = alive(plan, f)
+        dead[plan.labels] = ~live[plan.labels]
+    return live, dead
+
+
+def _held_back(fates: Fates, f: Vector, bound: float, lowest: float, kind: str) -> str:
+    """How many channels are dead, and how many of the others stand at a bound."""
+    text, (live, dead_ones) = "", fates
+    dead, at_bound = int(dead_ones.sum()), int((live & ((f >= bound * (1 - 1e-9)) | (f <= lowest * (1 + 1e-9)))).sum())
     if dead:
         text += f"; {dead} dead channel{'s keep' if dead > 1 else ' keeps'} the factor 1"
     if at_bound:

@@ -26,6 +26,7 @@ from scipy.special import entr
 
 from eqfact.logsums import Curvature, LogMean, LogSum, axes_of, made_and_read, safe_log
 from eqfact.noise import NoiseModel, Tensor, Vector
+from eqfact.ops.base import Array
 
 #: The exponent of the smooth maxima doubles with every stage up to the second, and then with every stage of few steps up to the third.
 FIRST_EXPONENT, EXPONENT, LAST_EXPONENT, FEW_STEPS = 2.0, 32.0, 4096.0, 3
@@ -265,9 +266,11 @@ class Term:
 
     def __init__(self, tensor: Tensor, weight: float, share: float | None = None) -> None:
         self.tensor = tensor
-        self.entries = [safe_log(part) for part in tensor.parts]
         self.constant = np.log(weight / (12 * tensor.steps**2))
-        self.ranges: list[LogSum] = []
+        self.p, self.ranges = FIRST_EXPONENT, list[LogSum]()
+        #: Logarithms of the entries' weights in this stage. As the bound holds for any weights, float32 does: a share is off by less than
+        #: 1e-7, and slope and bound are made of the same summands, in float64.
+        self.weights: list[npt.NDArray[np.float32]] = [np.zeros(1, np.float32) for _ in tensor.parts]
         centre = np.zeros(1 + max(tensor.made.max(), tensor.read.max()))
         self.sum = LogSum(tensor, safe_log(tensor.sensitivity), -2.0, centre) if share is None else LogMean(tensor, -2.0)
         live = np.max([part.max(axis=axes_of(tensor), keepdims=True) for part in tensor.parts], axis=0) > 0
@@ -276,9 +279,19 @@ class Term:
 
     def begin(self, u: Vector, p: float) -> None:
         """Begin a stage around ``u``: the shares of all entries so far are their weights."""
+        for k, (part, r) in enumerate(zip(self.tensor.parts, self.ranges, strict=False)):  # there are none in the first stage
+            shares = self._logs(part, u)
+            shares *= self.p
+            shares += self.weights[k]
+            shares -= np.where(np.isfinite(r.log), r.log, 0.0)
+            self.weights[k] = shares.astype(np.float32)
         self.p = p
-        weights = [r.log_shares() for r in self.ranges] or [np.zeros(1) for _ in self.entries]
-        self.ranges = [LogSum(self.tensor, p * a + w, p, u) for a, w in zip(self.entries, weights, strict=True)]
+        self.ranges = []  # their memory goes to those that take their place
+        for part, weights in zip(self.tensor.parts, self.weights, strict=True):
+            logs = safe_log(part)
+            logs *= p
+            logs += weights
+            self.ranges.append(LogSum(self.tensor, logs, p, u))
 
     def at(self, u: Vector) -> Vector:
         logs = np.stack([r.at(u) / self.p for r in self.ranges])
@@ -289,19 +302,27 @@ class Term:
 
     def exact(self, u: Vector) -> Vector:
         """The same without smoothing."""
-        made, read = made_and_read(self.tensor, u)
-        log_range = np.logaddexp.reduce([(a + made - read).max(axis=axes_of(self.tensor), keepdims=True) for a in self.entries])
+        log_range = np.logaddexp.reduce([self._logs(part, u).max(axis=axes_of(self.tensor), keepdims=True) for part in self.tensor.parts])
         value: Vector = 2 * log_range + self.sum.at(u) + self.constant
         return value
 
+    def _logs(self, part: Array, u: Vector) -> Vector:
+        """The logarithms of all entries, ``a f_out / f_in``: made anew whenever a stage needs them, as they are as many as the weights."""
+        made, read = made_and_read(self.tensor, u)
+        logs = safe_log(part)
+        logs += made
+        logs -= read
+        return logs
+
     def geometric(self, share: Vector, u: Vector) -> float:
         """``sum share log(N / share)`` with the geometric mean of entries in the place of every maximum, weighted by their shares."""
-        made, read = made_and_read(self.tensor, u)
         value = self.sum.at(u) + self.constant
-        for part, a, r in zip(self.parts, self.entries, self.ranges, strict=True):
-            weights = np.exp(r.log_shares())
-            mean = (weights * np.where(weights > 0, a + made - read, 0.0)).sum(axis=axes_of(self.tensor), keepdims=True)
-            value = value + 2 * (part * mean + entr(part))
+        for of_range, part, r in zip(self.parts, self.tensor.parts, self.ranges, strict=True):
+            weights, logs = r.shares(), self._logs(part, u)
+            logs[weights == 0] = 0
+            logs *= weights
+            mean = logs.sum(axis=axes_of(self.tensor), keepdims=True)
+            value = value + 2 * (of_range * mean + entr(of_range))
         sum_of_logs = float((share * np.where(share > 0, value, 0.0)).sum())
         return sum_of_logs + (float(entr(share).sum()) if self.fixed is None else 0.0)
 

@@ -268,10 +268,14 @@ class _Outside:
         self.samples: int | None = None
         self._names = [i.name for i in model.graph.input] + [name for node in model.graph.node for name in node.output if name]
         self._found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
+        #: Whether all tensors have been looked at, not only the inputs.
+        self._whole = False
 
     def __call__(self, tensor: Foreign) -> tuple[Shape, np.dtype[Any], int | None]:
         if not self._found:
-            self._found = self._look()
+            self._found = self._look([])
+        if not self._whole and tensor.name not in self._found[0]:  # a run for every few tensors: most files ask for none but inputs
+            self._found, self._whole = self._look([name for name in self._names if name not in self._found[0]]), True
         first, *others = (found.get(tensor.name) for found in self._found)
         if first is None or None in others:
             raise ValueError(f"it reads '{tensor.name}', whose size is not known ({tensor.reason})")
@@ -283,15 +287,17 @@ class _Outside:
             raise ValueError(f"it reads '{tensor.name}', whose size is no fixed one for every sample ({tensor.reason})")
         return shape, dtype, changed[0] if changed else None
 
-    def _look(self) -> list[dict[str, tuple[Shape, np.dtype[Any]]]]:
+    def _look(self, inner: Sequence[str]) -> list[dict[str, tuple[Shape, np.dtype[Any]]]]:
+        """Shapes and types of the inputs and of these inner tensors, for every number of samples that it takes to tell their batch axes."""
         (feeds, *_), at = _parts(self.path, self.source, self.feeds, 1), _batches(self.source.inputs)
-        inner = [name for name in self._names if name not in feeds]
         running = Running(self.path, inner)
         found: list[dict[str, tuple[Shape, np.dtype[Any]]]] = []
         for count in PROBES if at and self.samples is None else PROBES[:1]:
             given = {name: array if name not in at else np.concatenate([array] * count, at[name]) for name, array in feeds.items()}
             shapes = {name: (array.shape, array.dtype) for name, array in given.items()}
             try:
+                if not inner:
+                    running(given)  # does it take so many samples at all?
                 for i in range(0, len(inner), AT_ONCE):
                     arrays = running(given, inner[i:i + AT_ONCE])
                     shapes.update((name, (array.shape, array.dtype)) for name, array in arrays.items())
