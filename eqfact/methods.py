@@ -63,6 +63,11 @@ class Task:
     activations: UniformQuantizer | None
     given: Sensitivities | None = None
 
+    @property
+    def rough(self) -> bool:
+        """Is noise weighed by statistics alone?"""
+        return self.given is None and self.images is None
+
     @cached_property
     def sensitivities(self) -> Sensitivities:
         """Those given, else gradients on the images, each output relative to its power; without images (or gradients) from statistics."""
@@ -249,7 +254,8 @@ class Optimal:
     ``sensitivities`` are what noise is weighed with: gradients on the data if not given, or, where there are only statistics,
     :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
     :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``ridge``: a factor of e must
-    earn so many dB, or the channel stays nearer to 1: what hardly lowers the noise expected from a few images may cost more on others.
+    earn so many dB, or the channel stays nearer to 1: what hardly lowers the noise expected from a few images may cost more on others. It
+    is 0.01 if not given, and none where noise is weighed by statistics alone, whose shares are too rough for a price in dB of their sum.
     ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton
     steps. :class:`ValueError` for unusable options.
     """
@@ -257,7 +263,7 @@ class Optimal:
     sensitivities: Sensitivities | None = None
     ranges: Statistics | None = None
     objective: str = "noise"
-    ridge: float = RIDGE
+    ridge: float | None = None
     max_factor: float = CROSS_LAYER_MAX_FACTOR
     tol: float = 0.05
     max_iter: int = 200
@@ -265,7 +271,7 @@ class Optimal:
     def __post_init__(self) -> None:
         if self.objective not in ("noise", "range"):
             raise ValueError(f"unknown objective {self.objective!r}: use 'noise' or 'range'")
-        if not (np.isfinite(self.ridge) and self.ridge >= 0):
+        if self.ridge is not None and not (np.isfinite(self.ridge) and self.ridge >= 0):
             raise ValueError(f"ridge must be a finite number of dB, at least 0, got {self.ridge}")
         _check(self.max_factor, self.tol, self.max_iter)
 
@@ -279,7 +285,8 @@ class Optimal:
     def _best(self, task: Task, model: NoiseModel, fates: Fates, start: Factorization | None = None) -> tuple[float, Found]:
         """The best factors for a model, and the objective there."""
         resolved, bound = task.channels, self.max_factor
-        ridge = self.ridge if self.objective == "noise" else 0.0
+        ridge = RIDGE if self.ridge is None and not task.rough else self.ridge or 0.0
+        ridge = ridge if self.objective == "noise" else 0.0
         best = optimal(model, objective=self.objective, box=bound, held=fates[1], ridge=ridge, tol=self.tol, max_iter=int(self.max_iter),
                        start=None if start is None else np.asarray(start.free, np.float64))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nets import NETS as TABLE
 
 import eqfact as eq
-from eqfact import equalization, rules
+from eqfact import demo, equalization, rules
 from eqfact.testing.strategies import batches, factorizations, networks
 
 METHODS = ("one_step", "two_step", "cross_layer")
@@ -1085,3 +1085,25 @@ def test_an_op_without_gradients_is_weighed_by_statistics():
     stats = eq.calibrate(graph, x)
     by_hand = eq.equalize(graph, eq.Optimal(eq.forward_sensitivities(graph, stats)), stats=stats)
     assert eq.equalize(graph, data=x).predicted == by_hand.predicted
+
+
+def test_statistics_alone_are_rough_and_set_no_price_on_factors():
+    m = Maker(4)
+    graph = handmade.mobile(m)
+    x = m.data(graph)
+    stats = eq.calibrate(graph, x)
+    rough, data = eq.equalize(graph, stats=stats), eq.equalize(graph, stats=stats, data=x)
+    assert "give data=images" in rough.message and "a factor of e costs" not in rough.message
+    assert "give data=images" not in data.message and "where a factor of e costs 0.01 dB" in data.message
+    assert "costs 0.2 dB" in eq.equalize(graph, eq.Optimal(ridge=0.2), stats=stats).message
+
+
+def test_statistics_alone_come_within_a_decibel_of_gradients_on_the_bundled_network():
+    bundle = demo.load_bundle()
+    graph = eq.fold_batchnorm(bundle.network)
+    stats = eq.calibrate(graph, bundle.calibration)
+    gradients = eq.equalize(graph, data=bundle.calibration).predicted[1]
+    factorization = eq.equalize(graph, stats=stats).factorization
+    model = eq.noise_model(graph, stats, weights=eq.UniformQuantizer(8), activations=eq.UniformQuantizer(8, symmetric=False),
+                           sensitivities=eq.gradient_sensitivities(graph, bundle.calibration[:equalization.SENSED]))
+    assert gradients - model.sqnr(factorization) < 1
