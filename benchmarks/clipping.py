@@ -13,8 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -29,10 +28,21 @@ METHODS = ("none", "cross_layer", "optimal")
 CLIPS = (("minmax", "minmax"), ("minmax", "mse"), ("mse", "minmax"), ("mse", "mse"), ("noise", "noise"))
 
 
+class _Clipped(quality.Case):
+    """A case whose statistics keep histograms."""
+
+    @cached_property
+    def stats(self) -> eq.Statistics:
+        return eq.calibrate(self.graph, [image[None] for image in self.calibration])
+
+
 @cache
 def case_of(network: str, half: int) -> quality.Case:
-    """The case of `quality.py`, calibrated on crops."""
-    return replace(quality.case_of(network, half), calibration=networks.crops(network, half, each=CROPS))
+    """The case of `quality.py`, calibrated on crops and tested on centres."""
+    x, _ = networks.images(network)
+    case, test = quality.case_of(network, half), x[len(x) // 2:] if half == 0 else x[:len(x) // 2]
+    calibration = networks.crops(network, half, each=CROPS)
+    return _Clipped(case.graph, calibration, test, quality.run(case.graph, test), case.gaussians, case.training)
 
 
 @cache
