@@ -40,7 +40,7 @@ CROPS = 2  # of each test image
 LARGE = ("nsfw_inception_v3",)
 #: Biases alone are trained on these, on crops of the calibration half, one half only.
 TRAINED = ("mobilenetv2", "dogs_mobilenetv2", "efficientnet_lite0")
-STEPS, BATCH, TRAINING_CROPS, RATE = 40, 4, 8, 0.3
+STEPS, BATCH, TRAINING_CROPS, RATE = 20, 4, 8, 0.3
 FIGURE = results.DOCS / "predicted.svg"
 
 
@@ -335,7 +335,7 @@ def measure_row(network: str, row: Row, jitters: int, path: Path | None, mapper:
     results.keep("quality", {f"{network}: {row.name}": kept})
     means = "  ".join(f"{setting} {np.mean(found['sqnr']):6.2f} (expected {np.mean(found.get('expected', np.nan)):6.2f})"
                       for setting, found in joined.items())
-    print(f"{network:20s}{row.name:46s}{means}  dB   ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{network:20s}{row.name:48s}{means}  dB   ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def keep_float(network: str) -> None:
@@ -384,12 +384,11 @@ def draw() -> None:
 
     from benchmarks.page import TITLES, pairs
 
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     found = pairs(results.load())
-    ends = [min(min(x, y) for _, _, x, y in found) - 2, max(max(x, y) for _, _, x, y in found) + 2]
-    axes.plot(ends, ends, color="0.6", linewidth=1)
+    axes.axline((0, 0), slope=1, color="0.6", linewidth=1)
     colors = ("#c44e52", "#2b6ca3", "#3a8f4d", "#8c6bb1", "#d98c2b", "#4a4a4a", "#17a2a8")
     for color, (network, title) in zip(colors, TITLES.items(), strict=True):
         for corrected, marker in ((False, "o"), (True, "^")):
