@@ -42,8 +42,9 @@ SUMMARY = """\
 
 SQNR in dB of W8A8 networks on images that they were not calibrated on; the whole tables, and how this is measured, are further
 down. *optimal* is what `eqfact equalize net.onnx -o out.onnx --data images.npz` does, nothing else said. *Best per tensor*: is it above
-all other rows with one grid per tensor, or below the best of them by no more than its own deviation? *Per channel*: the same of
-per-channel weights, optimal against not equalized."""
+all other rows with one grid per tensor, or below the best of them by no more than its own deviation? (That is a weak word where
+halves of the images differ much; one run has no deviation.) *Per channel*: the same of per-channel weights, optimal against not
+equalized. With bias correction the optimum has sensitivities around means, which the command does not take by itself."""
 
 QUALITY = """\
 ## Quality
@@ -178,12 +179,12 @@ def _predicted(kept: Kept) -> str:
     for corrected, kind in ((False, "without bias correction"), (True, "with it")):
         differences = np.array([y - x for _, of, x, y in found if of == corrected and min(x, y) >= SMALL_NOISE])
         if len(differences) > 1:
-            sentences.append(f"{differences.mean():+.1f} ± {differences.std(ddof=1):.1f} dB {kind} ({len(differences)} cells)")
+            sentences.append(f"{differences.mean():+.1f} ± {differences.std(ddof=1):.1f} dB {kind} ({len(differences)} values)")
     low = np.array([y - x for _, _, x, y in found if min(x, y) < SMALL_NOISE])
     text = (f"Measured less expected SQNR, mean ± standard deviation over all networks, where both are at least {SMALL_NOISE:g} dB:\n"
             f"{', '.join(sentences)}.")
     if len(low) > 1:
-        text += (f" Of the {len(low)} cells below that, {low.mean():+.1f} ± {low.std(ddof=1):.1f}: the model takes noise\n"
+        text += (f" Of the {len(low)} values below that, {low.mean():+.1f} ± {low.std(ddof=1):.1f}: the model takes noise\n"
                  "for small, and its noise grows on where a network is gone already.")
     return f"### Expected and measured\n\n{text}\n\n![expected against measured SQNR](predicted.svg)"
 

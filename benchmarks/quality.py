@@ -40,7 +40,7 @@ CROPS = 2  # of each test image
 LARGE = ("nsfw_inception_v3",)
 #: Biases alone are trained on these, on crops of the calibration half, one half only.
 TRAINED = ("mobilenetv2", "dogs_mobilenetv2", "efficientnet_lite0")
-STEPS, BATCH, TRAINING_CROPS, RATE = 20, 4, 8, 0.3
+STEPS, BATCH, TRAINING_CROPS, RATE = 40, 4, 8, 0.3
 FIGURE = results.DOCS / "predicted.svg"
 
 
@@ -350,7 +350,7 @@ def keep_float(network: str) -> None:
 def measure_peer(network: str, peer: str, jitters: int, mapper: Mapper) -> None:
     """Equalize by another tool, compare the float outputs, and measure what it wrote as our own rows are, with half the jitters."""
     answer = peers.equalize(peer, network, networks.networks()[network])
-    rows = [row for row in ROWS if row.method is None and row.granularity == "per_tensor" and peers.PEERS[peer].equalizes]
+    rows = [row for row in (*PLAIN, *CORRECTED) if row.method is None and row.granularity == "per_tensor" and peers.PEERS[peer].equalizes]
     row = {"network": network, "peer": peer, **answer.as_row()}
     if answer.path is not None:
         try:
