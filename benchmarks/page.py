@@ -190,11 +190,15 @@ def _predicted(kept: Kept) -> str:
 
 
 def _trained(rows: Mapping[str, Kept]) -> str:
-    row = next((row for name, row in rows.items() if name.endswith(KINDS[2])), None)
-    if row is None:
+    """Training beside what the same run gives without it; runs begin with the first half and the first jitter."""
+    trained = {name.removesuffix(KINDS[2]): row for name, row in rows.items() if name.endswith(KINDS[2])}
+    if not trained:
         return ""
-    return (f"\n\nTrained biases: {row['steps']} steps on batches of {row['batch']} crops of the first half at a learning rate of "
-            f"{row['learning_rate']:g}, one run each, measured on crops of the second half.")
+    lines = [[name, *(f"{rows[name + kind]['settings']['W8A8']['sqnr'][0]:.1f}" for kind in KINDS)] for name in sorted(trained, key=_place)]
+    row = next(iter(trained.values()))
+    return (f"\n\nTrained biases, W8A8: {row['steps']} steps on batches of {row['batch']} crops of the first half at a learning rate of "
+            f"{row['learning_rate']:g}; one run each, beside\nthe same run (half and jitter) without training.\n\n"
+            + _table(["", "untrained", "corrected", "trained"], lines))
 
 
 def _about(of_float: Kept | None, network: str) -> str:
@@ -212,7 +216,7 @@ def _about(of_float: Kept | None, network: str) -> str:
 
 def _quality_table(rows: Mapping[str, Kept]) -> str:
     lines = []
-    for name in sorted(rows, key=_place):
+    for name in sorted((name for name in rows if not name.endswith(KINDS[2])), key=_place):
         settings = rows[name]["settings"]
         first = settings["W8A8"]
         expected = f"{np.mean(first['expected']):.1f}" if "expected" in first else ""

@@ -40,7 +40,7 @@ CROPS = 2  # of each test image
 LARGE = ("nsfw_inception_v3",)
 #: Biases alone are trained on these, on crops of the calibration half, one half only.
 TRAINED = ("mobilenetv2", "dogs_mobilenetv2", "efficientnet_lite0")
-STEPS, BATCH, TRAINING_CROPS, RATE = 40, 4, 8, 0.3
+STEPS, BATCH, TRAINING_CROPS, RATE = 40, 4, 8, 0.1
 FIGURE = results.DOCS / "predicted.svg"
 
 
