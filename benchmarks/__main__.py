@@ -2,7 +2,8 @@
 
 `python -m benchmarks quality` measures quantized networks, `speed` times and memory, `integer` the quantized export. These keep what
 they found in `docs/benchmarks.json`, row by row, and write `docs/benchmarks.md` from it, so a run over part of the rows
-renews these rows only. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4, scikit-learn).
+renews these rows only; `quality` draws `docs/predicted.svg`, too. Needs the extra `benchmarks` (torch, onnxruntime, onnx, pillow, lz4,
+scikit-learn) and matplotlib.
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
 `docs/operators.md` (the extra `onnx`); `clipping` measures ranges that clip; `transformers` trains and measures transformers, and writes
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     for name, question in APART.items():
         commands.add_parser(name, help=question)
 
-    commands.add_parser("page", help="write docs/benchmarks.md again from docs/benchmarks.json")
+    commands.add_parser("page", help="write docs/benchmarks.md and docs/predicted.svg again from docs/benchmarks.json")
     return main
 
 
@@ -72,6 +73,8 @@ def main() -> int:
         speed.measure(arguments.only)
     elif arguments.command == "integer":
         integer.measure(arguments.only)
+    if arguments.command in ("quality", "page"):
+        quality.draw()
     print(f"wrote {write_page()}")
     return 0
 

@@ -14,8 +14,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -56,10 +56,21 @@ TOGETHER = [Setting(bits, 8, clips) for bits in BITS for clips in CLIPS]
 EACH_ALONE = [Setting(w, a, (rule, rule)) for w, a in APART for rule in RULES]
 
 
+class _Clipped(quality.Case):
+    """A case whose statistics keep histograms."""
+
+    @cached_property
+    def stats(self) -> eq.Statistics:
+        return eq.calibrate(self.graph, [image[None] for image in self.calibration])
+
+
 @cache
 def case_of(network: str, half: int) -> quality.Case:
-    """The case of `quality.py`, calibrated on crops."""
-    return replace(quality.case_of(network, half), calibration=networks.crops(network, half, each=CROPS))
+    """The case of `quality.py`, calibrated on crops and tested on centres."""
+    x, _ = networks.images(network)
+    case, test = quality.case_of(network, half), x[len(x) // 2:] if half == 0 else x[:len(x) // 2]
+    calibration = networks.crops(network, half, each=CROPS)
+    return _Clipped(case.graph, calibration, test, quality.run(case.graph, test), case.gaussians, case.training)
 
 
 @cache

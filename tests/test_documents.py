@@ -45,7 +45,8 @@ def test_every_module_is_on_the_map():
 
 
 def test_every_fault_names_the_test_that_keeps_it_out():
-    rows = [line.split(" | ")[-1] for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")][1:]
+    of_script = (ROOT / "docs" / "faults.md").read_text().partition("\n## ")[0]
+    rows = [line.split(" | ")[-1] for line in of_script.splitlines() if line.startswith("| ")][1:]
     named = [re.fullmatch(r"`(test_\w+)` \|", cell).group(1) for cell in rows]
     tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_equalization.py").read_text(), re.MULTILINE)
     assert len(named) == len(set(named)) == 7 and set(named) <= set(tests)
