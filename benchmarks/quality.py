@@ -92,7 +92,7 @@ PLAIN = (
     Row("cross-layer without its guard", "cross_layer", guarded=False),
     Row("optimal", "optimal", main=True),
     Row("optimal without ridge", "optimal", ridge=False),
-    Row("optimal from statistics alone", "optimal", gradients=False),
+    Row("optimal from statistics alone", "optimal", ridge=False, gradients=False),  # as `equalize` does without data
     Row("per-channel", None, "per_channel", main=True),
     Row("per-channel optimal", "optimal", "per_channel", main=True),
     Row("per-channel optimal without ridge", "optimal", "per_channel", ridge=False),
