@@ -113,6 +113,7 @@ class Layer:
     read: Indices
     rows: Largest
     columns: Largest
+
     def made_range(self, f: Vector) -> Vector:
         """Largest weight magnitude of every output channel, ``(out,)``."""
         return self.rows(1 / f[self.read]) * f[self.made]
@@ -159,6 +160,8 @@ class BlockPlan:
     #: The most that a range moves if all numbers move by 1: of one side, and of the weights between two.
     of_side: int
     of_weights: int
+    #: Which numbers have weights that grow and weights that shrink with them; the others are dead.
+    live: npt.NDArray[np.bool_]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -270,11 +273,14 @@ def blocks(found: Sequence[Layer], resolved: Channels, values: Sequence[Layer] =
 
             def kind(weighted: bool, grows: bool, of: dict[tuple[bool, bool], list[Side]] = sides[index]) -> tuple[Side, ...]:
                 return tuple(of.get((weighted, grows), ()))
-            plans.append(BlockPlan(labels, kind(True, True), kind(True, False), kind(False, True), kind(False, False),
-                                   followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()), max(of_layer.values())))
+            plan = BlockPlan(labels, kind(True, True), kind(True, False), kind(False, True), kind(False, False),
+                             followers.get(index, np.zeros(0, np.int64)), max(reach[index].values()), max(of_layer.values()),
+                             np.zeros(len(labels), bool))
+            given = made_and_read(plan, np.ones(resolved.size))
+            plans.append(replace(plan, live=(given.made > 0) & (given.read > 0)))
     moved = np.zeros(len(block_of), bool)
     for plan in plans:
-        moved[plan.labels] = alive(plan, np.ones(resolved.size))
+        moved[plan.labels] = plan.live
     return tuple(replace(plan, growing=tuple(_with_fixed(side, forms, moved) for side in plan.growing),
                          shrinking=tuple(_with_fixed(side, forms, moved) for side in plan.shrinking)) for plan in plans)
 
@@ -283,13 +289,6 @@ def _with_fixed(side: Side, forms: csr_array, moved: npt.NDArray[np.bool_]) -> S
     labels = side.layer.made if side.makes else side.layer.read
     channels, free, _ = _entries(forms, labels)
     return replace(side, fixed=np.setdiff1d(np.arange(len(labels)), channels[moved[free]]))
-
-
-def alive(plan: BlockPlan, f: Vector) -> npt.NDArray[np.bool_]:
-    """Which channels of a block have weights that make them and weights that read them."""
-    block = made_and_read(plan, f)
-    both: npt.NDArray[np.bool_] = (block.made > 0) & (block.read > 0)
-    return both
 
 
 def _entries(forms: csr_array, labels: Indices) -> tuple[Indices, Indices, Vector]:

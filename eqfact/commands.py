@@ -30,7 +30,7 @@ from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, forward
 from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
-from eqfact.noise import forward_sensitivities, gradient_sensitivities
+from eqfact.noise import measured_sensitivities
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, clips, quantize
 from eqfact.training import mean_loss, shuffled, train
@@ -406,10 +406,7 @@ def _sensitivities(args: Args, graph: Graph, stats: Statistics | None, images: f
     if stats is None:
         args.refuse("the range 'noise' is weighed by sensitivities, which come from images: give --data FILE.npz")
         return None
-    try:
-        return gradient_sensitivities(graph, images.first(SENSED).batches(), relative_to=stats)
-    except TypeError:  # an op that has no vjp
-        return forward_sensitivities(graph, stats)
+    return measured_sensitivities(graph, stats, images.first(SENSED).batches())
 
 
 def _quantized(args: Args, graph: Graph, stats: Statistics | None, sensitivities: Sensitivities | None) -> Graph:

@@ -20,7 +20,6 @@ from eqfact.blocks import (
     Activation,
     BlockPlan,
     activation_ranges,
-    alive,
     bias_bounds,
     block_ranges,
     blocks,
@@ -33,7 +32,7 @@ from eqfact.calibration import Statistics, check_statistics, likely_ranges
 from eqfact.channels import Channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph
-from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradient_sensitivities, noise_model, unit_sensitivities
+from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, measured_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import decibels_above, objective_at, optimal
 from eqfact.quantization import UniformQuantizer, clips
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
@@ -74,12 +73,9 @@ class Task:
         if self.given is not None:
             return self.given
         assert self.stats is not None
-        if self.images is not None:
-            try:
-                return gradient_sensitivities(self.graph, self.images, relative_to=self.stats)
-            except TypeError:  # an op of the caller's that has no vjp
-                pass
-        return forward_sensitivities(self.graph, self.stats)
+        if self.images is None:
+            return forward_sensitivities(self.graph, self.stats)
+        return measured_sensitivities(self.graph, self.stats, self.images)
 
     def model(self, ranges: Statistics | None = None, at: Factorization | None = None, clips: bool = True) -> NoiseModel:
         """The expected noise of the quantizers, 8 bits per tensor if none is named, for the ranges of the statistics or others.
@@ -110,9 +106,14 @@ class Goal:
     objective: str
     ridge: float
     bound: float
+    #: The best factorization for it, and the objective there.
+    best: Factorization
+    value: float
 
     def reached(self, factorization: Factorization) -> float:
         """The objective there."""
+        if factorization is self.best:  # all logarithms again would take a part of a second a million weights
+            return self.value
         fixed = self.model.saturation if self.objective == "noise" else 0.0
         return objective_at(self.model, np.asarray(factorization.free, np.float64), objective=self.objective,
                             ridge=self.ridge) + fixed
@@ -277,7 +278,7 @@ class Optimal:
 
     def find(self, task: Task) -> Found:
         """The factors of the least objective, and its certificate."""
-        fates = _fates(blocks(layers(task.graph, task.channels), task.channels), np.ones(task.channels.size), task.channels)
+        fates = _fates(blocks(layers(task.graph, task.channels), task.channels), task.channels)
         if task.clips and self.objective == "noise" and task.stats is not None:
             return self._with_clips(task, fates)
         return self._best(task, self._model(task), fates)[1]
@@ -292,8 +293,9 @@ class Optimal:
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "
                    f"Newton steps" + _held_back(fates, best.f, bound, 1 / bound, ""))
         fixed = model.saturation if self.objective == "noise" else 0.0
-        return best.noise + fixed, Found(Factorization(resolved, best.f), best.gap_db <= self.tol, message, best.iterations, best.residual,
-                                         Goal(model, self.objective, ridge, best.bound + fixed))
+        found, value = Factorization(resolved, best.f), best.noise + fixed
+        return value, Found(found, best.gap_db <= self.tol, message, best.iterations, best.residual,
+                            Goal(model, self.objective, ridge, best.bound + fixed, found, value))
 
     def _with_clips(self, task: Task, fates: Fates) -> Found:
         """Factors and clips in turn, from the better of clips alone and factors alone."""
@@ -399,7 +401,7 @@ def _loop(task: Task, how: _Loop) -> Found:
     if success and how.max_bias < np.inf:
         most = np.clip(bias_bounds(found, resolved, f, how.max_bias), 1 / how.bound, how.bound)
         for plan in plans:
-            most[plan.labels[~alive(plan, f)]] = how.bound  # a dead channel keeps the factor 1
+            most[plan.labels[~plan.live]] = how.bound  # a dead channel keeps the factor 1
         if (f[:len(most)] > most * (1 + how.tol)).any() and len(residual) < how.max_iter:
             f, more, success = _sweep(plans, touched, resolved, how, most, f, how.max_iter - len(residual), activations)
             residual += more
@@ -466,7 +468,7 @@ def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, mo
     verdict = f"{how.name}: {resolved.degrees_of_freedom} factors chosen in {sweeps}"
     if not success:
         verdict = f"{how.name}: not converged after {sweeps}, factors still move by {residual[-1]:.2g} (tol {how.tol:g}); raise max_iter"
-    text = verdict + _held_back(_fates(plans, f, resolved), f[:len(most)], how.bound, how.lowest, "" if how.once else "nearly dead ")
+    text = verdict + _held_back(_fates(plans, resolved), f[:len(most)], how.bound, how.lowest, "" if how.once else "nearly dead ")
     if held := int(((most < how.bound) & (f[:len(most)] >= most * (1 - 1e-9)))[1:].sum()):
         text += f"; {held} channel{'s' if held > 1 else ''} held at {how.max_bias:g} times the largest bias of the layer"
     return text
@@ -477,12 +479,11 @@ def _message(how: _Loop, success: bool, residual: Sequence[float], f: Vector, mo
 Fates = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 
 
-def _fates(plans: Sequence[BlockPlan], f: Vector, resolved: Channels) -> Fates:
-    """Which free numbers are alive and which dead, at the factors ``f``, by label."""
+def _fates(plans: Sequence[BlockPlan], resolved: Channels) -> Fates:
+    """Which free numbers are alive and which dead, by label."""
     live, dead = np.zeros((2, resolved.degrees_of_freedom + 1), bool)
     for plan in plans:
-        live[plan.labels] = alive(plan, f)
-        dead[plan.labels] = ~live[plan.labels]
+        live[plan.labels], dead[plan.labels] = plan.live, ~plan.live
     return live, dead
 
 

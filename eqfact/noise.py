@@ -180,6 +180,14 @@ def _drawn(stats: ValueStatistics, points: Vector, shape: Shape, within: bool) -
     return whole
 
 
+def measured_sensitivities(graph: Graph, stats: Statistics, batches: Data | Iterable[Data]) -> Sensitivities:
+    """By gradients, each output relative to its power; from the statistics alone where an op of the caller's has no ``vjp``."""
+    try:
+        return gradient_sensitivities(graph, batches, relative_to=stats)
+    except TypeError:
+        return forward_sensitivities(graph, stats)
+
+
 def unit_sensitivities(graph: Graph) -> Sensitivities:
     """All sensitivities 1: for objectives that look at ranges alone."""
     taps = {node.name: node.op.taps().shape[:3] for node in graph.nodes if isinstance(node.op, Weighted)}
