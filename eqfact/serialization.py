@@ -17,6 +17,7 @@ import reprlib
 import secrets
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -39,7 +40,7 @@ _DTYPES = ("<f2", "<f4", "<f8", "<i8", "|u1")
 _HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '(<f2|<f4|<f8|<i8|\|u1)', 'fortran_order': False, "
                      rb"'shape': \(([\d, ]*)\), \} *\n", re.DOTALL)
 #: What zipfile, json and the constructors of ops raise on content that they cannot take. Not OSError: a broken disk is no broken file.
-_REFUSALS = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile)
+REFUSALS = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile)
 
 AnyArray = npt.NDArray[Any]
 Kind = TypeVar("Kind")
@@ -90,35 +91,48 @@ def load(path: str | os.PathLike[str], *, max_channels: int = 2**24) -> Graph:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = _members(archive, os.fstat(file.fileno()).st_size)
-                document = _parsed(archive.read(members.pop("graph.json")).decode())
-                if document["version"] <= VERSION:
+                content = checked(parsed(archive.read(members.pop("graph.json")).decode()))
+                if content["version"] <= VERSION:
                     arrays = {member: _array(member, archive.read(member)) for member in members}
-                    return _graph(document, arrays, max_channels)
-        except _REFUSALS as error:
+
+                    def take(place: object) -> AnyArray:
+                        """Each array once, so that no second reference can multiply one."""
+                        if f"{place}.npy" not in arrays:
+                            raise ValueError(f"{reprlib.repr(place)} is no array that is not taken yet")
+                        return arrays.pop(f"{place}.npy")
+
+                    graph = graph_of(content, take, max_channels)
+                    if arrays:
+                        raise ValueError(f"no op refers to its members {reprlib.repr(list(arrays))}")
+                    return graph
+        except REFUSALS as error:
             raise ValueError(f"'{name}' is not an eqfact network: {error!s:.500}; write it again with eqfact.save") from error
-    raise ValueError(f"'{name}' has format version {document['version']}, and this eqfact reads versions up to {VERSION}; "
+    raise ValueError(f"'{name}' has format version {content['version']}, and this eqfact reads versions up to {VERSION}; "
                      "install a newer eqfact")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From a graph to a file
+# From a graph to a document, and back; a file is one with its arrays beside it
 
-def _document(graph: Graph) -> tuple[bytes, list[AnyArray]]:
-    """The graph as JSON, and the arrays that it refers to."""
-    arrays: list[AnyArray] = []
+def document(graph: Graph, put: Callable[[AnyArray], object]) -> dict[str, Any]:
+    """The graph as a JSON document, with what ``put`` returns (a name, or the numbers themselves) in the place of each array.
+
+    >>> network = Graph({"x": (2,)}, [Node("y", ALL[0](np.ones((1, 2))), ["x"])], ["y"])
+    >>> document(network, np.ndarray.tolist)["nodes"][0]["op"]["Dense"]["weight"]
+    {'array': [[1.0, 1.0]]}
+    """
     first_use: dict[int, str] = {}
     nodes = []
     for node in graph.nodes:
         op: object = first_use.setdefault(id(node.op), node.name)  # shared ops: the name of the node that has it already
         try:
-            nodes.append({"name": node.name, "op": _encode(node.op, arrays) if op == node.name else op, "inputs": node.inputs})
+            nodes.append({"name": node.name, "op": _encode(node.op, put) if op == node.name else op, "inputs": node.inputs})
         except TypeError as error:
             raise TypeError(f"node '{node.name}': {error}") from error
-    document = {"format": FORMAT, "version": VERSION, "inputs": dict(graph.inputs), "outputs": graph.outputs, "nodes": nodes}
-    return json.dumps(document, allow_nan=False).encode(), arrays
+    return {"format": FORMAT, "version": VERSION, "inputs": dict(graph.inputs), "outputs": graph.outputs, "nodes": nodes}
 
 
-def _encode(value: object, arrays: list[AnyArray]) -> object:
+def _encode(value: object, put: Callable[[AnyArray], object]) -> object:
     """A value as JSON; what JSON has no word for is an object with one key: ``{"Clip": {"low": 0.0, "high": {"float": "inf"}}}``."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -127,18 +141,28 @@ def _encode(value: object, arrays: list[AnyArray]) -> object:
     if type(value) is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if type(value) is tuple:
-        return [_encode(v, arrays) for v in value]
+        return [_encode(v, put) for v in value]
     if isinstance(value, np.ndarray):
         dtype = value.dtype.newbyteorder("<")
         if dtype.str not in _DTYPES:
             raise TypeError(f"an array of dtype {value.dtype} cannot be saved, only {', '.join(_DTYPES)}; convert it with .astype")
-        arrays.append(value.astype(dtype, order="C", copy=False))
-        return {"array": f"array{len(arrays) - 1}"}
+        return {"array": put(value.astype(dtype, order="C", copy=False))}
     name = type(value).__name__
     if KNOWN.get(name) is not type(value):
         raise TypeError(f"{name} is not a class that files may hold ({', '.join(KNOWN)}), so that loading never runs foreign code; "
                         "put one of these in its place with graph.with_ops, and your own back after load")
-    return {name: {f.name: _encode(getattr(value, f.name), arrays) for f in fields(value) if f.init}}  # type: ignore[arg-type]
+    return {name: {f.name: _encode(getattr(value, f.name), put) for f in fields(value) if f.init}}  # type: ignore[arg-type]
+
+
+def _document(graph: Graph) -> tuple[bytes, list[AnyArray]]:
+    """The document of a file, and the arrays beside it."""
+    arrays: list[AnyArray] = []
+
+    def put(array: AnyArray) -> str:
+        arrays.append(array)
+        return f"array{len(arrays) - 1}"
+
+    return json.dumps(document(graph, put), allow_nan=False).encode(), arrays
 
 
 def _write(file: BinaryIO, text: bytes, arrays: list[AnyArray]) -> None:
@@ -183,24 +207,37 @@ def _array(member: str, data: bytes) -> AnyArray:
     return array
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The JSON document, which says that it is an eqfact network, and of which version."""
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"graph.json holds {name}, which is not JSON")
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"graph.json holds {name}, which is not JSON")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"graph.json repeats a key among {reprlib.repr([key for key, _ in pairs])}")
-        return dict(pairs)
 
-    document: dict[str, Any] = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"graph.json repeats a key among {reprlib.repr([key for key, _ in pairs])}")
+    return dict(pairs)
+
+
+def parsed(text: str) -> Any:
+    """Strict JSON: :class:`ValueError` where a key repeats, or a number is none."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
+
+
+def checked(document: Any) -> dict[str, Any]:
+    """The document, if it says that it is an eqfact network, and of which version; else :class:`ValueError`."""
     if _entry(document, "format", str) != FORMAT or _entry(document, "version", int) < 1:
         raise ValueError(f"graph.json must be of format \"{FORMAT}\", version 1 or later, got {reprlib.repr(document)}")
-    return document
+    return dict(document)
 
 
-def _graph(document: dict[str, Any], arrays: dict[str, AnyArray], max_channels: int) -> Graph:
-    """The network; its shapes are walked in plain integers first, before :class:`Graph` makes labels of these sizes."""
+def graph_of(document: dict[str, Any], take: Callable[[object], AnyArray], max_channels: int = 2**24) -> Graph:
+    """The network of a document; ``take`` gives the array for what ``put`` has left there.
+
+    Shapes are walked in plain integers first, before :class:`Graph` makes labels of these sizes. Raises one of ``REFUSALS``.
+
+    >>> net = Graph.chain((2,), fc=ALL[0](np.ones((1, 2))))
+    >>> graph_of(document(net, np.ndarray.tolist), np.array)["fc"].op.weight
+    array([[1., 1.]])
+    """
     shapes: dict[str, Shape] = {}
     ops: dict[str, Op] = {}
     nodes: list[Node] = []
@@ -226,37 +263,35 @@ def _graph(document: dict[str, Any], arrays: dict[str, AnyArray], max_channels: 
         name, reads = _entry(code, "name", str), _names(code, "inputs")
         try:
             op = code.get("op")
-            op = ops.get(op) if isinstance(op, str) else _decode(op, arrays)
+            op = ops.get(op) if isinstance(op, str) else _decode(op, take)
             if not isinstance(op, Op):
                 raise ValueError(f"needs an op, or the name of an earlier node to share its op, got {reprlib.repr(code.get('op'))}")
             for read in reads:
                 if read not in shapes:
                     raise ValueError(f"reads '{read}', which is no input and no node before it")
             shape = op.output_shape(*(shapes[read] for read in reads))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise ValueError(f"node '{name}': {error}") from error
         enter(name, shape)
         ops[name] = op
         nodes.append(Node(name, op, reads))
-    if arrays:
-        raise ValueError(f"no op refers to its members {reprlib.repr(list(arrays))}")
     return Graph(inputs, tuple(nodes), _names(document, "outputs"))
 
 
-def _decode(code: object, arrays: dict[str, AnyArray]) -> Any:
-    """The value that :func:`_encode` wrote. It takes each array out of ``arrays``, so that no second reference can multiply one."""
+def _decode(code: object, take: Callable[[object], AnyArray]) -> Any:
+    """The value that :func:`_encode` wrote."""
     if isinstance(code, list):
-        return tuple(_decode(c, arrays) for c in code)
+        return tuple(_decode(c, take) for c in code)
     if not isinstance(code, dict):
         return code
     tag, content = next(iter(code.items())) if len(code) == 1 else ("", None)
     if tag == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
-    if tag == "array" and f"{content}.npy" in arrays:
-        return arrays.pop(f"{content}.npy")
+    if tag == "array":
+        return take(content)
     if tag in KNOWN and isinstance(content, dict):
-        return KNOWN[tag](**{name: _decode(c, arrays) for name, c in content.items()})
-    raise ValueError(f"{reprlib.repr(code)} is none of: an array not taken yet, a non-finite float, one of {', '.join(KNOWN)}")
+        return KNOWN[tag](**{name: _decode(c, take) for name, c in content.items()})
+    raise ValueError(f"{reprlib.repr(code)} is none of: an array, a non-finite float, one of {', '.join(KNOWN)}")
 
 
 def _entry(code: object, key: str, kind: type[Kind]) -> Kind:
