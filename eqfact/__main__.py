@@ -18,6 +18,8 @@ from eqfact.clips import RANGES
 from eqfact.commands import Args, Facts
 from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
+from eqfact.testing.cases import levels_of
+from eqfact.testing.runner import TIMEOUT
 from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES
 
 #: Lines of a list in a text; --json has all.
@@ -167,6 +169,16 @@ def bits(text: str) -> int | None:
     return None if text == "float" else int(text)
 
 
+def _conform(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--cmd", required=True, metavar="COMMAND", help="starts the implementation, which answers questions line by line on its "
+                   "standard input and output, for instance 'node port.js' (docs/porting.md)")
+    p.add_argument("--level", type=levels_of, metavar="LEVELS", help="the levels to ask about, for instance 0-4,6; default: all")
+    p.add_argument("--cases", metavar="DIR", help="cases that python -m eqfact.testing.cases wrote; default: those of this eqfact")
+    p.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="for one answer; default: %(default)s")
+    p.add_argument("--junit", metavar="FILE.xml", help="write a JUnit report")
+    p.add_argument("--html", metavar="FILE.html", help="write a page")
+
+
 def _report(p: argparse.ArgumentParser) -> None:
     p.add_argument("--report", metavar="FILE.json", help="write all facts, with a row for every tensor")
 
@@ -291,6 +303,31 @@ def report_text(facts: Facts) -> Iterator[str]:
                      right=(2, 3, 4, 5, 6))
 
 
+def conform_text(facts: Facts) -> Iterator[str]:
+    told = facts["implementation"]
+    yield f"{told['name']} {told['version']} ({told['language']})"
+    yield ""
+    verdicts = ("passed", "failed", "skipped")
+    rows = [(str(of["level"]), of["title"], *(str(of[verdict] or "") for verdict in verdicts)) for of in facts["levels"]]
+    yield from table(("level", "what is asked", *verdicts), rows, right=(0, 2, 3, 4))
+    for failure in facts["failures"][:LISTED]:
+        yield ""
+        yield f"FAILED {failure['id']}: {failure['where']}"
+        yield f"  expected  {failure['expected']}"
+        yield f"  got       {failure['got']}"
+        yield f"  law       {failure['law']} ({failure['source']})"
+        yield f"  looks for {failure['why']}"
+    if len(facts["failures"]) > LISTED:
+        yield ""
+        yield f"and {len(facts['failures']) - LISTED} more failed, see --json"
+    if facts["skips"]:
+        yield ""
+    for reason, count in list(facts["skips"].items())[:LISTED]:
+        yield f"skipped: {_count(count, 'case')}, {reason}"
+    if not facts["failures"] and not facts["ok"]:
+        yield "NOT conforming: no case was answered"
+
+
 def _verification_text(facts: Facts) -> Iterator[str]:
     yield from verify_text(facts)
     yield f"written to {facts['output']}" if facts["output"] else "NOT written: this would be another function"
@@ -338,6 +375,7 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("are two networks the same function, up to rounding", (_network, _other, _data), commands.run_verify, verify_text),
     "report": Command("range ratio, weakest channel, noise and pins of every tensor",
                       (_network, _data, _quantizers), commands.run_report, report_text),
+    "conform": Command("ask an implementation, in any language, the conformance cases", (_conform,), commands.run_conform, conform_text),
 }
 
 
