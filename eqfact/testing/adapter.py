@@ -141,12 +141,12 @@ def quantize_layer(weight: Json, bias: Json, weights: Json, input: Json) -> Json
             "q_b": array_json(q_b.astype(np.int64))}
 
 
-def quantized_forward(network: Json, inputs: Json, values_asked: list[str]) -> Json:
+def quantized_forward(network: Json, inputs: Json, stored: list[str]) -> Json:
     """The whole numbers of some values of a quantized network."""
     graph = network_of(network)
     every = values(graph, arrays_of(inputs))
     integers = {}
-    for name in values_asked:
+    for name in stored:
         of = grid_of(graph, name)
         if of is None or of.scale.size > 1:
             raise ValueError(f"value '{name}' lies on no grid of one scale")

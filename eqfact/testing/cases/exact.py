@@ -99,7 +99,7 @@ def _by_channel(parameter: npt.ArrayLike, x: Exact) -> Exact:
 
 
 def _root(x: Exact) -> Exact:
-    result: Exact = np.frompyfunc(Decimal.sqrt, 1, 1)(x)
+    result: Exact = np.frompyfunc(lambda v: v.sqrt(), 1, 1)(x)
     return result
 
 

@@ -49,7 +49,7 @@ def _case(name: str, row: str, net: Graph, dtype: str, options: dict[str, Any], 
             asked.append(node.name)
             expected[node.name] = np.clip(np.rint(every[node.name] / grid.scale.item() + grid.zero_point.item()), grid.qmin,
                                           grid.qmax).astype(np.int32)
-    request = {"network": network_json(quantized), "inputs": arrays_json(wider), "values_asked": asked}
+    request = {"network": network_json(quantized), "inputs": arrays_json(wider), "stored": asked}
     return Case(name, "quantized_forward", request, {"judge": "arrays", "answer": {"integers": arrays_json(expected)}}, LAW,
                 "docs/integers.md", why)
 
