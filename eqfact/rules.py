@@ -162,7 +162,7 @@ def _equalize(block: Block, m: Vector, max_factor: float) -> Vector:
     for row, maker in zip((*candidates, *limits), (*block.makers, *block.limits), strict=True):
         np.minimum.at(row, maker.channels, _amplify(maker, m[maker.channels], max_factor))
     if len(block.makers) > 1:
-        candidates = _share(candidates, m)
+        candidates = _share(candidates)
     f = np.concatenate([candidates, limits]).min(axis=0)
     dead = ~np.isfinite(f) | (block.made == 0) | (block.read == 0)
     f = np.where(dead, 1.0, f)
@@ -183,10 +183,13 @@ def _amplify(maker: Maker, m: Vector, max_factor: float) -> Vector:
     return np.where(live & (f > 0), f, np.inf)  # f = 0 where K m underflows: ranges of the last subnormal numbers are dead
 
 
-def _share(candidates: npt.NDArray[np.float64], m: Vector) -> npt.NDArray[np.float64]:
-    """Residual rule (PAPER 4): every candidate is divided by its own minimum; the elementwise minimum follows, floored by ``m``."""
+def _share(candidates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Residual rule (PAPER 4): every candidate is divided by its own minimum; the elementwise minimum follows.
+
+    The paper floors that by ``m``, which holds by itself: no quotient is below 1, and no ``m`` above it.
+    """
     smallest = candidates.min(axis=1, keepdims=True)
-    return np.maximum(candidates / np.where(np.isfinite(smallest), smallest, 1.0), m)
+    return candidates / np.where(np.isfinite(smallest), smallest, 1.0)
 
 
 def _lift(block: Block, f: Vector) -> float:

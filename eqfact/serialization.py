@@ -235,7 +235,8 @@ def graph_of(document: dict[str, Any], take: Callable[[object], AnyArray], max_c
     Shapes are walked in plain integers first, before :class:`Graph` makes labels of these sizes. Raises one of ``REFUSALS``.
 
     >>> net = Graph.chain((2,), fc=ALL[0](np.ones((1, 2))))
-    >>> graph_of(document(net, np.ndarray.tolist), np.array)["fc"].op.weight
+    >>> text = json.dumps(document(net, np.ndarray.tolist))
+    >>> graph_of(json.loads(text), np.array)["fc"].op.weight
     array([[1., 1.]])
     """
     shapes: dict[str, Shape] = {}

@@ -106,7 +106,7 @@ def test_nearly_dead_channels_that_are_blown_up_are_caught(caught):
 
 
 def test_residual_partners_that_do_not_limit_each_other_are_caught(caught):
-    caught(test_rules.test_residual_sharing_by_hand, (rules, "_share", lambda candidates, m: candidates.max(axis=0, keepdims=True)))
+    caught(test_rules.test_residual_sharing_by_hand, (rules, "_share", lambda candidates: candidates.max(axis=0, keepdims=True)))
 
 
 def test_a_concat_without_lift_is_caught(caught):

@@ -188,6 +188,8 @@ def _balanced(case: Case, answer: Json) -> None:
     """Every free channel is made and read with weights of one range, within the bounds."""
     given, factors, got = _equalized(case, answer)
     bound, tol = case.request["max_factor"], case.expected["relative"]
+    if factors is None and case.expected["bounded"]:
+        raise Wrong("answer", f"factors, as some are at the bound {bound:g}, which weights do not tell", "a network alone")
     resolved = channels(given)
     made, read = (np.zeros(resolved.size) for _ in range(2))
     for node in given.nodes:

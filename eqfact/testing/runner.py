@@ -99,8 +99,10 @@ class Implementation:
         assert self.process.stdout is not None and self.process.stderr is not None
         self._lines: queue.Queue[str | None] = queue.Queue(maxsize=100)
         self._errors: list[str] = []
-        threading.Thread(target=_read, args=(self.process.stdout, self._lines), daemon=True).start()
-        threading.Thread(target=_keep, args=(self.process.stderr, self._errors), daemon=True).start()
+        self._listening = [threading.Thread(target=_read, args=(self.process.stdout, self._lines), daemon=True),
+                           threading.Thread(target=_keep, args=(self.process.stderr, self._errors), daemon=True)]
+        for thread in self._listening:
+            thread.start()
         reply = self._exchange({"id": 0, "ask": "hello", "protocol": PROTOCOL}, max(self.timeout, STARTING))
         self.hello = _hello(reply)
         self._fruitless = 0
@@ -121,6 +123,11 @@ class Implementation:
             else:
                 process.kill()
         process.wait()
+        for thread in self._listening:  # they end with their pipes, unless something else has these open
+            thread.join(1)
+        for stream, thread in zip((process.stdout, process.stderr), self._listening, strict=True):
+            if stream is not None and not thread.is_alive():
+                stream.close()
 
     def ask(self, number: int, case: Case) -> Json:
         """The reply to a case; :class:`Broken` if there is none, and then the process is gone."""

@@ -55,10 +55,11 @@ def levels_of(text: str) -> list[int]:
     known = [level.number for level in LEVELS]
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(first) in known and int(last or first) in known):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) in known and int(last) in known and int(first) <= int(last)):
             raise argparse.ArgumentTypeError(f"unknown level '{part}': the levels are {known[0]} to {known[-1]}; give for instance 0-4,6")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(first), int(last) + 1)
     return sorted(set(found))
 
 

@@ -97,7 +97,7 @@ class Draw:
     """Numbers for a case, drawn by its name: whole multiples of a power of two, the same on every machine.
 
     >>> Draw("a case").dyadic((2,), 1.0, 2)
-    array([-0.75,  0.25])
+    array([ 0.25, -0.75])
     """
 
     def __init__(self, name: str) -> None:

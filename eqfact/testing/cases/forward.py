@@ -217,7 +217,7 @@ def rows() -> list[Row]:
         Row("transpose", ops.Transpose((1, 0, 2)), image, "axes (C, *spatial) reordered", "the batch counted; the inverse order"),
         Row("transpose-cycle", ops.Transpose((2, 0, 1)), image, "axis i of y is axis axes[i] of x",
             "the inverse order, another for cycles"),
-        Row("slice", ops.Slice(1, 3), image, "channels start to stop - 1", "stop included"),
+        Row("slice", ops.Slice(1, 3), ((4, 5),), "channels start to stop - 1", "stop included"),
         Row("slice-negative", ops.Slice(-2, -1), ((4, 2),), "counted from the end", "negative numbers taken for 0"),
         Row("permute", ops.Permute((2, 0, 1)), image, "channel i of y is channel order[i] of x", "the inverse order"),
         Row("rearrange", ops.Rearrange(((2, 2), (4, 1), (2, 2)), ((0, 5), (2, 4), (1, 3))), ((4, 4, 4),),
@@ -229,7 +229,7 @@ def rows() -> list[Row]:
         Row("mix", ops.Mix(2), ((2, 3, 2), (4, 2)), "each head's weights times its values", "keys and queries exchanged"),
         Row("mix-grouped", ops.Mix(4, 2), ((4, 2, 3), (4, 3)), "heads in a row share values", "values repeated in turn"),
         Row("rotary", ops.Rotary(1, *rope), ((5, 3),), "channel i is turned with i + pairs", "interleaved pairs; the angle's sign"),
-        Row("rotary-interleaved", ops.Rotary(2, rope[0][:1], rope[1][:1], True), ((4, 3),), "channel 2i is turned with 2i + 1", "halves"),
+        Row("rotary-interleaved", ops.Rotary(2, *rope, interleaved=True), ((10, 3),), "channel 2i is turned with 2i + 1", "halves"),
     ]
     curves: tuple[tuple[str, Op, str], ...] = (
         ("sigmoid", ops.Sigmoid(), "hard sigmoid"), ("tanh", ops.Tanh(), "sigmoid"), ("silu", ops.SiLU(), "sigmoid alone"),

@@ -11,6 +11,7 @@ from eqfact import ops
 from eqfact.calibration import calibrate
 from eqfact.graph import Graph, Node, values
 from eqfact.ops import Array, Op, Shape
+from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize, stored_values
 from eqfact.testing.cases.case import Case, Draw
 from eqfact.testing.cases.networks import cast
@@ -27,6 +28,7 @@ def cases() -> Iterator[Case]:
         if name in ("dense", "conv", "residual"):
             other = ("float64", "float32")[i % 2]
             yield _case(f"6/{name}-{other}", name, build(Draw(f"6/{name}")), other, options, why)
+    yield _halves()
 
 
 def _case(name: str, row: str, net: Graph, dtype: str, options: dict[str, Any], why: str) -> Case:
@@ -52,6 +54,28 @@ def _case(name: str, row: str, net: Graph, dtype: str, options: dict[str, Any], 
     request = {"network": network_json(quantized), "inputs": arrays_json(wider), "stored": asked}
     return Case(name, "quantized_forward", request, {"judge": "arrays", "answer": {"integers": arrays_json(expected)}}, LAW,
                 "docs/integers.md", why)
+
+
+def _halves() -> Case:
+    """A layer of which every other sum lies just between two steps: ``M = 1/2``, with scales that no sum of products keeps to."""
+    draw = Draw("halves")
+    s_x, s_w = np.float32(0.0317), np.float32(0.0053)
+    step = s_x * s_w
+    q_w = np.array([[draw.below(255) - 127 for _ in range(24)] for _ in range(4)])
+    q_b = np.array([draw.below(2001) - 1000 for _ in range(4)])
+    read = Grid(np.array([s_x]), np.array([128.0]), 0, 255)
+    made = Grid(np.array([2 * step]), np.array([0.0]), -2**15, 2**15 - 1)
+    of_weights = Grid(np.array([[s_w]]), np.array([[0.0]]), -128, 127)
+    layer = ops.Dense(of_weights.dequantize(q_w).astype(np.float32), (q_b * float(step)).astype(np.float32), grid=of_weights)
+    net = Graph({"x": (24,)}, (Node("q", FakeQuantize(read), ("x",)), Node("y.float", layer, ("q",)),
+                               Node("y", FakeQuantize(made, np.array([step])), ("y.float",))), ("y",))
+    q_x = np.array([[draw.below(256) for _ in range(24)] for _ in range(8)])
+    n = (q_x - 128) @ q_w.T + q_b
+    q_y = np.clip(np.rint(n / 2), made.qmin, made.qmax).astype(np.int32)
+    request = {"network": network_json(net), "inputs": arrays_json({"x": read.dequantize(q_x).astype(np.float32)}), "stored": ["q", "y"]}
+    return Case("6/halves-float32", "quantized_forward", request,
+                {"judge": "arrays", "answer": {"integers": arrays_json({"q": q_x.astype(np.int32), "y": q_y})}}, LAW, "docs/integers.md",
+                "sums rounded in float, where a step lies between two numbers")
 
 
 def _graph(shape: Shape, *nodes: tuple[str, Op, str]) -> Graph:

@@ -35,8 +35,8 @@ class Weights:
         return weight
 
     def bias(self, out: int) -> Array:
-        """Small, so that no activation is off for good."""
-        return self.draw.dyadic((out,), 0.5, 3)
+        """Positive, so that no activation is off for good."""
+        return self.draw.positive((out,), 0.5, 3)
 
     def dense(self, out: int, channels: int) -> ops.Dense:
         """A dense layer with a bias."""
@@ -118,6 +118,13 @@ def _residuals(w: Weights) -> Graph:
     return _graph(IMAGE, "y", *nodes, ("y", w.conv(2, 3), "s2"))
 
 
+def _stream(w: Weights) -> Graph:
+    """Layers that read the channels of a sum with weights of different size."""
+    sizes = np.array([1.0, 0.25, 0.5]).reshape(1, 3, 1, 1)
+    first, last = (replace(op, weight=op.weight * sizes) for op in (w.conv(3, 3), w.conv(2, 3)))
+    return _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", first, "a"), ("s", ops.Add(), "a b"), ("y", last, "s"))
+
+
 def _shared(w: Weights) -> Graph:
     op = w.conv(3, 2)
     return _graph({"x": IMAGE, "z": IMAGE}, "y", ("a", op, "x"), ("b", op, "z"), ("s", ops.Concat(), "a b"), ("r", ops.ReLU(), "s"),
@@ -142,17 +149,18 @@ def _nearly_dead(w: Weights) -> Graph:
     return _chain((3,), a=ops.Dense(first, np.array([0.25, 2.0**-10, -0.25])), r=ops.ReLU(), y=w.dense(2, 3))
 
 
-def _attention(w: Weights, *, rotary: bool = False, softmax: bool = False, kv_heads: int = 2) -> Graph:
-    turn = ops.Rotary(2, np.array([[1.0, 0.5, 0.25]]), np.array([[0.0, 0.5, -0.5]]))
-    keys = ops.Rotary(kv_heads, turn.cos, turn.sin)
+def _attention(w: Weights, *, rotary: bool = False, softmax: bool = False, heads: int = 2, width: int = 2) -> Graph:
+    """Two heads of keys and values; as many of queries, or more."""
+    w.bits = 1
+    turn, keys = (ops.Rotary(n, np.array([[1.0, 0.5, 0.25]]), np.array([[0.0, 0.5, -0.5]])) for n in (heads, 2))
     nodes: list[tuple[str, Op, str]] = [
-        (name, ops.Conv(w.rows(heads * 2, 3, 1), w.bias(heads * 2)), "x") for name, heads in (("q", 2), ("k", kv_heads), ("v", kv_heads))]
+        (name, ops.Conv(w.rows(n * width, 3, 1), w.bias(n * width)), "x") for name, n in (("q", heads), ("k", 2), ("v", 2))]
     if rotary:
         nodes += [("tq", turn, "q"), ("tk", keys, "k")]
-    nodes += [("s", ops.Scores(2, kv_heads, 0.5), "tq tk" if rotary else "q k")]
+    nodes += [("s", ops.Scores(heads, 2, 0.5), "tq tk" if rotary else "q k")]
     nodes += [("p", ops.Softmax(-1), "s")] * softmax
-    return _graph((3, 3), "y", *nodes, ("m", ops.Mix(2, kv_heads), "p v" if softmax else "s v"),
-                  ("y", ops.Conv(w.rows(3, 4, 1), w.bias(3)), "m"))
+    return _graph((3, 3), "y", *nodes, ("m", ops.Mix(heads, 2), "p v" if softmax else "s v"),
+                  ("y", ops.Conv(w.rows(3, heads * width, 1), w.bias(3)), "m"))
 
 
 def _norm(norm: Callable[[Array, Array], Op]) -> Build:
@@ -164,7 +172,8 @@ def _norm(norm: Callable[[Array, Array], Op]) -> Build:
 
 
 def _curve(op: Op) -> Build:
-    return lambda w: _chain((3,), a=w.dense(4, 3), r=ops.ReLU(), b=w.dense(3, 4), c=op, d=w.dense(4, 3), t=ops.ReLU(), y=w.dense(2, 4))
+    return lambda w: _chain((3,), a=w.dense(4, 3), r=ops.ReLU(), b=w.dense(3, 4), c=op, d=w.dense(4, 3),
+                            t=ops.LeakyReLU(0.25), y=w.dense(2, 4))
 
 
 #: Topologies whose forward pass rounds nothing: how to build one, its law, and the bug that is looked for.
@@ -200,8 +209,11 @@ EXACT: dict[str, tuple[Build, str, str]] = {
                                         ("y", w.conv(2, 3), "r")),
                        "a sum with the network's input is pinned", "the input's share of the sum forgotten"),
     "difference": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("s", ops.Sub(), "a b"),
-                                    ("m", ops.Max(), "s a"), ("y", w.dense(2, 4), "m")),
-                   "differences and maxima tie as sums do", "Max and Sub taken for pointwise ops of one value"),
+                                    ("y", w.dense(2, 4), "s")),
+                   "differences tie as sums do", "Sub taken for an op of one value"),
+    "maximum": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("m", ops.Max(), "a b"),
+                                 ("y", w.dense(2, 4), "m")),
+                "maxima tie as sums do", "Max taken for an op of one value"),
     "add-broadcast": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("g", ops.GlobalAvgPool(), "a"), ("c", w.conv(3, 3), "g"),
                                        ("s", ops.Add(), "a c"), ("y", w.conv(2, 3), "s")),
                       "a sum over broadcast space ties its channels", "values of another size are not tied"),
@@ -270,6 +282,10 @@ EXACT: dict[str, tuple[Build, str, str]] = {
                "f (s x + t) = s (f x) + f t", "the slope multiplied, too, or the shift left"),
     "extend": (lambda w: _chain((2, 2, 2), a=w.conv(3, 2), u=ops.Extend(w.rows(3, 1, 2), 1), y=w.conv(2, 3)),
                "a constant beside a value takes up its factor", "a class token left as it is"),
+    "half-output": (lambda w: _graph((3,), "o y", ("a", w.dense(4, 3), "x"), ("o", ops.Slice(0, 2), "a"), ("b", ops.Slice(2, 4), "a"),
+                                     ("y", w.dense(2, 2), "b")),
+                    "two channels of a layer are an output, two are free", "pinned channels left out of what the layer ranges"),
+    "stream": (_stream, "what meets in a sum shares one factor, the smaller of what its layers ask for", "tied layers, each by itself"),
     "two-inputs": (lambda w: _graph({"x": (2,), "z": (3,)}, "y", ("a", w.dense(4, 2), "x"), ("b", w.dense(4, 3), "z"),
                                     ("s", ops.Add(), "a b"),
                                     ("r", ops.ReLU(), "s"), ("y", w.dense(2, 4), "r")),
@@ -300,7 +316,7 @@ EXACT: dict[str, tuple[Build, str, str]] = {
     "scores": (_attention, "queries and keys carry inverse factors, values and what is mixed the same", "attention that pins"),
     "scores-rotary": (lambda w: _attention(w, rotary=True), "channels that are turned into each other share a factor",
                       "a pair scaled apart"),
-    "scores-grouped": (lambda w: _attention(w, kv_heads=1), "all heads that read a key share its factor", "heads scaled apart"),
+    "scores-grouped": (lambda w: _attention(w, heads=4, width=1), "scores carry what queries and keys leave them", "heads in turn"),
 }
 
 #: Topologies with roots, quotients and curves.
@@ -319,6 +335,9 @@ ROUNDING: dict[str, tuple[Build, str, str]] = {
              "squeeze and excite: the gate is pinned, the gated value is not", "the gated value pinned, or scaled without its reader"),
     "attention": (lambda w: _attention(w, softmax=True), "scores before a Softmax are pinned, queries and keys are not",
                   "attention that pins"),
+    "attention-grouped": (lambda w: _attention(w, softmax=True, heads=4, width=1),
+                          "all queries that read a key share the inverse of its factor",
+                          "queries tied in turn"),
     "layernorm": (_norm(lambda g, b: ops.LayerNorm(g, b, 0.25)), "its input's channels are tied, its output's are free",
                   "channels scaled apart before a norm"),
     "rmsnorm": (_norm(lambda g, b: ops.RMSNorm(g, eps=0.25)), "eps takes up the square of the factor", "eps left"),

@@ -26,9 +26,9 @@ def cases() -> Iterator[Case]:
         dtype = ("float32", "float64")[i % 2]
         if channels(net.graph()).degrees_of_freedom:
             yield asked(f"3/{net.name}-{dtype}", net, dtype, drawn(net, powers_of_two=True), True)
-    for i, name in enumerate(("chain", "convs", "clip-channels", "residual", "concat", "depthwise", "transposed-groups", "flatten",
-                              "batchnorm",
-                              "product", "scores", "gate", "attention", "rmsnorm", "groupnorm", "sloped")):
+    for i, name in enumerate(("chain", "convs", "clip-channels", "residual", "transposed-groups", "batchnorm", "product", "scores",
+                              "attention",
+                              "rmsnorm", "sloped")):
         dtype = ("float32", "float64")[i % 2]
         yield asked(f"3/free-{name}-{dtype}", nets[name], dtype, drawn(nets[name], powers_of_two=False), False)
     identity = {value: np.ones(shape[0]) for value, shape in nets["convs"].graph().shapes.items()}
