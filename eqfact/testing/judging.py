@@ -165,8 +165,15 @@ def _equalized(case: Case, answer: Json) -> tuple[Graph, Factorization | None, G
     return given, factors, got
 
 
-def _weights(graph: Graph) -> dict[str, Weighted]:
-    return {node.name: node.op for node in graph.nodes if isinstance(node.op, Weighted)}
+def _weights(given: Graph, got: Graph) -> dict[str, Weighted]:
+    """The layers of a network by the names that they have in another; in their order, where names were changed."""
+    layers = [node.name for node in given.nodes if isinstance(node.op, Weighted)]
+    found = {node.name: node.op for node in got.nodes if isinstance(node.op, Weighted)}
+    if set(layers) <= set(found):
+        return {name: found[name] for name in layers}
+    if [given[name].op.weight.shape for name in layers] != [op.weight.shape for op in found.values()]:  # type: ignore[attr-defined]
+        raise Wrong("layers of the network", f"{', '.join(layers)}, by name or in this order", ", ".join(found) or "none")
+    return dict(zip(layers, found.values(), strict=True))
 
 
 def _factors(case: Case, answer: Json) -> None:
@@ -177,11 +184,10 @@ def _factors(case: Case, answer: Json) -> None:
         for name, of in expected.items():
             _same(f"factors.{name}", factors[name], of, relative * of)
         return
-    made = _weights(Factorization.of(given, expected).apply(given))
-    for name, op in _weights(got).items():
-        if name in made:
-            bound = (relative + 8 * np.finfo(op.weight.dtype).eps) * np.abs(made[name].weight)
-            _same(f"weight of '{name}'", op.weight, made[name].weight, bound)
+    made = _weights(given, Factorization.of(given, expected).apply(given))
+    for name, op in _weights(given, got).items():
+        bound = (relative + 8 * np.finfo(op.weight.dtype).eps) * np.abs(made[name].weight)
+        _same(f"weight of '{name}'", op.weight, made[name].weight, bound)
 
 
 def _balanced(case: Case, answer: Json) -> None:
@@ -192,13 +198,11 @@ def _balanced(case: Case, answer: Json) -> None:
         raise Wrong("answer", f"factors, as some are at the bound {bound:g}, which weights do not tell", "a network alone")
     resolved = channels(given)
     made, read = (np.zeros(resolved.size) for _ in range(2))
+    layers = _weights(given, got)
     for node in given.nodes:
         if not isinstance(node.op, Weighted):
             continue
-        op = got[node.name].op
-        if not isinstance(op, Weighted):
-            raise Wrong(f"node '{node.name}'", "a weighted op", type(op).__name__)
-        taps = np.abs(op.taps()).max(axis=3)
+        taps = np.abs(layers[node.name].taps()).max(axis=3)
         np.maximum.at(made, resolved.labels[node.name], taps.max(axis=2).reshape(-1))
         if node.op.divides:
             np.maximum.at(read, resolved.labels[node.inputs[0]], taps.max(axis=1).reshape(-1))
