@@ -18,7 +18,8 @@ import importlib
 import sys
 
 #: Modules of their own, with their own arguments and exit status.
-APART = {"faults": "planted faults: which cases of the conformance kit find them",
+APART = {"conform": "other tools on the conformance cases",
+         "faults": "planted faults: which cases of the conformance kit find them",
          "clipping": "clipping and equalization, alone and together",
          "files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
          "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",

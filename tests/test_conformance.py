@@ -190,6 +190,15 @@ def test_every_change_of_a_pair_is_asked_about():
     assert {f"8/unequal-{name}" for name in pairs.CHANGES} == {case.id.rpartition("-")[0] for case in of_level(8) if "/unequal-" in case.id}
 
 
+@pytest.mark.parametrize("net", list(networks.all_networks()), ids=lambda net: net.name)
+def test_networks_are_read_from_the_files_they_are_written_to(net, tmp_path):
+    graph = net.graph("float32")
+    eq.onnx.save(tmp_path / "net.onnx", graph)
+    (tmp_path / "net.onnx").rename(tmp_path / "of others.onnx")
+    read, x = eq.onnx.load(tmp_path / "of others.onnx"), net.inputs("float32")
+    assert eq.verify(graph, read, x), net.name
+
+
 # ------------------------------------------------------------------------------------------------ what kills what
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from eqfact.graph import Node
@@ -195,7 +196,8 @@ def bound(name: str) -> Reader:
         if len(values) > 1:
             call.refuse(f"it compares {len(values)} values and {len(constants)} constants at once")
         (x,), c = values, constants[0]
-        view, given = call.view(x), functools.reduce(np.maximum if name == "low" else np.minimum, map(call.parameter, constants))
+        given = functools.reduce(np.maximum if name == "low" else np.minimum, (_limit(call, i, name) for i in constants))
+        view = call.view(x)
         limit = {name: float(given.reshape(())) if given.size == 1 and given.ndim <= view.ndim else given}
 
         def make(**bounds: Any) -> Op:
@@ -215,6 +217,13 @@ def bound(name: str) -> Reader:
                     call.building.inherit(node.name, before)
         return made
     return read
+
+
+def _limit(call: Call, i: int, name: str) -> npt.NDArray[Any]:
+    """The bounds in input ``i``; minus infinity leaves a lower side open, infinity an upper one."""
+    limits = call.parameter(i, finite=False)
+    none = -np.inf if name == "low" else np.inf
+    return limits if (np.isfinite(limits) | (limits == none)).all() else call.parameter(i)
 
 
 def prelu(call: Call) -> View:

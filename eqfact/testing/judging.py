@@ -132,8 +132,8 @@ def _network(case: Case, answer: Json) -> None:
         _same(f"{what} '{name}'", after[name], (before[name] * factor).astype(before[name].dtype), bound)
     if "batchnorms" in case.expected:
         left = sorted(node.name for node in got.nodes if isinstance(node.op, BatchNorm))
-        if len(left) != len(case.expected["batchnorms"]):
-            raise Wrong("BatchNorms left", repr(case.expected["batchnorms"]), repr(left))
+        if len(left) > len(case.expected["batchnorms"]):  # fewer, if weights are copied for it
+            raise Wrong("BatchNorms left", f"at most {case.expected['batchnorms']}", repr(left))
 
 
 def _interface(given: Graph, got: Graph) -> None:
