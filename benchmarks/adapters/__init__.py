@@ -37,6 +37,10 @@ class Skip(Exception):
     """What the tool does not claim, or does not take."""
 
 
+class Spoilt(Exception):
+    """What the tool wrote is no network any more."""
+
+
 def serve(name: str, version: str, levels: list[int], asks: dict[str, Callable[..., Json]]) -> None:
     """Answer the runner. Whatever the tool raises is a skip: it says that it does not take the network."""
     warnings.simplefilter("ignore")
@@ -53,10 +57,16 @@ def serve(name: str, version: str, levels: list[int], asks: dict[str, Callable[.
                 reply = {"answer": asks[ask](**question)}
             except Skip as skip:
                 reply = {"skip": str(skip)}
+            except Spoilt as error:
+                reply = {"error": _first_line(error)}
             except Exception as error:
-                first = next(iter(re.sub(r"/\S+/", "", str(error)).splitlines()), "")
-                reply = {"skip": f"does not take it: {type(error).__name__}: {first[:100]}"}
+                reply = {"skip": f"does not take it: {type(error).__name__}: {_first_line(error)}"}
         print(json.dumps({"id": number, **reply}), file=OUT, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message, without folders of this machine."""
+    return next(iter(re.sub(r"/\S+/", "", str(error)).splitlines()), "")[:120]
 
 
 @contextlib.contextmanager
@@ -76,6 +86,13 @@ def answered(given: Graph, path: str | Path) -> Json:
         if tensor.name in given.inputs:
             tensor.CopyFrom(onnx.helper.make_tensor_value_info(
                 tensor.name, onnx.helper.np_dtype_to_tensor_dtype(given.dtype), ["N", *given.inputs[tensor.name]]))
+    for tensor in model.graph.initializer:
+        if np.isnan(onnx.numpy_helper.to_array(tensor).astype(np.float64)).any():
+            raise Spoilt(f"writes NaN into '{tensor.name}'")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise Spoilt(f"writes a file that is not valid: {error}") from error
     onnx.save(model, path)
     return changed(given, files.load(path))
 

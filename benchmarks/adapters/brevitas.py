@@ -1,4 +1,5 @@
-"""brevitas folds BatchNorms and equalizes on torch.fx modules; ReLU6 is kept, as the function is asked for."""
+"""brevitas folds BatchNorms and equalizes on torch.fx modules; ReLU6 is kept, as the function is asked for, and
+weights are balanced without a share of their biases."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def equalize(network: Json, method: str, max_factor: float) -> Json:
     cross_layer_alone(method, max_factor)
     graph, module = module_of(network)
     module = preprocess_for_quantize(module, equalize_iters=0, relu6_to_relu=False, merge_bn=False)
-    equalized: Any = EqualizeGraph(iterations=ITERATIONS).apply(module)
+    equalized: Any = EqualizeGraph(iterations=ITERATIONS, threshold=1e-9, merge_bias=False).apply(module)
     return answered(graph, equalized)
 
 

@@ -1,5 +1,5 @@
-"""PPQ (esp-ppq) folds BatchNorms as it loads a file, and equalizes by its layerwise pass; more iterations than its default, so that what
-can be balanced is."""
+"""PPQ (esp-ppq) folds BatchNorms as it loads a file, and equalizes by its layerwise pass; more iterations than its default, and
+no channel left out for being small, so that what can be balanced is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def equalize(network: Json, method: str, max_factor: float) -> Json:
     cross_layer_alone(method, max_factor)
     with onnx_file(network) as (graph, path):
         loaded, setting = load_onnx_graph(str(path)), EqualizationSetting()
-        step = LayerwiseEqualizationPass(ITERATIONS, setting.value_threshold, optimize_level=setting.opt_level)
+        step = LayerwiseEqualizationPass(ITERATIONS, value_threshold=0.0, optimize_level=setting.opt_level)
         step.optimize(graph=loaded, dataloader=None, executor=None, collate_fn=None)
         _written(loaded, path)
         return answered(graph, path)

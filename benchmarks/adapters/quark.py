@@ -1,4 +1,5 @@
-"""AMD Quark (onnx) folds BatchNorms with onnxslim, and equalizes with its pass for cross-layer equalization, repeated until it is done."""
+"""AMD Quark (onnx) folds BatchNorms with onnxslim, and equalizes with its pass for cross-layer equalization, repeated until it is done, no
+channel left out for being small."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def fold(network: Json) -> Json:
 def equalize(network: Json, method: str, max_factor: float) -> Json:
     cross_layer_alone(method, max_factor)
     with onnx_file(network) as (graph, path):
-        onnx.save(apply_CLE(onnx.load(path), TYPES, extra_options={"CLESteps": STEPS}), path)
+        onnx.save(apply_CLE(onnx.load(path), TYPES, extra_options={"CLESteps": STEPS, "CLEScaleUseThreshold": False}), path)
         return answered(graph, path)
 
 

@@ -52,10 +52,11 @@ def _pairs(module: Any) -> list[list[str]]:
 
 def quantize(grid: Json, x: Json) -> Json:
     array = array_of(x)
-    if grid["rounding"] != "half_even" or array.dtype != np.float32 or not (0, 255) == (grid["qmin"], grid["qmax"]) != (-128, 127):
+    dtype = {(0, 255): torch.quint8, (-128, 127): torch.qint8}.get((grid["qmin"], grid["qmax"]))
+    if grid["rounding"] != "half_even" or dtype is None or (array != array.astype(np.float32)).any():
         raise Skip("rounds halves to even, in float32, to 8 bits")
     scale, zero = array_of(grid["scale"]), array_of(grid["zero_point"])
-    tensor, dtype = torch.from_numpy(array.copy()), torch.quint8
+    tensor = torch.from_numpy(array.astype(np.float32))
     made = torch.quantize_per_tensor(tensor, float(scale[0]), int(zero[0]), dtype) if len(scale) == 1 else torch.quantize_per_channel(
         tensor, torch.from_numpy(scale.copy()), torch.from_numpy(zero.copy()), 1, dtype)
     return {"q": array_json(made.int_repr().numpy().astype(np.int32))}

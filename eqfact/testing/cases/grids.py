@@ -16,7 +16,7 @@ from eqfact.testing.wire import array_json, arrays_json
 ENDS = "scale = (high - low) / (qmax - qmin), zero_point = qmin - low / scale, rounded half to even; the range is widened to hold zero"
 MIDDLE = "scale = max(|low|, |high|) / qmax, zero in the middle"
 ROUND = "q = clip(round(x / s) + z, qmin, qmax), the division in the type of x"
-NUMBER = "x = s (q - z), in float64, rounded once"
+NUMBER = "x = s (q - z), rounded once"
 SUMS = "q = clip(round(n M) + z, qmin, qmax) with M = (s_x s_w) / s_y, in the network's type"
 WRAP = "|q_b| + sum |q_w| max|q_x - z_x| < 2**31 in every output channel"
 PAGE = "docs/integers.md"
@@ -152,8 +152,9 @@ def _roundings() -> Iterator[Case]:
                     "multiplied by 1 / s in the place of a division")
     q = np.array([[0, 1, 127, 255, 3]], np.int32)
     for dtype in ("float32", "float64"):
-        made = (0.1 * (q - 3.0)).astype(dtype)
-        yield Case(f"5/dequantize-{dtype}", "dequantize", {"grid": _code(0.1, 3), "q": array_json(q), "dtype": dtype},
+        scale = float(np.dtype(dtype).type(0.1))  # a number of the type, as networks have them
+        made = (scale * (q - 3.0)).astype(dtype)
+        yield Case(f"5/dequantize-{dtype}", "dequantize", {"grid": _code(scale, 3), "q": array_json(q), "dtype": dtype},
                    {"judge": "arrays", "answer": arrays_json({"x": made})}, NUMBER, PAGE, "s q - s z, which is not 0 at the zero point")
     yield Case("5/dequantize-channels", "dequantize", {"grid": _code([0.5, 0.25], [0, 2]),
                                                        "q": array_json(np.array([[[1, 2]], [[3, 4]]], np.int32)
