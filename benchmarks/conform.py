@@ -99,7 +99,7 @@ def page(found: dict[str, Run | str]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {kinds['another function'] or ''} | {kinds['not balanced'] or ''} |")
         failed = [o for o in result.outcomes if o.verdict == "failed"]
         details += [f"## {name}", ""]
-        details += [f"* {OTHERWISE[tool]}"] * (tool in OTHERWISE)
+        details += [f"* {OTHERWISE[tool]}"] if tool in OTHERWISE else []
         for outcome in failed[:SHOWN]:
             wrong = outcome.wrong
             assert wrong is not None
