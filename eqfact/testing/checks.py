@@ -1,0 +1,539 @@
+"""Which networks does a pass of your own break? Networks are drawn, the pass is applied, and its laws are checked.
+
+A pass is any function from a network to a network: of ``torch.nn.Module``, of ``onnx.ModelProto``, or of :class:`eqfact.Graph`. What breaks
+it is made small by Hypothesis, and reported with the lines of Python that make it. Hypothesis, PyTorch, onnx and pytest are imported when
+they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from eqfact.graph import Data, Graph, checked_inputs
+from eqfact.ops import Array, Op
+from eqfact.testing.frameworks import FRAMEWORKS, Arrays, Framework, engine_bounds, fingerprint
+from eqfact.testing.kinds import KINDS
+from eqfact.testing.sources import literal, source
+from eqfact.verification import verify
+
+Pass = Callable[[Any], Any]
+#: Where networks that break a pass are kept, in the working directory, as Hypothesis and pytest keep theirs.
+DIRECTORY = ".eqfact"
+#: So many lines of code are worth reading in a report.
+MOST_LINES = 150
+
+
+class Violation(AssertionError):
+    """A law that a pass breaks. ``str`` is the whole report."""
+
+    def __init__(self, law: str, finding: str, graph: Graph, data: Arrays) -> None:
+        super().__init__(f"{law}: {finding}")
+        self.law, self.finding, self.graph, self.data = law, finding, graph, data
+        #: Where the network is kept, if it is.
+        self.path: Path | None = None
+
+
+class Declined(AssertionError):
+    """A pass refused all networks that it was given, so nothing is known of it."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What :func:`check` looked at, when nothing was wrong."""
+
+    name: str
+    framework: str
+    laws: tuple[str, ...]
+    #: How many networks the pass took, and how many it declined.
+    networks: int
+    declined: int
+    #: Why, each reason with how often it was given.
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.name} keeps {len(self.laws)} {'law' if len(self.laws) == 1 else 'laws'} on {self.networks} networks ({self.framework})"
+        return text + (f"; it declined {self.declined}: {_listed(self.reasons)}" if self.declined else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Laws
+
+
+class _Refused(Exception):
+    """The pass declined the network."""
+
+
+class _Trial:
+    """One network, what the pass makes of it, and what both compute."""
+
+    def __init__(self, pass_: Pass, framework: Framework, graph: Graph, x: Data, options: _Options) -> None:
+        self.pass_, self.framework, self.graph, self.options = pass_, framework, graph, options
+        self.data = checked_inputs(graph, x)
+        self.feeds = framework.feeds(graph, x)
+        self.given = framework.network(graph)
+        self.state = framework.state(self.given)
+        self.interface = framework.interface(self.given)
+        self.before = framework.run(self.given, self.feeds)
+        self.made, self.problem = self.apply()
+        self.after: Arrays = {}
+        if not self.problem:
+            try:
+                with np.errstate(all="ignore"):
+                    self.after = framework.run(self.made, self.feeds)
+            except Exception as error:  # the network is the pass's
+                self.problem = f"what it returns does not run: {_told(error)}"
+
+    def apply(self) -> tuple[Any, str]:
+        """The network that the pass makes, and what is wrong with it."""
+        given = self.framework.copied(self.given) if self.options.in_place else self.given
+        try:
+            made = self.pass_(given)
+        except self.options.refuses as error:
+            raise _Refused(_told(error)) from error
+        except Exception as error:
+            return None, f"it raises {_told(error)}"
+        made = given if made is None and self.options.in_place else made
+        return made, self.framework.why_not(made)
+
+    @cached_property
+    def bounds(self) -> list[Array]:
+        """What rounding may do to each output, in the order of the network."""
+        bounds = engine_bounds(self.graph, self.data)
+        return [bounds[name] for name in self.graph.outputs]
+
+
+def gives_a_network(trial: _Trial) -> str:
+    """The pass returns a network of the framework that runs, or declines by one of the exceptions it may raise."""
+    return trial.problem
+
+
+def keeps_inputs_and_outputs(trial: _Trial) -> str:
+    """Inputs and outputs have the same names, shapes and types; a module stays in the mode that it was in."""
+    now = trial.framework.interface(trial.made)
+    for what, before in trial.interface.items():
+        if what in now and now[what] != before:
+            return f"{what}: {_shown(now[what])}, before {_shown(before)}"
+    if list(trial.after) != list(trial.before):
+        return f"outputs: {_shown(list(trial.after))}, before {_shown(list(trial.before))}"
+    for name, before in trial.before.items():
+        got = trial.after[name]
+        if (got.dtype, got.shape) != (before.dtype, before.shape):
+            return f"{_quoted(name)}: {got.dtype} {got.shape}, before {before.dtype} {before.shape}"
+    return ""
+
+
+def makes_no_nan_or_infinity(trial: _Trial) -> str:
+    """Outputs are finite, as those of the network given are; no parameter is NaN."""
+    for name, got in trial.after.items():
+        if not np.isfinite(got).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(got))[0])
+            return f"{_quoted(name)} holds {got[where]} at {where}"
+    name = trial.framework.unsound(trial.made)
+    return f"parameter '{name}' holds NaN" if name else ""
+
+
+def keeps_the_function(trial: _Trial) -> str:
+    """Outputs differ by no more than roundings explain; with ``exact=True`` not by a bit."""
+    worst, found = 0.0, ""
+    for i, (name, before) in enumerate(trial.before.items()):
+        got = trial.after.get(name)
+        if got is None or got.shape != before.shape or got.dtype != before.dtype:
+            return f"{_quoted(name)} cannot be compared: it is {'missing' if got is None else f'{got.dtype} {got.shape}'}"
+        excess, allowed = _excess(got, before, None if trial.options.exact else trial.bounds[i])
+        where = tuple(int(j) for j in np.unravel_index(int(excess.argmax()), excess.shape))
+        if excess[where] > max(worst, 1.0):
+            worst = float(excess[where])
+            found = (f"{_quoted(name)} differs in {int((excess > 1).sum())} of {excess.size} entries, worst at {where}: "
+                     f"got {got[where]!s}, expected {before[where]!s}{allowed(where)}")
+    if trial.options.exact or not isinstance(trial.made, Graph):
+        return found
+    try:
+        verified = verify(trial.graph, trial.made, trial.data)
+    except ValueError as error:
+        return str(error)
+    # a graph shows its inner values: verify compares them too, and knows the roundings of both networks
+    return "" if verified else "; ".join(filter(None, [found, verified.message]))
+
+
+def leaves_its_input_alone(trial: _Trial) -> str:
+    """The network that the pass was given is afterwards what it was before; not asked of a pass that works ``in_place``."""
+    if trial.options.in_place:
+        return ""
+    name = _difference(trial.framework.state(trial.given), trial.state)
+    return f"the pass changes {name} of the network that it is given" if name else ""
+
+
+def gives_the_same_twice(trial: _Trial) -> str:
+    """Two equal networks become two equal networks, with outputs equal bit for bit."""
+    again = trial.framework.network(trial.graph)
+    second, problem = _Trial.apply(_again(trial, again))
+    if problem:
+        return f"the second time {problem}"
+    name = _difference(trial.framework.state(second), trial.framework.state(trial.made))
+    if name:
+        return f"the second time {name} is another"
+    for name, got in trial.framework.run(second, trial.feeds).items():
+        if got.tobytes() != trial.after[name].tobytes():
+            return f"the second time {_quoted(name)} is another"
+    return ""
+
+
+#: The laws, in the order in which they are checked.
+LAWS: Mapping[str, Callable[[_Trial], str]] = MappingProxyType({law.__name__: law for law in (
+    gives_a_network, keeps_inputs_and_outputs, makes_no_nan_or_infinity, keeps_the_function, leaves_its_input_alone, gives_the_same_twice)})
+
+
+def _excess(got: Array, expected: Array, bound: Array | None) -> tuple[Array, Callable[[tuple[int, ...]], str]]:
+    """How often an error holds its bound, entry by entry, infinite where they differ in bits only; and what to say of the bound."""
+    if bound is None:
+        apart = np.frombuffer(got.tobytes(), f"V{got.itemsize}") != np.frombuffer(expected.tobytes(), f"V{got.itemsize}")
+        return np.where(apart, np.inf, 0.0).reshape(got.shape), lambda where: ", and every bit was to stay"
+    with np.errstate(all="ignore"):
+        error = np.abs(got.astype(np.float64) - expected)
+        excess = np.where(error > 0, error / bound, 0.0)
+    excess[~np.isfinite(got)] = np.inf
+    return excess, lambda where: f", off by {error[where]:.3g} where rounding explains {bound[where]:.2g}"
+
+
+def _again(trial: _Trial, given: Any) -> _Trial:
+    """The same trial with another network to be given."""
+    other = object.__new__(_Trial)
+    other.__dict__.update(trial.__dict__, given=given)
+    return other
+
+
+def _difference(a: dict[str, object], b: dict[str, object]) -> str:
+    """The first part in which two states differ."""
+    return next((name for name in {**b, **a} if name not in a or name not in b or a[name] != b[name]), "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+@dataclass(frozen=True)
+class _Options:
+    exact: bool
+    in_place: bool
+    refuses: tuple[type[Exception], ...]
+
+
+def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None = None, examples: int = 100, seed: int = 0,
+          networks: Iterable[Graph] | None = None, without: Iterable[str | type[Op]] = (), axes: Sequence[int] = (0, 1, 2, 3),
+          max_layers: int = 10, exact: bool = False, in_place: bool = False,
+          refuses: type[Exception] | tuple[type[Exception], ...] = NotImplementedError, directory: str | Path | None = None) -> Checked:
+    """Apply a pass to ``examples`` networks that Hypothesis draws, and check its laws; the same networks for the same ``seed``.
+
+    ``framework`` says what the pass takes and returns: ``"torch"`` (a module, in eval mode), ``"onnx"`` (a model in memory) or ``"numpy"``
+    (an :class:`eqfact.Graph`). ``without``, ``axes`` and ``max_layers`` say which networks are drawn, as in
+    :func:`eqfact.testing.strategies.networks`; or ``networks`` are graphs of your own. ``exact`` asks for equal bits where else the
+    rounding errors of both networks are allowed. A pass that works ``in_place`` gets a copy, and may return None. By an exception of
+    ``refuses`` it declines a network. ``laws`` are some of :data:`LAWS`, all by default.
+
+    Raises :class:`Violation` (an AssertionError) with the smallest network found, which is kept in ``directory`` (by default ``.eqfact`` in
+    the working directory); :class:`Declined` if the pass declines all networks; :class:`ValueError` for an unknown name.
+
+    >>> from eqfact.testing.kinds import KINDS
+    >>> nets = [KINDS["batchnorm"](np.random.default_rng(seed), np.dtype(np.float32)) for seed in range(3)]
+    >>> print(check(fold_batchnorm, networks=nets))
+    fold_batchnorm keeps 6 laws on 3 networks (numpy)
+    """
+    _known("framework", framework, FRAMEWORKS)
+    chosen = tuple(LAWS) if laws is None else tuple(laws)
+    for law in chosen:
+        _known("law", law, LAWS)
+    asked = _Asked(pass_, FRAMEWORKS[framework](), chosen,
+                   _Options(exact, in_place, refuses if isinstance(refuses, tuple) else (refuses,)))
+    try:
+        if networks is None:
+            _search(asked, examples, seed, {"without": tuple(without), "axes": tuple(axes), "max_layers": max_layers})
+        else:
+            for i, graph in enumerate(networks):
+                asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
+    except Violation as found:
+        smaller = _with_short_numbers(asked, found)
+        drawn = f"network {asked.count} of those drawn with seed {seed}, made smaller" if networks is None else f"network {asked.count}"
+        raise _reported(asked, smaller, drawn, DIRECTORY if directory is None else directory) from found.__cause__
+    if asked.declined and asked.declined == asked.count:
+        raise Declined(f"{asked.name} declined all {asked.count} networks, so nothing is known of it: {_listed(asked.reasons)}")
+    return Checked(asked.name, framework, chosen, asked.count - asked.declined, asked.declined, dict(asked.reasons))
+
+
+class _Asked:
+    """What is asked of a pass, and how many networks it was asked of."""
+
+    def __init__(self, pass_: Pass, framework: Framework, laws: tuple[str, ...], options: _Options) -> None:
+        self.pass_, self.framework, self.laws, self.options = pass_, framework, laws, options
+        self.name = getattr(pass_, "__name__", type(pass_).__name__)
+        self.count = self.declined = 0
+        self.reasons: Counter[str] = Counter()
+
+    def of(self, graph: Graph, x: Data) -> None:
+        """Check one network, and count it."""
+        self.count += 1
+        try:
+            self.broken(graph, x)
+        except _Refused as refusal:
+            self.declined += 1
+            self.reasons[str(refusal)] += 1
+
+    def broken(self, graph: Graph, x: Data) -> None:
+        """Raise the first law that the pass breaks here; without a network no other law can be asked about."""
+        trial = _Trial(self.pass_, self.framework, graph, x, self.options)
+        for law in dict.fromkeys(("gives_a_network", *self.laws)):
+            finding = LAWS[law](trial)
+            if finding:
+                raise _violation(law)(law, finding, graph, trial.data)
+
+
+@cache
+def _violation(law: str) -> type[Violation]:
+    """A class for each law: Hypothesis makes a failure smaller as long as it raises the same."""
+    return type("Violation", (Violation,), {"__doc__": LAWS[law].__doc__, "__module__": __name__})
+
+
+def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) -> None:
+    """Ask of networks that are drawn; raise the smallest one that breaks a law."""
+    import hypothesis
+    from hypothesis import HealthCheck, Phase, Verbosity
+    from hypothesis import strategies as st
+
+    from eqfact.testing import strategies
+
+    seen: list[Violation] = []
+    first: list[int] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(max_examples=examples, database=None, deadline=None, derandomize=False, report_multiple_bugs=False,
+                         phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet)
+    @hypothesis.given(strategies.networks(dtypes=asked.framework.dtypes, **options).flatmap(
+        lambda graph: st.tuples(st.just(graph), strategies.batches(graph))))
+    def attempt(drawn: tuple[Graph, Data]) -> None:
+        try:
+            asked.of(*drawn)
+        except Violation as found:
+            seen.append(found)
+            first.append(asked.count)
+            raise
+
+    try:
+        attempt()
+    except Violation:
+        asked.count = first[0]
+        raise _plain(seen[-1]) from None
+    except Exception:
+        if not seen:
+            raise
+        asked.count = first[0]  # Hypothesis found that the pass does not do the same every time
+        raise _plain(min(seen, key=lambda found: (len(found.graph), _entries(found.graph)))) from None
+
+
+def _plain(found: Violation) -> Violation:
+    """The same without what Hypothesis notes on it, which says it in another way."""
+    return _violation(found.law)(found.law, found.finding, found.graph, found.data)
+
+
+def _entries(graph: Graph) -> int:
+    return sum(array.size for node in graph.nodes for array in vars(node.op).values() if isinstance(array, np.ndarray))
+
+
+def _data(graph: Graph, rng: np.random.Generator, size: int = 2) -> Arrays:
+    """Data of two digits, for a network that was not drawn."""
+    dtype = graph.dtype or np.dtype(np.float64)
+    return {name: np.round(rng.uniform(-2, 2, (size, *shape)), 2).astype(dtype) for name, shape in graph.inputs.items()}
+
+
+def _with_short_numbers(asked: _Asked, found: Violation) -> Violation:
+    """The same law broken by numbers that are quick to read: one sample, fewer digits, ones; wherever the pass fails with them, too."""
+    def attempt(graph: Graph, data: Arrays) -> Violation | None:
+        try:
+            asked.broken(graph, data)
+        except Violation as other:
+            return other if other.law == found.law else None
+        except (_Refused, ArithmeticError, ValueError, TypeError):
+            pass
+        return None
+
+    if _entries(found.graph) > 10_000:
+        return found
+    with np.errstate(all="ignore"):
+        for i in range(max(map(len, found.data.values()))):
+            if max(map(len, found.data.values())) > 1:
+                found = attempt(found.graph, {name: array[i:i + 1] for name, array in found.data.items()}) or found
+        for name, array in found.data.items():
+            found = next(filter(None, (attempt(found.graph, {**found.data, name: short}) for short in _shorter(array))), found)
+        for op in {id(node.op): node.op for node in found.graph.nodes}.values():
+            current = op
+            for key, array in vars(op).items():
+                for short in _shorter(array) if isinstance(array, np.ndarray) and key in _fields(op) else ():
+                    try:
+                        other = dataclasses.replace(current, **{key: short})  # type: ignore[type-var]  # final ops are dataclasses
+                        graph = found.graph.with_ops({node.name: other for node in found.graph.nodes if node.op is current})
+                    except (ValueError, TypeError):
+                        continue
+                    smaller = attempt(graph, found.data)
+                    if smaller is not None:
+                        found, current = smaller, other
+                        break
+    return found
+
+
+def _fields(op: Op) -> set[str]:
+    return {f.name for f in dataclasses.fields(op) if f.init}  # type: ignore[arg-type]  # final ops are dataclasses
+
+
+def _shorter(array: Array) -> Iterator[Array]:
+    """Arrays of the same type and shape with shorter numbers, the shortest first."""
+    tried = [array]
+    for other in (np.ones_like(array), *(np.round(array, digits) + 0 for digits in (0, 1, 2, 3))):
+        if not any(np.array_equal(other, known) for known in tried):
+            tried.append(other)
+            yield other
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def _reported(asked: _Asked, found: Violation, which: str, directory: str | Path) -> Violation:
+    """The violation with its report, its network kept in a file."""
+    kept = _kept(asked, found, Path(directory))
+    lines = [f"{found.law}: {found.finding}", "", f"{asked.name} breaks this law on {which}:", ""]
+    code = _code(asked.framework, found)
+    lines += [code, ""] if code.count("\n") < MOST_LINES else []
+    lines += [f"The network is kept in {kept} ({asked.framework.reading}),",
+              f"what it was run on in {kept.with_name(kept.stem + '-data.npz')} (numpy.load(path))."]
+    report = _violation(found.law)(found.law, found.finding, found.graph, found.data)
+    report.args, report.path = ("\n".join(lines),), kept
+    return report
+
+
+def _code(framework: Framework, found: Violation) -> str:
+    """The lines that make the network and its data."""
+    try:
+        first, *rest = source(found.graph).split("\n\n", 1)
+    except TypeError as error:
+        return f"(no lines of code: {error})"
+    data = ", ".join(f"{name!r}: {literal(array)}".replace("'", '"') for name, array in found.data.items())
+    return "\n".join(filter(None, [first, framework.imports])) + "\n\n" + "\n".join([*rest, framework.code, f"x = {{{data}}}"])
+
+
+def _kept(asked: _Asked, found: Violation, directory: Path) -> Path:
+    """Write network and data to files; to a folder of the system if this one cannot be written."""
+    name = f"{asked.name.strip('<>')}-{found.law}-{fingerprint(*found.data.values())}"
+    for folder in (directory, Path(tempfile.gettempdir()) / DIRECTORY.lstrip(".")):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder == Path(DIRECTORY):
+                (folder / ".gitignore").write_text("*\n")
+            path = folder / f"{name}{asked.framework.suffix}"
+            asked.framework.save(path, found.graph)
+            np.savez(path.with_name(f"{name}-data.npz"), **found.data)  # type: ignore[arg-type]  # numpy's stubs take the first for a flag
+            return path
+    raise OSError(f"neither {directory} nor the system's folder for temporary files can be written; give another directory")
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _listed(reasons: Mapping[str, int]) -> str:
+    """Reasons and how often, the commonest first."""
+    common = sorted(reasons.items(), key=lambda item: -item[1])
+    return ", ".join(f"{reason} ({count} times)" for reason, count in common[:3]) + ("" if len(common) <= 3 else ", and others")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {of}" for name, of in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _quoted(name: str) -> str:
+    return name if name.startswith("output ") else f"output '{name}'"
+
+
+def _known(what: str, name: str, among: Iterable[str]) -> None:
+    if name not in among:
+        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(among)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One test each
+
+
+@dataclass(frozen=True)
+class Check:
+    """One law on one kind of networks, called with a pass; ``str`` is the name of the test, such as ``keeps_the_function-residual``."""
+
+    law: str
+    #: One of :data:`eqfact.testing.kinds.KINDS`, or ``"random"``: networks that Hypothesis draws.
+    kind: str
+    framework: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: How many networks of a kind.
+    variants: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.law}-{self.kind}"
+
+    def __call__(self, pass_: Pass) -> Checked:
+        options = dict(self.options)
+        if self.kind != "random":
+            options["networks"] = self.networks()
+        return check(pass_, self.framework, laws=[self.law], **options)
+
+    def networks(self) -> list[Graph]:
+        """The networks of a kind, in each floating type of the framework by turns."""
+        types = itertools.cycle(FRAMEWORKS[self.framework]().dtypes)
+        rngs = (np.random.default_rng([self.options.get("seed", 0), i]) for i in range(self.variants))
+        return [KINDS[self.kind](rng, np.dtype(dtype)) for rng, dtype in zip(rngs, types, strict=False)]
+
+
+def checks(framework: str = "numpy", *, kinds: Iterable[str] | None = None, laws: Iterable[str] | None = None, **options: Any) -> list[Check]:
+    """All laws on all kinds of networks, and on random ones, each as a :class:`Check`; the options are those of :func:`check`.
+
+    >>> [str(one) for one in checks("torch", kinds=["residual", "random"], laws=["keeps_the_function"])]
+    ['keeps_the_function-residual', 'keeps_the_function-random']
+    """
+    _known("framework", framework, FRAMEWORKS)
+    chosen = [*KINDS, "random"] if kinds is None else list(kinds)
+    for kind in chosen:
+        _known("kind", kind, [*KINDS, "random"])
+    for law in LAWS if laws is None else (laws := list(laws)):
+        _known("law", law, LAWS)
+    return [Check(law, kind, framework, options) for law in (LAWS if laws is None else laws) for kind in chosen]
+
+
+def parametrize_with_checks(framework: str = "numpy", **options: Any) -> Any:
+    """A decorator for pytest: a test that takes ``check`` becomes one test for each law on each kind of networks.
+
+    The options are those of :func:`checks`. A test is skipped, with the reason, where the pass declines all networks of a kind; not where
+    it declines all random ones, which fails.
+    """
+    import pytest
+
+    def asking(one: Check) -> Callable[[Pass], Checked]:
+        def ask(pass_: Pass) -> Checked:
+            try:
+                return one(pass_)
+            except Declined as declined:
+                if one.kind == "random":
+                    raise
+                pytest.skip(str(declined))
+        return ask
+
+    listed = checks(framework, **options)
+    return pytest.mark.parametrize("check", [asking(one) for one in listed], ids=list(map(str, listed)))
