@@ -6,10 +6,11 @@
 scipy is imported before it is needed.
 """
 
-from eqfact.testing.checks import LAWS, Check, Checked, Declined, Violation, check, checks, parametrize_with_checks
+from eqfact.testing.checking import LAWS, Check, Checked, Declined, check, checks, parametrize_with_checks
 from eqfact.testing.kinds import KINDS
 from eqfact.testing.models import to_onnx
 from eqfact.testing.modules import to_torch
+from eqfact.testing.shrinking import Violation
 from eqfact.testing.sources import source
 
 __all__ = ["KINDS", "LAWS", "Check", "Checked", "Declined", "Violation", "check", "checks", "parametrize_with_checks", "source", "to_onnx",

@@ -9,7 +9,7 @@ Each is a function of a random generator and a floating type; numbers have two d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +18,77 @@ import numpy as np
 from eqfact import ops
 from eqfact.graph import Graph, Node
 from eqfact.ops import Array, Op, Shape
+from eqfact.ops.base import per_axis, per_side
 
 Kind = Callable[[np.random.Generator, np.dtype[Any]], Graph]
+#: What a network may be drawn without: ops of some kind, and structures that no op stands for.
+KINDS_OF_OPS: dict[str, tuple[type[Op], ...]] = {
+    "attention": (ops.Scores, ops.Mix, ops.Rotary),
+    "batchnorm": (ops.BatchNorm,),
+    "concat": (ops.Concat,),
+    "constants": (ops.Affine, ops.Blend, ops.Extend),
+    "curves": (ops.Sigmoid, ops.HardSigmoid, ops.Tanh, ops.SiLU, ops.HardSwish, ops.Erf, ops.GELU, ops.Sloped, ops.Softmax),
+    "joins": (ops.Add, ops.Sub, ops.Max, ops.Min),
+    "moves": (ops.Unflatten, ops.Transpose, ops.Slice, ops.Permute, ops.Rearrange, ops.Take),
+    "normalisation": (ops.LayerNorm, ops.RMSNorm, ops.GroupNorm, ops.InstanceNorm),
+    "pools": (ops.MaxPool, ops.MinPool, ops.AvgPool, ops.LpPool, ops.GlobalAvgPool),
+    "products": (ops.Mul, ops.Scores, ops.Mix, ops.Rotary),
+    "transposed": (ops.ConvTranspose,),
+}
+STRUCTURES = ("asymmetric padding", "constant padding", "dead channels", "dead ends", "depthwise", "groups",
+              "output padding beyond the stride", "several inputs", "several outputs", "shared ops")
+PADDED = (ops.Conv, ops.ConvTranspose, ops.MaxPool, ops.MinPool, ops.AvgPool, ops.LpPool, ops.Pad)
 #: What most of them read.
 SHAPE: Shape = (2, 4, 4)
+#: Rows of weights this much smaller than the largest are nearly dead.
+NEARLY_DEAD = 2.0**-9
+
+
+def excluded(without: Collection[str | type[Op]]) -> frozenset[str | type[Op]]:
+    """The ops and structures that these names stand for."""
+    if isinstance(without, str):
+        raise TypeError(f"without must be a list of names, got the string {without!r}")
+    found: set[str | type[Op]] = set()
+    for name in without:
+        if isinstance(name, str) and name in KINDS_OF_OPS:
+            found.update(KINDS_OF_OPS[name])
+        elif name in STRUCTURES or (name in ops.ALL and name not in (ops.Dense, ops.Conv)):
+            found.add(name)
+        else:
+            raise ValueError(f"networks cannot be drawn without {name!r}; they can without ops other than Dense and Conv, and without "
+                             f"{', '.join(sorted({*KINDS_OF_OPS, *STRUCTURES}))}")
+    return frozenset(found)
+
+
+def shows(graph: Graph) -> frozenset[str | type[Op]]:
+    """The ops and the :data:`STRUCTURES` that a network has."""
+    read, todo = set(graph.outputs), {node.name: node for node in graph.nodes}
+    for node in reversed(graph.nodes):
+        if node.name in read:
+            read.update(node.inputs)
+    found: set[str | type[Op]] = {type(node.op) for node in graph.nodes}
+    found |= {"dead ends"} if set(todo) - read else set()
+    found |= {"several inputs"} if len(graph.inputs) > 1 else set()
+    found |= {"several outputs"} if len(graph.outputs) > 1 else set()
+    found |= {"shared ops"} if len({id(node.op) for node in graph.nodes if isinstance(node.op, ops.Weighted)}) < sum(
+        isinstance(node.op, ops.Weighted) for node in graph.nodes) else set()
+    for node in graph.nodes:
+        op, axes = node.op, len(graph.shapes[node.inputs[0]]) - 1
+        if isinstance(op, (ops.Conv, ops.ConvTranspose)) and op.groups > 1:
+            found.add("groups")
+            found |= {"depthwise"} if op.groups == graph.shapes[node.inputs[0]][0] else set()
+        if isinstance(op, ops.ConvTranspose) and any(e >= s for e, s in zip(
+                per_axis("output_padding", op.output_padding, axes), per_axis("stride", op.stride, axes), strict=True)):
+            found.add("output padding beyond the stride")
+        padded = (op.padding,) if isinstance(op, PADDED) else ()
+        if any(before != after for padding in padded for before, after in per_side(padding, axes)):
+            found.add("asymmetric padding")
+        if isinstance(op, ops.Pad) and op.value != 0:
+            found.add("constant padding")
+        if isinstance(op, ops.Weighted):
+            sizes = (np.abs(v).max(axis=1, initial=0) for v in (op.rows(), op.columns()))
+            found |= {"dead channels"} if any(size.min() <= size.max() * NEARLY_DEAD for size in sizes) else set()
+    return frozenset(found)
 
 
 class _Numbers:
@@ -39,7 +106,8 @@ class _Numbers:
     def conv(self, out: int, read: int, kernel: int = 2, axes: int = 2, bias: bool | None = None, **options: Any) -> ops.Conv:
         """A convolution, with a bias every other time unless it is said."""
         given = bool(self.rng.integers(2)) if bias is None else bias
-        return ops.Conv(self.normal(out, read // options.get("groups", 1), *(kernel,) * axes), self.normal(out) if given else None, **options)
+        weight = self.normal(out, read // options.get("groups", 1), *(kernel,) * axes)
+        return ops.Conv(weight, self.normal(out) if given else None, **options)
 
     def dense(self, out: int, read: int) -> ops.Dense:
         return ops.Dense(self.normal(out, read), self.normal(out) if self.rng.integers(2) else None)
@@ -75,12 +143,14 @@ def dense_layers(n: _Numbers) -> Graph:
 
 def fan_out(n: _Numbers) -> Graph:
     """One value, read by three nodes that are all put out."""
-    return _graph(("conv", n.conv(3, 2), "x"), ("relu", ops.ReLU(), "conv"), ("left", n.conv(2, 3), "relu"), ("right", n.conv(1, 3), "relu"),
+    return _graph(("conv", n.conv(3, 2), "x"), ("relu", ops.ReLU(), "conv"), ("left", n.conv(2, 3), "relu"),
+                  ("right", n.conv(1, 3), "relu"),
                   ("sigmoid", ops.Sigmoid(), "relu"), outputs="left right sigmoid")
 
 
 def residual(n: _Numbers) -> Graph:
-    return _graph(("conv1", n.conv(2, 2, 3, padding=1), "x"), ("relu1", ops.ReLU(), "conv1"), ("conv2", n.conv(2, 2, 3, padding=1), "relu1"),
+    return _graph(("conv1", n.conv(2, 2, 3, padding=1), "x"), ("relu1", ops.ReLU(), "conv1"),
+                  ("conv2", n.conv(2, 2, 3, padding=1), "relu1"),
                   ("add", ops.Add(), "conv2 relu1"), ("relu2", ops.ReLU(), "add"))
 
 
@@ -219,7 +289,8 @@ def average_pool(n: _Numbers) -> Graph:
 
 
 def flatten(n: _Numbers) -> Graph:
-    return _graph(("conv", n.conv(2, 2, 3), "x"), ("relu", ops.ReLU(), "conv"), ("flat", ops.Flatten(), "relu"), ("fc", n.dense(2, 8), "flat"))
+    return _graph(("conv", n.conv(2, 2, 3), "x"), ("relu", ops.ReLU(), "conv"), ("flat", ops.Flatten(), "relu"),
+                  ("fc", n.dense(2, 8), "flat"))
 
 
 def classifier(n: _Numbers) -> Graph:
@@ -234,13 +305,15 @@ def channel_shuffle(n: _Numbers) -> Graph:
 
 
 def several_inputs(n: _Numbers) -> Graph:
-    return _graph(("conv1", n.conv(2, 2), "x"), ("conv2", n.conv(2, 1), "y"), ("add", ops.Add(), "conv2 conv1"), ("relu", ops.ReLU(), "add"),
+    return _graph(("conv1", n.conv(2, 2), "x"), ("conv2", n.conv(2, 1), "y"), ("add", ops.Add(), "conv2 conv1"),
+                  ("relu", ops.ReLU(), "add"),
                   inputs={"x": SHAPE, "y": (1, *SHAPE[1:])})
 
 
 def inner_output(n: _Numbers) -> Graph:
     """A value between layers that is an output, too: nothing may be done to it."""
-    return _graph(("conv1", n.conv(3, 2), "x"), ("norm", n.batchnorm(3), "conv1"), ("relu", ops.ReLU(), "norm"), ("conv2", n.conv(2, 3), "relu"),
+    return _graph(("conv1", n.conv(3, 2), "x"), ("norm", n.batchnorm(3), "conv1"), ("relu", ops.ReLU(), "norm"),
+                  ("conv2", n.conv(2, 3), "relu"),
                   outputs="conv2 relu conv1")
 
 
@@ -275,11 +348,13 @@ def batchnorm_first(n: _Numbers) -> Graph:
 
 def batchnorm_beside_another_reader(n: _Numbers) -> Graph:
     """A convolution that a BatchNorm reads, and another node, too."""
-    return _graph(("conv", n.conv(2, 2), "x"), ("norm", n.batchnorm(2), "conv"), ("relu", ops.ReLU(), "norm"), ("add", ops.Add(), "relu conv"))
+    return _graph(("conv", n.conv(2, 2), "x"), ("norm", n.batchnorm(2), "conv"), ("relu", ops.ReLU(), "norm"),
+                  ("add", ops.Add(), "relu conv"))
 
 
 def batchnorm_after_dense(n: _Numbers) -> Graph:
-    return _graph(("fc1", n.dense(4, 3), "x"), ("norm", n.batchnorm(4), "fc1"), ("relu", ops.ReLU(), "norm"), ("fc2", n.dense(2, 4), "relu"),
+    return _graph(("fc1", n.dense(4, 3), "x"), ("norm", n.batchnorm(4), "fc1"), ("relu", ops.ReLU(), "norm"),
+                  ("fc2", n.dense(2, 4), "relu"),
                   inputs={"x": (3,)})
 
 
@@ -295,7 +370,8 @@ def product(n: _Numbers) -> Graph:
 
 def squeeze_and_excite(n: _Numbers) -> Graph:
     return _graph(("conv", n.conv(3, 2), "x"), ("relu", ops.ReLU(), "conv"), ("mean", ops.GlobalAvgPool(), "relu"),
-                  ("fc", n.conv(3, 3, 1), "mean"), ("gate", ops.Sigmoid(), "fc"), ("mul", ops.Mul(), "relu gate"), ("head", n.conv(1, 3), "mul"))
+                  ("fc", n.conv(3, 3, 1), "mean"), ("gate", ops.Sigmoid(), "fc"), ("mul", ops.Mul(), "relu gate"),
+                  ("head", n.conv(1, 3), "mul"))
 
 
 def curves(n: _Numbers) -> Graph:
@@ -326,7 +402,8 @@ def group_norm(n: _Numbers) -> Graph:
 
 
 def upsampled(n: _Numbers) -> Graph:
-    return _graph(("conv1", n.conv(3, 2), "x"), ("relu", ops.ReLU(), "conv1"), ("up", ops.Upsample(2), "relu"), ("conv2", n.conv(2, 3), "up"))
+    return _graph(("conv1", n.conv(3, 2), "x"), ("relu", ops.ReLU(), "conv1"), ("up", ops.Upsample(2), "relu"),
+                  ("conv2", n.conv(2, 3), "up"))
 
 
 def _named(build: Callable[[_Numbers], Graph]) -> Kind:
@@ -335,10 +412,10 @@ def _named(build: Callable[[_Numbers], Graph]) -> Kind:
 
 #: Kinds of networks by name: functions of a generator of random numbers and a floating type.
 KINDS: Mapping[str, Kind] = MappingProxyType({build.__name__: _named(build) for build in (
-    plain_chain, one_axis, three_axes, dense_layers, fan_out, residual, chain_of_residuals, added_to_itself, concat, groups, depthwise,
-    depthwise_multiplied, transposed, transposed_groups, strided, shared_op, shared_op_on_two_values, dead_channel, nearly_dead_channel,
-    unread_channel, relu6, relu_and_clip, limits_above_zero, prelu, leaky_relu, identity, constant_padding, zero_padding, max_pool,
-    average_pool, flatten, classifier, channel_shuffle, several_inputs, inner_output, input_output, dead_end, batchnorm,
-    batchnorm_with_bias, batchnorm_zero_variance, batchnorm_first, batchnorm_beside_another_reader, batchnorm_after_dense, two_batchnorms,
+    plain_chain, dense_layers, one_axis, three_axes, batchnorm, batchnorm_with_bias, batchnorm_after_dense, batchnorm_first,
+    batchnorm_beside_another_reader, batchnorm_zero_variance, two_batchnorms, fan_out, residual, chain_of_residuals, added_to_itself,
+    concat, groups, depthwise, depthwise_multiplied, transposed, transposed_groups, strided, shared_op, shared_op_on_two_values, dead_channel,
+    nearly_dead_channel, unread_channel, relu6, relu_and_clip, limits_above_zero, prelu, leaky_relu, identity, constant_padding,
+    zero_padding, max_pool, average_pool, flatten, classifier, channel_shuffle, several_inputs, inner_output, input_output, dead_end,
     product, squeeze_and_excite, curves, attention, layer_norm, group_norm, upsampled,
 )})

@@ -1,8 +1,8 @@
 """What is a network as people write it in PyTorch? A module with submodules, and a ``forward`` of plain functions between them.
 
 :func:`to_torch` makes a ``torch.fx.GraphModule``: it runs, it shows its code, and ``torch.fx.symbolic_trace`` traces it again. Layers and
-activations are submodules of ``torch.nn`` wherever there is one that computes the op; what moves, joins and multiplies values is written with
-functions. An op at several nodes is one submodule that is called several times. PyTorch is imported when it is needed, not before.
+activations are submodules of ``torch.nn`` wherever there is one that computes the op; what moves, joins and multiplies values is written
+with functions. An op at several nodes is one submodule that is called several times. PyTorch is imported when it is needed, not before.
 """
 
 from __future__ import annotations
@@ -350,7 +350,10 @@ def concat(w: _Writer, node: Node, op: ops.Concat, *inputs: Any) -> Any:
 
 
 def extend(w: _Writer, node: Node, op: ops.Extend, x: Any) -> Any:
-    own = w.array(node, "constant", op.constant).expand(x.shape[0], *op.constant.shape)
+    """The constant is a parameter, as class tokens are: torch.fx takes a buffer for a tensor already, which no traced size expands."""
+    name = w.fresh(f"{node.name}_constant")
+    w.root.register_parameter(name, w.nn.Parameter(w.tensor(op.constant)))
+    own = w.value(w.lines.get_attr(name)).expand(x.shape[0], *op.constant.shape)
     return w.torch.cat((own, x) if op.front else (x, own), op.axis + 1)
 
 

@@ -26,6 +26,7 @@ from eqfact.factorization import Factorization
 from eqfact.graph import Graph, Node
 from eqfact.ops import Array, Op, Shape
 from eqfact.ops.base import Padding
+from eqfact.testing.kinds import excluded
 
 #: Entries of the data lie within these bounds.
 LARGEST_INPUT = 2.0
@@ -42,22 +43,6 @@ POOLS: tuple[type[Op], ...] = (ops.MaxPool, ops.MinPool, ops.LpPool, ops.AvgPool
 CURVES: tuple[type[Op], ...] = (ops.Sigmoid, ops.HardSigmoid, ops.Tanh, ops.SiLU, ops.HardSwish, ops.Erf, ops.GELU, ops.Softmax)
 NORMS: tuple[type[Op], ...] = (ops.LayerNorm, ops.RMSNorm, ops.GroupNorm, ops.InstanceNorm)
 
-#: What a network may be drawn without: ops of some kind, and structures that no op stands for.
-KINDS_OF_OPS: dict[str, tuple[type[Op], ...]] = {
-    "attention": (ops.Scores, ops.Mix, ops.Rotary),
-    "batchnorm": (ops.BatchNorm,),
-    "concat": (ops.Concat,),
-    "constants": (ops.Affine, ops.Blend, ops.Extend),
-    "curves": (ops.Sigmoid, ops.HardSigmoid, ops.Tanh, ops.SiLU, ops.HardSwish, ops.Erf, ops.GELU, ops.Sloped, ops.Softmax),
-    "joins": (ops.Add, ops.Sub, ops.Max, ops.Min),
-    "moves": (ops.Unflatten, ops.Transpose, ops.Slice, ops.Permute, ops.Rearrange, ops.Take),
-    "normalisation": (ops.LayerNorm, ops.RMSNorm, ops.GroupNorm, ops.InstanceNorm),
-    "pools": (ops.MaxPool, ops.MinPool, ops.AvgPool, ops.LpPool, ops.GlobalAvgPool),
-    "products": (ops.Mul, ops.Scores, ops.Mix, ops.Rotary),
-    "transposed": (ops.ConvTranspose,),
-}
-STRUCTURES = ("asymmetric padding", "constant padding", "dead channels", "dead ends", "depthwise", "groups", "several inputs",
-              "several outputs", "shared ops")
 #: Ops without which a step of the builder is none.
 NEEDS: dict[str, tuple[type[Op], ...]] = {
     "residual": (ops.Add,), "inception": (ops.Concat,), "batchnorm": (ops.BatchNorm,), "add_mate": (ops.Add,),
@@ -75,11 +60,11 @@ def networks(draw: st.DrawFn, *, max_layers: int = 10, without: Collection[str |
              dtypes: Sequence[str] = ("float32", "float64")) -> Graph:
     """A random network of up to ``max_layers`` steps (a block such as a residual branch is one step), float32 or float64.
 
-    ``without`` names what it must not have: ops, as classes (all but Dense and Conv); kinds of ops, as in :data:`KINDS_OF_OPS`; or
-    :data:`STRUCTURES`. Such networks are never made, rather than thrown away. ``axes`` are numbers of axes of space, of which inputs
-    have one. :class:`ValueError` for a name that is none of these.
+    ``without`` names what it must not have: ops, as classes (all but Dense and Conv); kinds of ops, as in
+    :data:`eqfact.testing.kinds.KINDS_OF_OPS`; or structures, as in :data:`eqfact.testing.kinds.STRUCTURES`. Such networks are never made,
+    rather than thrown away. ``axes`` are numbers of axes of space, of which inputs have one. :class:`ValueError` for any other name.
     """
-    build = _Builder(draw, _excluded(without), axes, dtypes)
+    build = _Builder(draw, excluded(without), axes, dtypes)
     for _ in range(draw(st.integers(1, max_layers))):
         build.step()
     return build.graph()
@@ -110,7 +95,7 @@ def factorizations(draw: st.DrawFn, graph: Graph, *, powers_of_two: bool = True)
 
 
 @st.composite
-def modules(draw: st.DrawFn, **options: Any) -> tuple[Any, tuple[Any, ...]]:
+def modules(draw: st.DrawFn, /, **options: Any) -> tuple[Any, tuple[Any, ...]]:
     """A ``torch.nn.Module`` and the tensors to call it with, ``module(*tensors)``: a network of :func:`networks`, as
     :func:`eqfact.testing.to_torch` writes it. The options are those of :func:`networks`."""
     import torch
@@ -124,34 +109,19 @@ def modules(draw: st.DrawFn, **options: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 @st.composite
-def models(draw: st.DrawFn, **options: Any) -> tuple[Any, dict[str, Array]]:
+def models(draw: st.DrawFn, /, **options: Any) -> tuple[Any, dict[str, Array]]:
     """An ``onnx.ModelProto`` and arrays by name to run it on: a network of :func:`networks`, as :func:`eqfact.testing.to_onnx` writes it.
 
-    The options are those of :func:`networks`; float32 unless ``dtypes`` says otherwise, because onnxruntime does not compute every
-    operator in float64.
+    The options are those of :func:`networks`. Drawn is what onnxruntime runs: float32 unless ``dtypes`` says otherwise, because it does
+    not compute every operator in float64, and no output padding beyond the stride.
     """
     from eqfact.testing.models import dtype_of, to_onnx
 
-    graph = draw(networks(**{"dtypes": ("float32",), **options}))
+    without = (*options.pop("without", ()), "output padding beyond the stride")
+    graph = draw(networks(**{"dtypes": ("float32",), **options, "without": without}))
     model, x = to_onnx(graph), draw(batches(graph))
     arrays = x if isinstance(x, dict) else {next(iter(graph.inputs)): x}
     return model, {name: array.astype(dtype_of(model)) for name, array in arrays.items()}
-
-
-def _excluded(without: Collection[str | type[Op]]) -> frozenset[str | type[Op]]:
-    """The ops and structures that these names stand for."""
-    if isinstance(without, str):
-        raise TypeError(f"without must be a list of names, got the string {without!r}")
-    found: set[str | type[Op]] = set()
-    for name in without:
-        if isinstance(name, str) and name in KINDS_OF_OPS:
-            found.update(KINDS_OF_OPS[name])
-        elif name in STRUCTURES or name in ops.ALL and name not in (ops.Dense, ops.Conv):
-            found.add(name)
-        else:
-            raise ValueError(f"networks cannot be drawn without {name!r}; they can without ops other than Dense and Conv, and without "
-                             f"{', '.join(sorted({*KINDS_OF_OPS, *STRUCTURES}))}")
-    return frozenset(found)
 
 
 class _Builder:
@@ -179,7 +149,7 @@ class _Builder:
     def graph(self) -> Graph:
         read = {name for node in self.nodes for name in node.inputs}
         loose = [name for name in self.shapes if name not in read and name not in self.inputs]
-        one = not self.may("several outputs") or self.may("dead ends") and self.draw(st.booleans())
+        one = not self.may("several outputs") or (self.may("dead ends") and self.draw(st.booleans()))
         outputs = [loose[-1]] if one else loose  # the other loose ends stay dead ends
         inner = self.draw(st.sampled_from([[], [], *([name] for name in self.shapes)])) if self.may("several outputs") else []
         nodes, outputs = self.nodes, list(dict.fromkeys([*outputs, *inner]))
@@ -283,7 +253,8 @@ class _Builder:
         has_bias = bool(bias.any())
         weight = rows.reshape(shape)
         channel = int(self.rng.integers(shape[0]))
-        match self.draw(st.sampled_from(["healthy", "healthy", "dead", "nearly dead", "reads nothing"])) if self.may("dead channels") else "":
+        states = ["healthy", "healthy", "dead", "nearly dead", "reads nothing"]
+        match self.draw(st.sampled_from(states if self.may("dead channels") else ["healthy"])):
             case "dead":
                 weight[channel] = bias[channel] = 0
             case "nearly dead" if not self.nearly_dead:
@@ -346,7 +317,8 @@ class _Builder:
         groups = self.draw(st.sampled_from([g for g in range(1, most + 1) if channels % g == 0])) if self.may("groups") else 1
         kernel, dilation = (tuple(self.draw(st.integers(1, 2)) for _ in sizes) for _ in "kd")
         stride = tuple(self.draw(st.integers(1, 2 if n <= 3 else 1)) for n in sizes)
-        extra = tuple(self.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        far = self.may("output padding beyond the stride")
+        extra = tuple(self.draw(st.integers(0, (max(s, d) if far else s) - 1)) for s, d in zip(stride, dilation, strict=True))
         padding = tuple((self.draw(st.integers(0, int(n > 1))), 0) if self.may("asymmetric padding") else (0, 0) for n in sizes)
         weight, bias = self.weights(groups * self.draw(st.integers(1, max(1, 4 // groups))), channels // groups, *kernel)
         return self.add(ops.ConvTranspose(weight, bias, stride=stride, padding=padding, output_padding=extra, dilation=dilation,

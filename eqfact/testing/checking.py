@@ -8,11 +8,11 @@ they are needed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,26 +23,21 @@ import numpy as np
 
 from eqfact.graph import Data, Graph, checked_inputs
 from eqfact.ops import Array, Op
-from eqfact.testing.frameworks import FRAMEWORKS, Arrays, Framework, engine_bounds, fingerprint
-from eqfact.testing.kinds import KINDS
+from eqfact.testing.frameworks import FRAMEWORKS, Arrays, Framework, Numpy, engine_bounds, fingerprint
+from eqfact.testing.kinds import KINDS, excluded, shows
+from eqfact.testing.shrinking import Violation, entries, made_small
 from eqfact.testing.sources import literal, source
 from eqfact.verification import verify
 
 Pass = Callable[[Any], Any]
 #: Where networks that break a pass are kept, in the working directory, as Hypothesis and pytest keep theirs.
 DIRECTORY = ".eqfact"
+#: How many networks of each kind are tried.
+VARIANTS = 2
+#: After so many seconds Hypothesis is to come to an end with what it has made smaller.
+SECONDS = 10.0
 #: So many lines of code are worth reading in a report.
 MOST_LINES = 150
-
-
-class Violation(AssertionError):
-    """A law that a pass breaks. ``str`` is the whole report."""
-
-    def __init__(self, law: str, finding: str, graph: Graph, data: Arrays) -> None:
-        super().__init__(f"{law}: {finding}")
-        self.law, self.finding, self.graph, self.data = law, finding, graph, data
-        #: Where the network is kept, if it is.
-        self.path: Path | None = None
 
 
 class Declined(AssertionError):
@@ -63,7 +58,8 @@ class Checked:
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"{self.name} keeps {len(self.laws)} {'law' if len(self.laws) == 1 else 'laws'} on {self.networks} networks ({self.framework})"
+        laws = self.laws[0] if len(self.laws) == 1 else f"{len(self.laws)} laws"
+        text = f"{self.name}: {laws} kept on {self.networks} networks ({self.framework})"
         return text + (f"; it declined {self.declined}: {_listed(self.reasons)}" if self.declined else "")
 
 
@@ -230,45 +226,59 @@ class _Options:
     refuses: tuple[type[Exception], ...]
 
 
-def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None = None, examples: int = 100, seed: int = 0,
-          networks: Iterable[Graph] | None = None, without: Iterable[str | type[Op]] = (), axes: Sequence[int] = (0, 1, 2, 3),
-          max_layers: int = 10, exact: bool = False, in_place: bool = False,
+def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None = None, kinds: Iterable[str] | None = None,
+          examples: int = 200, seed: int = 0, networks: Iterable[Graph] = (), without: Iterable[str | type[Op]] = (),
+          axes: Sequence[int] = (0, 1, 2, 3), max_layers: int = 10, exact: bool = False, in_place: bool = False,
           refuses: type[Exception] | tuple[type[Exception], ...] = NotImplementedError, directory: str | Path | None = None) -> Checked:
-    """Apply a pass to ``examples`` networks that Hypothesis draws, and check its laws; the same networks for the same ``seed``.
+    """Apply a pass to small networks of every kind, and to ``examples`` that Hypothesis draws; check its laws on each.
 
     ``framework`` says what the pass takes and returns: ``"torch"`` (a module, in eval mode), ``"onnx"`` (a model in memory) or ``"numpy"``
-    (an :class:`eqfact.Graph`). ``without``, ``axes`` and ``max_layers`` say which networks are drawn, as in
-    :func:`eqfact.testing.strategies.networks`; or ``networks`` are graphs of your own. ``exact`` asks for equal bits where else the
-    rounding errors of both networks are allowed. A pass that works ``in_place`` gets a copy, and may return None. By an exception of
-    ``refuses`` it declines a network. ``laws`` are some of :data:`LAWS`, all by default.
+    (an :class:`eqfact.Graph`). ``kinds`` are some of :data:`eqfact.testing.KINDS`, all by default; ``networks`` are graphs of your own, which
+    are tried first. ``without``, ``axes`` and ``max_layers`` say which networks are drawn, as in
+    :func:`eqfact.testing.strategies.networks`, and kinds that do not fit are left out. The same ``seed`` gives the same networks.
+
+    ``exact`` asks for equal bits where else the rounding errors of both networks are allowed. A pass that works ``in_place`` gets a copy,
+    and may return None. By an exception of ``refuses`` it declines a network. ``laws`` are some of :data:`LAWS`, all by default.
 
     Raises :class:`Violation` (an AssertionError) with the smallest network found, which is kept in ``directory`` (by default ``.eqfact`` in
     the working directory); :class:`Declined` if the pass declines all networks; :class:`ValueError` for an unknown name.
 
-    >>> from eqfact.testing.kinds import KINDS
-    >>> nets = [KINDS["batchnorm"](np.random.default_rng(seed), np.dtype(np.float32)) for seed in range(3)]
-    >>> print(check(fold_batchnorm, networks=nets))
-    fold_batchnorm keeps 6 laws on 3 networks (numpy)
+    >>> print(check(fold_batchnorm, kinds=["batchnorm", "residual"], examples=0))
+    fold_batchnorm: 6 laws kept on 4 networks (numpy)
     """
     _known("framework", framework, FRAMEWORKS)
-    chosen = tuple(LAWS) if laws is None else tuple(laws)
-    for law in chosen:
-        _known("law", law, LAWS)
-    asked = _Asked(pass_, FRAMEWORKS[framework](), chosen,
+    asked = _Asked(pass_, FRAMEWORKS[framework](), tuple(LAWS) if laws is None else tuple(laws),
                    _Options(exact, in_place, refuses if isinstance(refuses, tuple) else (refuses,)))
+    for law in asked.laws:
+        _known("law", law, LAWS)
+    not_drawn = excluded((*without, *asked.framework.without))
+    which, folder = "", Path(DIRECTORY if directory is None else directory)
     try:
-        if networks is None:
-            _search(asked, examples, seed, {"without": tuple(without), "axes": tuple(axes), "max_layers": max_layers})
-        else:
-            for i, graph in enumerate(networks):
-                asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
+        for i, graph in enumerate(networks):
+            which = f"network {i} of those given"
+            asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
+        for kind in KINDS if kinds is None else kinds:
+            _known("kind", kind, KINDS)
+            for i, graph in enumerate(_of_kind(kind, asked.framework, seed)):
+                fits = not_drawn.isdisjoint(shows(graph)) and all(len(shape) - 1 in axes for shape in graph.inputs.values())
+                if fits:
+                    which = f"a network of the kind '{kind}'"
+                    asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
+        if examples:
+            which = f"a network drawn with seed {seed}"
+            _search(asked, examples, seed, {"without": (*without, *asked.framework.without), "axes": tuple(axes), "max_layers": max_layers})
     except Violation as found:
-        smaller = _with_short_numbers(asked, found)
-        drawn = f"network {asked.count} of those drawn with seed {seed}, made smaller" if networks is None else f"network {asked.count}"
-        raise _reported(asked, smaller, drawn, DIRECTORY if directory is None else directory) from found.__cause__
-    if asked.declined and asked.declined == asked.count:
-        raise Declined(f"{asked.name} declined all {asked.count} networks, so nothing is known of it: {_listed(asked.reasons)}")
-    return Checked(asked.name, framework, chosen, asked.count - asked.declined, asked.declined, dict(asked.reasons))
+        raise _reported(asked, made_small(asked.fails_too, found), which, folder) from found.__cause__
+    if asked.declined == asked.count:
+        raise Declined(f"{asked.name} declined all {asked.count} networks, so nothing is known of it: {_listed(asked.reasons)}"
+                       if asked.count else f"there was no network to try {asked.name} on")
+    return Checked(asked.name, framework, asked.laws, asked.count - asked.declined, asked.declined, dict(asked.reasons))
+
+
+def _of_kind(kind: str, framework: Framework, seed: int) -> list[Graph]:
+    """The networks of a kind, in each floating type of the framework by turns."""
+    types = itertools.cycle(framework.dtypes)
+    return [KINDS[kind](np.random.default_rng([seed, i]), np.dtype(next(types))) for i in range(VARIANTS)]
 
 
 class _Asked:
@@ -297,6 +307,17 @@ class _Asked:
             if finding:
                 raise _violation(law)(law, finding, graph, trial.data)
 
+    def fails_too(self, graph: Graph, data: Arrays, law: str) -> Violation | None:
+        """The violation of the same law by another network, if there is one."""
+        try:
+            with np.errstate(all="ignore"):
+                self.broken(graph, data)
+        except Violation as other:
+            return other if other.law == law else None
+        except Exception:  # no network that could be compared, or one that the pass declines
+            pass
+        return None
+
 
 @cache
 def _violation(law: str) -> type[Violation]:
@@ -313,7 +334,8 @@ def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) ->
     from eqfact.testing import strategies
 
     seen: list[Violation] = []
-    first: list[int] = []
+    known: set[int] = set()
+    first: list[tuple[int, float]] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=examples, database=None, deadline=None, derandomize=False, report_multiple_bugs=False,
@@ -321,32 +343,32 @@ def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) ->
     @hypothesis.given(strategies.networks(dtypes=asked.framework.dtypes, **options).flatmap(
         lambda graph: st.tuples(st.just(graph), strategies.batches(graph))))
     def attempt(drawn: tuple[Graph, Data]) -> None:
+        late = bool(first) and time.monotonic() - first[0][1] > SECONDS
+        mark = hash(repr((Numpy().state(drawn[0]), drawn[1]))) if late else 0
+        if late and mark not in known:
+            return
         try:
             asked.of(*drawn)
         except Violation as found:
             seen.append(found)
-            first.append(asked.count)
+            first.append((asked.count, time.monotonic()))
+            known.add(mark or hash(repr((Numpy().state(drawn[0]), drawn[1]))))
             raise
 
     try:
         attempt()
     except Violation:
-        asked.count = first[0]
         raise _plain(seen[-1]) from None
     except Exception:
         if not seen:
             raise
-        asked.count = first[0]  # Hypothesis found that the pass does not do the same every time
-        raise _plain(min(seen, key=lambda found: (len(found.graph), _entries(found.graph)))) from None
+        # Hypothesis found that the pass does not do the same every time
+        raise _plain(min(seen, key=lambda found: (len(found.graph), entries(found.graph)))) from None
 
 
 def _plain(found: Violation) -> Violation:
     """The same without what Hypothesis notes on it, which says it in another way."""
     return _violation(found.law)(found.law, found.finding, found.graph, found.data)
-
-
-def _entries(graph: Graph) -> int:
-    return sum(array.size for node in graph.nodes for array in vars(node.op).values() if isinstance(array, np.ndarray))
 
 
 def _data(graph: Graph, rng: np.random.Generator, size: int = 2) -> Arrays:
@@ -355,62 +377,14 @@ def _data(graph: Graph, rng: np.random.Generator, size: int = 2) -> Arrays:
     return {name: np.round(rng.uniform(-2, 2, (size, *shape)), 2).astype(dtype) for name, shape in graph.inputs.items()}
 
 
-def _with_short_numbers(asked: _Asked, found: Violation) -> Violation:
-    """The same law broken by numbers that are quick to read: one sample, fewer digits, ones; wherever the pass fails with them, too."""
-    def attempt(graph: Graph, data: Arrays) -> Violation | None:
-        try:
-            asked.broken(graph, data)
-        except Violation as other:
-            return other if other.law == found.law else None
-        except (_Refused, ArithmeticError, ValueError, TypeError):
-            pass
-        return None
-
-    if _entries(found.graph) > 10_000:
-        return found
-    with np.errstate(all="ignore"):
-        for i in range(max(map(len, found.data.values()))):
-            if max(map(len, found.data.values())) > 1:
-                found = attempt(found.graph, {name: array[i:i + 1] for name, array in found.data.items()}) or found
-        for name, array in found.data.items():
-            found = next(filter(None, (attempt(found.graph, {**found.data, name: short}) for short in _shorter(array))), found)
-        for op in {id(node.op): node.op for node in found.graph.nodes}.values():
-            current = op
-            for key, array in vars(op).items():
-                for short in _shorter(array) if isinstance(array, np.ndarray) and key in _fields(op) else ():
-                    try:
-                        other = dataclasses.replace(current, **{key: short})  # type: ignore[type-var]  # final ops are dataclasses
-                        graph = found.graph.with_ops({node.name: other for node in found.graph.nodes if node.op is current})
-                    except (ValueError, TypeError):
-                        continue
-                    smaller = attempt(graph, found.data)
-                    if smaller is not None:
-                        found, current = smaller, other
-                        break
-    return found
-
-
-def _fields(op: Op) -> set[str]:
-    return {f.name for f in dataclasses.fields(op) if f.init}  # type: ignore[arg-type]  # final ops are dataclasses
-
-
-def _shorter(array: Array) -> Iterator[Array]:
-    """Arrays of the same type and shape with shorter numbers, the shortest first."""
-    tried = [array]
-    for other in (np.ones_like(array), *(np.round(array, digits) + 0 for digits in (0, 1, 2, 3))):
-        if not any(np.array_equal(other, known) for known in tried):
-            tried.append(other)
-            yield other
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Reports
 
 
-def _reported(asked: _Asked, found: Violation, which: str, directory: str | Path) -> Violation:
+def _reported(asked: _Asked, found: Violation, which: str, directory: Path) -> Violation:
     """The violation with its report, its network kept in a file."""
-    kept = _kept(asked, found, Path(directory))
-    lines = [f"{found.law}: {found.finding}", "", f"{asked.name} breaks this law on {which}:", ""]
+    kept = _kept(asked, found, directory)
+    lines = [f"{found.law}: {found.finding}", "", f"{asked.name} breaks this law on {which}, made small:", ""]
     code = _code(asked.framework, found)
     lines += [code, ""] if code.count("\n") < MOST_LINES else []
     lines += [f"The network is kept in {kept} ({asked.framework.reading}),",
@@ -483,26 +457,18 @@ class Check:
     kind: str
     framework: str
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    #: How many networks of a kind.
-    variants: int = 4
 
     def __str__(self) -> str:
         return f"{self.law}-{self.kind}"
 
     def __call__(self, pass_: Pass) -> Checked:
-        options = dict(self.options)
-        if self.kind != "random":
-            options["networks"] = self.networks()
-        return check(pass_, self.framework, laws=[self.law], **options)
-
-    def networks(self) -> list[Graph]:
-        """The networks of a kind, in each floating type of the framework by turns."""
-        types = itertools.cycle(FRAMEWORKS[self.framework]().dtypes)
-        rngs = (np.random.default_rng([self.options.get("seed", 0), i]) for i in range(self.variants))
-        return [KINDS[self.kind](rng, np.dtype(dtype)) for rng, dtype in zip(rngs, types, strict=False)]
+        drawn = self.kind == "random"
+        options = {**self.options, "laws": [self.law], "kinds": () if drawn else [self.kind]}
+        return check(pass_, self.framework, **{**options, **({} if drawn else {"examples": 0})})
 
 
-def checks(framework: str = "numpy", *, kinds: Iterable[str] | None = None, laws: Iterable[str] | None = None, **options: Any) -> list[Check]:
+def checks(framework: str = "numpy", *, kinds: Iterable[str] | None = None, laws: Iterable[str] | None = None,
+           **options: Any) -> list[Check]:
     """All laws on all kinds of networks, and on random ones, each as a :class:`Check`; the options are those of :func:`check`.
 
     >>> [str(one) for one in checks("torch", kinds=["residual", "random"], laws=["keeps_the_function"])]
