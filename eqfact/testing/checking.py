@@ -233,8 +233,8 @@ def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None =
     """Apply a pass to small networks of every kind, and to ``examples`` that Hypothesis draws; check its laws on each.
 
     ``framework`` says what the pass takes and returns: ``"torch"`` (a module, in eval mode), ``"onnx"`` (a model in memory) or ``"numpy"``
-    (an :class:`eqfact.Graph`). ``kinds`` are some of :data:`eqfact.testing.KINDS`, all by default; ``networks`` are graphs of your own, which
-    are tried first. ``without``, ``axes`` and ``max_layers`` say which networks are drawn, as in
+    (an :class:`eqfact.Graph`). ``kinds`` are some of :data:`eqfact.testing.KINDS`, all by default; ``networks`` are graphs of your own,
+    which are tried first. ``without``, ``axes`` and ``max_layers`` say which networks are drawn, as in
     :func:`eqfact.testing.strategies.networks`, and kinds that do not fit are left out. The same ``seed`` gives the same networks.
 
     ``exact`` asks for equal bits where else the rounding errors of both networks are allowed. A pass that works ``in_place`` gets a copy,
@@ -322,7 +322,7 @@ class _Asked:
 @cache
 def _violation(law: str) -> type[Violation]:
     """A class for each law: Hypothesis makes a failure smaller as long as it raises the same."""
-    return type("Violation", (Violation,), {"__doc__": LAWS[law].__doc__, "__module__": __name__})
+    return type("Violation", (Violation,), {"__doc__": LAWS[law].__doc__, "__module__": "eqfact.testing"})
 
 
 def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) -> None:

@@ -414,8 +414,8 @@ def _named(build: Callable[[_Numbers], Graph]) -> Kind:
 KINDS: Mapping[str, Kind] = MappingProxyType({build.__name__: _named(build) for build in (
     plain_chain, dense_layers, one_axis, three_axes, batchnorm, batchnorm_with_bias, batchnorm_after_dense, batchnorm_first,
     batchnorm_beside_another_reader, batchnorm_zero_variance, two_batchnorms, fan_out, residual, chain_of_residuals, added_to_itself,
-    concat, groups, depthwise, depthwise_multiplied, transposed, transposed_groups, strided, shared_op, shared_op_on_two_values, dead_channel,
-    nearly_dead_channel, unread_channel, relu6, relu_and_clip, limits_above_zero, prelu, leaky_relu, identity, constant_padding,
-    zero_padding, max_pool, average_pool, flatten, classifier, channel_shuffle, several_inputs, inner_output, input_output, dead_end,
-    product, squeeze_and_excite, curves, attention, layer_norm, group_norm, upsampled,
+    concat, groups, depthwise, depthwise_multiplied, transposed, transposed_groups, strided, shared_op, shared_op_on_two_values,
+    dead_channel, nearly_dead_channel, unread_channel, relu6, relu_and_clip, limits_above_zero, prelu, leaky_relu, identity,
+    constant_padding, zero_padding, max_pool, average_pool, flatten, classifier, channel_shuffle, several_inputs, inner_output,
+    input_output, dead_end, product, squeeze_and_excite, curves, attention, layer_norm, group_norm, upsampled,
 )})

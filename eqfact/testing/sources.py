@@ -76,10 +76,11 @@ def literal(array: npt.NDArray[Any]) -> str:
     'np.zeros((3, 2))'
     """
     kind = "" if array.dtype == np.float64 else f", np.{array.dtype.name}"
+    shape = array.shape if array.ndim != 1 else array.size
     if array.size > 2 and not array.any() and not np.signbit(array).any():
-        return f"np.zeros({array.shape!r}{kind})"
+        return f"np.zeros({shape}{kind})"
     if array.size > 2 and np.all(array == 1):
-        return f"np.ones({array.shape!r}{kind})"
+        return f"np.ones({shape}{kind})"
     return f"np.array({_nested(array)}{kind})"
 
 
@@ -138,11 +139,6 @@ def _text(text: str) -> str:
     """A string in double quotes, as the rest of the code has them."""
     plain = repr(text)
     return f'"{plain[1:-1]}"' if '"' not in text and "'" not in text else plain
-
-
-def same_bits(a: Op | Grid, b: Op | Grid) -> bool:
-    """Whether two ops are of one class and have the same parameters, to the bit."""
-    return type(a) is type(b) and parameters(a) == parameters(b)
 
 
 def parameters(op: Op | Grid) -> dict[str, object]:
