@@ -199,9 +199,9 @@ class Onnx(Framework):
                 for what, infos in (("inputs", network.graph.input), ("outputs", network.graph.output))}
 
     def state(self, network: Any) -> dict[str, object]:
-        graph, rest = network.graph, type(network)()
-        rest.CopyFrom(network)
-        rest.ClearField("graph")
+        graph, rest = network.graph, self.copied(network)
+        for part in ("node", "initializer", "input", "output"):
+            rest.graph.ClearField(part)
         named = {"model": rest, **{f"node '{node.name or node.output[0]}'": node for node in graph.node},
                  **{f"initializer '{tensor.name}'": tensor for tensor in graph.initializer},
                  **{f"input '{info.name}'": info for info in graph.input}, **{f"output '{info.name}'": info for info in graph.output}}

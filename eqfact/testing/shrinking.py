@@ -73,7 +73,7 @@ def _structures(graph: Graph, data: Arrays) -> Iterator[tuple[Graph, Arrays]]:
         for name in dict.fromkeys(last.inputs):
             yield from _pruned(graph, data, outputs=(name,))
     for node in reversed(graph.nodes):
-        if node.name not in graph.outputs and not set(node.inputs) <= set(graph.inputs):
+        if node.name not in graph.outputs:
             rest = tuple(other for other in graph.nodes if other is not node)
             inputs = {**graph.inputs, node.name: graph.shapes[node.name]}
             yield from _pruned(graph, {**data, node.name: every[node.name]}, inputs=inputs, nodes=rest)
@@ -145,9 +145,11 @@ def _with(graph: Graph, data: Arrays, op: Op, name: str, value: object) -> Itera
     """The network with another parameter of an op, if that makes one."""
     try:
         other = replace(op, **{name: value})  # type: ignore[type-var]  # every final op is a dataclass
-        yield graph.with_ops({node.name: other for node in graph.nodes if node.op is op}), data
+        made = graph.with_ops({node.name: other for node in graph.nodes if node.op is op})
     except (ValueError, TypeError):
         return
+    if repr(getattr(other, name)) != repr(getattr(op, name)):  # a default may stand for what it was
+        yield made, data
 
 
 def _shorter(array: Array) -> Iterator[Array]:
