@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -19,7 +20,7 @@ import _eqfact_hypothesis
 import eqfact as eq
 import eqfact.onnx
 from eqfact.onnx.running import run
-from eqfact.testing import KINDS, LAWS, Declined, Violation, check, checking, checks, source, to_onnx
+from eqfact.testing import KINDS, LAWS, Declined, Violation, check, checking, checks, laws, source, to_onnx
 from eqfact.testing.frameworks import Numpy, Onnx, engine_bounds
 from eqfact.testing.kinds import KINDS_OF_OPS, STRUCTURES, excluded, shows
 from eqfact.testing.shrinking import made_small
@@ -27,7 +28,7 @@ from eqfact.testing.strategies import batches, models, networks
 
 ROOT = Path(__file__).parents[1]
 #: So that tests do not draw what the kinds show already.
-FEW = {"examples": 10}
+FEW = {"examples": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +63,11 @@ def without_identities(model):
 
 
 @pytest.mark.parametrize("pass_, framework, exact", [
-    (unchanged, "numpy", True), (unchanged, "onnx", True), (equalized_exactly, "numpy", True), (eq.fold_batchnorm, "numpy", False),
+    (unchanged, "numpy", True), (equalized_exactly, "numpy", True), (eq.fold_batchnorm, "numpy", False),
     (without_identities, "onnx", True)])
 def test_right_passes_keep_all_laws(pass_, framework, exact):
-    found = check(pass_, framework, exact=exact, examples=60)
-    assert found.networks >= 140 and not found.declined and found.laws == tuple(LAWS)
+    found = check(pass_, framework, exact=exact, examples=15)
+    assert found.networks >= 110 and not found.declined and found.laws == tuple(LAWS)
     assert re.fullmatch(rf"{pass_.__name__}: 6 laws kept on \d+ networks \({framework}\)", str(found))
 
 
@@ -311,11 +312,11 @@ def test_the_code_of_a_report_makes_a_network_that_breaks_the_law(pass_, framewo
 def test_networks_are_kept_in_a_folder_of_their_own_that_git_ignores(tmp_path):
     with pytest.raises(Violation) as caught:
         check(bias_dropped, **FEW)
-    assert caught.value.path.parent == caught.value.path.parent.relative_to(".") and (tmp_path / ".eqfact" / ".gitignore").exists()
+    assert caught.value.path.resolve().parent == tmp_path / ".eqfact" and (tmp_path / ".eqfact" / ".gitignore").read_text() == "*\n"
 
 
 @given(networks())
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_the_smallest_network_that_has_an_op_is_that_op(graph):
     """And its numbers are ones, but for options that it needs."""
     x = {name: np.ones((2, *shape)) for name, shape in graph.inputs.items()}
@@ -395,7 +396,7 @@ def seen(**options):
 
 
 def test_the_same_seed_tries_the_same_networks():
-    first, again, other = ([Numpy().state(graph) for graph in seen(examples=30, seed=seed)] for seed in (1, 1, 2))
+    first, again, other = ([Numpy().state(graph) for graph in seen(examples=15, seed=seed, kinds=["plain_chain"])] for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -423,19 +424,19 @@ NAMES = [*KINDS_OF_OPS, *STRUCTURES]
 def test_networks_are_drawn_without_what_is_excluded(name):
     found = set()
 
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     @given(networks(without=[name], axes=(1, 2)))
     def collect(graph):
         found.update(shows(graph))
 
     collect()
     assert not found & excluded([name])
-    assert len(found) > 30
+    assert len(found) > 15
 
 
 @pytest.mark.parametrize("op", [op for op in eq.ops.ALL if op not in (eq.Conv, eq.Dense)], ids=lambda op: op.__name__)
 def test_networks_are_drawn_without_any_op(op):
-    @settings(max_examples=25)
+    @settings(max_examples=8)
     @given(networks(without=[op]))
     def has_none(graph):
         assert not any(type(node.op) is op for node in graph)
@@ -520,7 +521,7 @@ def test_models_compute_what_graphs_compute_and_show_every_op():
     """In onnxruntime, within the bound on roundings."""
     covered, framework = set(), Onnx()
 
-    @settings(max_examples=300)
+    @settings(max_examples=200)
     @given(networks(dtypes=framework.dtypes, without=framework.without).flatmap(lambda g: st.tuples(st.just(g), batches(g))))
     def same(drawn):
         graph, x = drawn
@@ -532,8 +533,15 @@ def test_models_compute_what_graphs_compute_and_show_every_op():
             assert (np.abs(value - expected[name].astype(float)) <= bounds[name]).all()
         covered.update(type(node.op) for node in graph)
 
+    for op in eq.ops.ALL:  # rare ones need not be drawn in every run
+        for case in (case for case in CASES if type(case.op) is op and case.dtype == np.float32):
+            inputs = {f"x{i}": shape for i, shape in enumerate(case.shapes)}
+            graph = eq.Graph(inputs, [eq.Node("y", case.op, list(inputs))], ["y"])
+            if not set(framework.without) & shows(graph):
+                same.hypothesis.inner_test((graph, {f"x{i}": x for i, x in enumerate(case.inputs())}))
+    drawn = set(covered)
     same()
-    assert covered == set(eq.ops.ALL)
+    assert covered == set(eq.ops.ALL) == drawn
 
 
 @given(models(without=["attention"], max_layers=3))
@@ -544,14 +552,12 @@ def test_models_are_drawn_with_data_that_they_run_on(drawn):
     assert all(len(value) == len(next(iter(feeds.values()))) for value in run(model, feeds).values())
 
 
-def test_engine_bounds_differ_for_gelu_alone():
+def test_engine_bounds_differ_in_the_tails_of_curves_alone():
     x = np.array([[-5.0, -1.0, 2.0]])
-    graphs = {kind: eq.Graph.chain((3,), act=kind()) for kind in (eq.GELU, eq.SiLU)}
-    from eqfact.testing.laws import rounding_bounds
-    assert np.array_equal(engine_bounds(graphs[eq.SiLU], x)["act"], rounding_bounds(graphs[eq.SiLU], x)["act"])
-    model = to_onnx(eq.Graph.chain((3,), act=eq.GELU()))
-    off = np.abs(run(model, {"x": x.astype(np.float32)})["act"] - eq.forward(graphs[eq.GELU], x))
-    assert (off <= engine_bounds(graphs[eq.GELU], x.astype(np.float32))["act"]).all()
+    for kind, size in ((eq.ReLU, 0), (eq.HardSwish, 0), (eq.Sigmoid, 1), (eq.GELU, np.abs(x))):
+        graph = eq.Graph.chain((3,), act=kind())
+        more = engine_bounds(graph, x)["act"] - laws.rounding_bounds(graph, x)["act"]
+        assert more == pytest.approx(4 * size * np.finfo(float).eps / 2 + np.zeros_like(x), rel=1e-6, abs=1e-30)
 
 
 # ------------------------------------------------------------------------------------------------ one test each

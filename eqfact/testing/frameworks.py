@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eqfact.graph import Data, Graph, checked_inputs, forward, values
-from eqfact.ops import GELU, Array, Op, Sloped
+from eqfact.ops import GELU, Array, Erf, Op, Sigmoid, SiLU, Sloped, Softmax, Tanh
 from eqfact.serialization import save
 from eqfact.testing.models import dtype_of, to_onnx
 from eqfact.testing.modules import to_torch
@@ -224,8 +224,8 @@ FRAMEWORKS: dict[str, Callable[[], Framework]] = {kind.name: kind for kind in (N
 def engine_bounds(graph: Graph, x: Data) -> Arrays:
     """For every value a bound on what rounding may do to it in two equivalent networks that an engine runs.
 
-    As :func:`eqfact.testing.laws.rounding_bounds`, but for GELU: engines compute ``x (1 + erf(x / sqrt(2))) / 2``, or the same with tanh,
-    so that in its left tail a rounding of 1 counts, where eqfact computes the tail itself.
+    As :func:`eqfact.testing.laws.rounding_bounds`, but for the tails of curves: eqfact computes them as exactly as all else, engines round
+    a sigmoid as if it were 1, and ``x`` times a curve as if it were ``x``.
     """
     every = values(graph, x)
     u = max(float(np.finfo(value.dtype).eps) / 2 for value in every.values())
@@ -233,8 +233,12 @@ def engine_bounds(graph: Graph, x: Data) -> Arrays:
     for node in graph.nodes:
         inputs = [every[name] for name in node.inputs]
         bound = node.op.errors([errors[name] for name in node.inputs], inputs, every[node.name], u)
-        gate = node.op.op if isinstance(node.op, Sloped) else node.op
-        errors[node.name] = bound + node.op.roundings * np.abs(inputs[0]) if isinstance(gate, GELU) else bound
+        curve = node.op.op if isinstance(node.op, Sloped) else node.op
+        if isinstance(curve, (Sigmoid, Tanh, Erf, Softmax)):
+            bound = bound + node.op.roundings
+        elif isinstance(curve, (SiLU, GELU)):
+            bound = bound + node.op.roundings * np.abs(inputs[0])
+        errors[node.name] = bound
     return {name: u * e.astype(np.float64) for name, e in errors.items()}
 
 

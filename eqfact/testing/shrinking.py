@@ -7,6 +7,7 @@ option less, fewer digits.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eqfact.graph import Graph, Node, values
+from eqfact.graph import Graph, values
 from eqfact.ops import Array, Op
 
 Arrays = dict[str, Array]
@@ -63,27 +64,34 @@ def _least(fails_too: FailsToo, candidates: Callable[[Graph, Arrays], Iterator[t
 
 
 def _structures(graph: Graph, data: Arrays) -> Iterator[tuple[Graph, Arrays]]:
-    """One output of several; what the last node reads as output; a node as an input; readers of a node that read its input instead."""
-    every, last = values(graph, data), graph.nodes[-1]
-    for name in graph.outputs if len(graph.outputs) > 1 else ():
-        yield from _pruned(graph, data, outputs=(name,))
+    """Without what no output needs; one output of several; what the last node reads as output; a node as an input; readers of a node
+    that read its input instead. What no output needs may be what breaks the law, so each is tried with it, too."""
+    every, read = values(graph, data), {name for node in graph.nodes for name in node.inputs}
     if len(_needed(graph)) < len(graph.nodes) + len(graph.inputs):
-        yield from _pruned(graph, data)
-    if len(graph.outputs) == 1:
-        for name in dict.fromkeys(last.inputs):
-            yield from _pruned(graph, data, outputs=(name,))
+        yield from _changed(graph, data, True)
+    for name in graph.outputs if len(graph.outputs) > 1 else ():
+        for prune in (True, False):
+            yield from _changed(graph, data, prune, outputs=(name,))
     for node in reversed(graph.nodes):
-        if node.name not in graph.outputs:
-            rest = tuple(other for other in graph.nodes if other is not node)
-            inputs = {**graph.inputs, node.name: graph.shapes[node.name]}
-            yield from _pruned(graph, {**data, node.name: every[node.name]}, inputs=inputs, nodes=rest)
+        if graph.outputs == (node.name,):
+            for name, prune in itertools.product(dict.fromkeys(node.inputs), (True, False)):
+                yield from _changed(graph, data, prune, outputs=(name,))
     for node in reversed(graph.nodes):
-        for name in dict.fromkeys(node.inputs):
-            if graph.shapes[name] == graph.shapes[node.name]:
-                def instead(read: tuple[str, ...], node: Node = node, name: str = name) -> tuple[str, ...]:
-                    return tuple(name if i == node.name else i for i in read)
-                rest = tuple(replace(other, inputs=instead(other.inputs)) for other in graph.nodes if other is not node)
-                yield from _pruned(graph, data, nodes=rest, outputs=instead(graph.outputs))
+        rest = tuple(other for other in graph.nodes if other is not node)
+        inputs = {**graph.inputs, node.name: graph.shapes[node.name]}
+        for prune in (True, False):
+            if node.name not in graph.outputs and node.name in read:
+                yield from _changed(graph, {**data, node.name: every[node.name]}, prune, inputs=inputs, nodes=rest)
+            elif node.name not in graph.outputs:
+                yield from _changed(graph, data, prune, nodes=rest)
+            for name in dict.fromkeys(node.inputs):
+                if graph.shapes[name] == graph.shapes[node.name]:
+                    others = tuple(replace(other, inputs=_instead(other.inputs, node.name, name)) for other in rest)
+                    yield from _changed(graph, data, prune, nodes=others, outputs=_instead(graph.outputs, node.name, name))
+
+
+def _instead(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:
+    return tuple(new if name == old else name for name in names)
 
 
 def _needed(graph: Graph) -> set[str]:
@@ -95,17 +103,17 @@ def _needed(graph: Graph) -> set[str]:
     return needed
 
 
-def _pruned(graph: Graph, data: Arrays, **changes: Any) -> Iterator[tuple[Graph, Arrays]]:
-    """The network with changes, without what its outputs do not need; nothing if that is no network, or has no nodes."""
+def _changed(graph: Graph, data: Arrays, prune: bool, **changes: Any) -> Iterator[tuple[Graph, Arrays]]:
+    """The network with changes, and perhaps without what its outputs do not need; nothing if that is no network, or has no nodes."""
     try:
-        changed = replace(graph, **changes)
-        needed = _needed(changed)
-        nodes = tuple(node for node in changed.nodes if node.name in needed)
-        inputs = {name: shape for name, shape in changed.inputs.items() if name in needed}
-        made = replace(changed, inputs=inputs, nodes=nodes)
+        made = replace(graph, **changes)
+        needed = _needed(made)
+        used = needed | {name for node in made.nodes for name in node.inputs if not prune}
+        inputs = {name: shape for name, shape in made.inputs.items() if name in used}
+        made = replace(made, inputs=inputs, nodes=tuple(node for node in made.nodes if node.name in needed or not prune))
     except ValueError:
         return
-    if nodes:
+    if made.nodes:
         yield made, {name: data[name] for name in inputs}
 
 
