@@ -305,8 +305,8 @@ def test_the_code_of_a_report_makes_a_network_that_breaks_the_law(pass_, framewo
     before = run(to_onnx(names["graph"]), names["x"]) if framework == "onnx" else {"": eq.forward(names["graph"], names["x"])}
     made = pass_(names["network"])
     after = run(made, names["x"]) if framework == "onnx" else {"": eq.forward(made, names["x"])}
-    assert float(next(iter(before.values()))[where]) == pytest.approx(expected) != got
-    assert float(next(iter(after.values()))[where]) == pytest.approx(got)
+    assert float(next(iter(before.values()))[where]) == pytest.approx(expected, rel=1e-5) != got
+    assert float(next(iter(after.values()))[where]) == pytest.approx(got, rel=1e-5)
 
 
 def test_networks_are_kept_in_a_folder_of_their_own_that_git_ignores(tmp_path):
@@ -315,7 +315,7 @@ def test_networks_are_kept_in_a_folder_of_their_own_that_git_ignores(tmp_path):
     assert caught.value.path.resolve().parent == tmp_path / ".eqfact" and (tmp_path / ".eqfact" / ".gitignore").read_text() == "*\n"
 
 
-@given(networks())
+@given(networks(without=["dead ends"]))
 @settings(max_examples=6)
 def test_the_smallest_network_that_has_an_op_is_that_op(graph):
     """And its numbers are ones, but for options that it needs."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ import numpy as np
 
 from eqfact.graph import Data, Graph, checked_inputs
 from eqfact.ops import Array, Op
-from eqfact.testing.frameworks import FRAMEWORKS, Arrays, Framework, Numpy, engine_bounds, fingerprint
+from eqfact.testing.frameworks import FRAMEWORKS, Arrays, Framework, engine_bounds, fingerprint
 from eqfact.testing.kinds import KINDS, excluded, shows
 from eqfact.testing.shrinking import Violation, entries, made_small
 from eqfact.testing.sources import literal, source
@@ -151,8 +152,8 @@ def keeps_the_function(trial: _Trial) -> str:
         where = tuple(int(j) for j in np.unravel_index(int(excess.argmax()), excess.shape))
         if excess[where] > max(worst, 1.0):
             worst = float(excess[where])
-            found = (f"{_quoted(name)} differs in {int((excess > 1).sum())} of {excess.size} entries, worst at {where}: "
-                     f"got {got[where]!s}, expected {before[where]!s}{allowed(where)}")
+            found = (f"{_quoted(name)} differs in {int((excess > 1).sum())} of {excess.size} entries, worst at {where}:\n"
+                     f"got {_digits(got[where], trial)}, expected {_digits(before[where], trial)}{allowed(where)}")
     if trial.options.exact or not isinstance(trial.made, Graph):
         return found
     try:
@@ -160,7 +161,9 @@ def keeps_the_function(trial: _Trial) -> str:
     except ValueError as error:
         return str(error)
     # a graph shows its inner values: verify compares them too, and knows the roundings of both networks
-    return "" if verified else "; ".join(filter(None, [found, verified.message]))
+    parted = re.search(r"they part at '(.*?)',", verified.message)
+    inside = f"\nthe networks part at '{parted[1]}'" if parted and parted[1] not in trial.graph.outputs else ""
+    return "" if verified else found + inside if found else verified.message
 
 
 def leaves_its_input_alone(trial: _Trial) -> str:
@@ -201,6 +204,11 @@ def _excess(got: Array, expected: Array, bound: Array | None) -> tuple[Array, Ca
         excess = np.where(error > 0, error / bound, 0.0)
     excess[~np.isfinite(got)] = np.inf
     return excess, lambda where: f", off by {error[where]:.3g} where rounding explains {bound[where]:.2g}"
+
+
+def _digits(value: Any, trial: _Trial) -> str:
+    """As many as are the same wherever a network runs, or all."""
+    return str(value) if trial.options.exact else f"{value:.6g}"
 
 
 def _again(trial: _Trial, given: Any) -> _Trial:
@@ -334,7 +342,7 @@ def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) ->
     from eqfact.testing import strategies
 
     seen: list[Violation] = []
-    known: set[int] = set()
+    known: set[str] = set()
     first: list[tuple[int, float]] = []
 
     @hypothesis.seed(seed)
@@ -344,7 +352,7 @@ def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) ->
         lambda graph: st.tuples(st.just(graph), strategies.batches(graph))))
     def attempt(drawn: tuple[Graph, Data]) -> None:
         late = bool(first) and time.monotonic() - first[0][1] > SECONDS
-        mark = hash(repr((Numpy().state(drawn[0]), drawn[1]))) if late else 0
+        mark = fingerprint(drawn[0], checked_inputs(*drawn))
         if late and mark not in known:
             return
         try:
@@ -352,7 +360,7 @@ def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) ->
         except Violation as found:
             seen.append(found)
             first.append((asked.count, time.monotonic()))
-            known.add(mark or hash(repr((Numpy().state(drawn[0]), drawn[1]))))
+            known.add(mark)
             raise
 
     try:
@@ -406,7 +414,7 @@ def _code(framework: Framework, found: Violation) -> str:
 
 def _kept(asked: _Asked, found: Violation, directory: Path) -> Path:
     """Write network and data to files; to a folder of the system if this one cannot be written."""
-    name = f"{asked.name.strip('<>')}-{found.law}-{fingerprint(*found.data.values())}"
+    name = f"{asked.name.strip('<>')}-{found.law}-{fingerprint(found.graph, found.data)}"
     for folder in (directory, Path(tempfile.gettempdir()) / DIRECTORY.lstrip(".")):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

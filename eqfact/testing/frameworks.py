@@ -242,12 +242,10 @@ def engine_bounds(graph: Graph, x: Data) -> Arrays:
     return {name: u * e.astype(np.float64) for name, e in errors.items()}
 
 
-def fingerprint(*arrays: Array) -> str:
-    """A short name for what arrays hold."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:8]
+def fingerprint(graph: Graph, data: Arrays) -> str:
+    """A short name for a network and its data."""
+    text = repr((Numpy().state(graph), {name: array.tobytes() for name, array in data.items()}))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _kind(value: object) -> str:

@@ -26,27 +26,27 @@ from eqfact.ops.normalizing import Normalization
 Sides = tuple[tuple[int, int], ...]
 
 
-def to_torch(graph: Graph) -> Any:
-    """The network as a ``torch.fx.GraphModule`` in eval mode, in its own floating type (float64 if it has no weights).
+def to_torch(graph: Graph, dtype: str | None = None) -> Any:
+    """The network as a ``torch.fx.GraphModule`` in eval mode, in its own floating type (float64 if it has no weights), or in ``dtype``.
 
     ``forward`` takes tensors ``(N, C, *spatial)``, as many as the network has inputs, under their names as far as Python allows them, and
     returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. Raises
     :class:`TypeError` for an op that is none of ``eqfact.ops.ALL``.
     """
-    return _Writer(graph).module()
+    return _Writer(graph, dtype).module()
 
 
 class _Writer:
     """A module under construction: its submodules, its arrays, and the lines of ``forward`` so far."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, dtype: str | None) -> None:
         import torch
         from torch import fx
 
         self.torch, self.nn, self.fx = torch, torch.nn, fx
         self.graph, self.root, self.lines = graph, torch.nn.Module(), fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.lines)
-        self.dtype = torch.float64 if graph.dtype is None else getattr(torch, graph.dtype.name)
+        self.dtype = getattr(torch, dtype or ("float64" if graph.dtype is None else graph.dtype.name))
         #: Values of ``forward`` by name; and by id of a shared op the name of its submodule.
         self.values: dict[str, Any] = {}
         self.submodules: dict[int, str] = {}

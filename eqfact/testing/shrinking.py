@@ -65,7 +65,8 @@ def _least(fails_too: FailsToo, candidates: Callable[[Graph, Arrays], Iterator[t
 
 def _structures(graph: Graph, data: Arrays) -> Iterator[tuple[Graph, Arrays]]:
     """Without what no output needs; one output of several; what the last node reads as output; a node as an input; readers of a node
-    that read its input instead. What no output needs may be what breaks the law, so each is tried with it, too."""
+    that read its input instead. What no output needs may be what breaks the law, so each is tried with it, too; but nothing becomes a
+    dead end that was none, or another mistake of the same pass might be found than the one that is to be shown."""
     every, read = values(graph, data), {name for node in graph.nodes for name in node.inputs}
     if len(_needed(graph)) < len(graph.nodes) + len(graph.inputs):
         yield from _changed(graph, data, True)
@@ -113,7 +114,7 @@ def _changed(graph: Graph, data: Arrays, prune: bool, **changes: Any) -> Iterato
         made = replace(made, inputs=inputs, nodes=tuple(node for node in made.nodes if node.name in needed or not prune))
     except ValueError:
         return
-    if made.nodes:
+    if made.nodes and not {node.name for node in made.nodes} & _needed(graph) - needed:
         yield made, {name: data[name] for name in inputs}
 
 

@@ -77,9 +77,9 @@ def literal(array: npt.NDArray[Any]) -> str:
     """
     kind = "" if array.dtype == np.float64 else f", np.{array.dtype.name}"
     shape = array.shape if array.ndim != 1 else array.size
-    if array.size > 2 and not array.any() and not np.signbit(array).any():
+    if array.size > 1 and not array.any() and not np.signbit(array).any():
         return f"np.zeros({shape}{kind})"
-    if array.size > 2 and np.all(array == 1):
+    if array.size > 1 and np.all(array == 1):
         return f"np.ones({shape}{kind})"
     return f"np.array({_nested(array)}{kind})"
 
