@@ -436,7 +436,7 @@ def test_networks_are_drawn_without_what_is_excluded(name):
 
 @pytest.mark.parametrize("op", [op for op in eq.ops.ALL if op not in (eq.Conv, eq.Dense)], ids=lambda op: op.__name__)
 def test_networks_are_drawn_without_any_op(op):
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(networks(without=[op]))
     def has_none(graph):
         assert not any(type(node.op) is op for node in graph)
@@ -571,6 +571,12 @@ def test_checks_are_named_by_law_and_kind():
     with pytest.raises(Violation, match="a network of the kind 'relu_and_clip'"):
         one(relu_before_clip_dropped)
     assert one(unchanged).networks == 2
+
+
+def test_checks_are_of_kinds_that_fit():
+    kinds = {one.kind for one in checks("numpy", without=["groups"], axes=(2,))}
+    assert not {"groups", "depthwise", "transposed_groups", "one_axis", "dense_layers"} & kinds
+    assert {"residual", "transposed", "random"} <= kinds
 
 
 def test_one_decorator_makes_a_test_of_each_check(tmp_path):

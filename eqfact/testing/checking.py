@@ -259,22 +259,19 @@ def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None =
                    _Options(exact, in_place, refuses if isinstance(refuses, tuple) else (refuses,)))
     for law in asked.laws:
         _known("law", law, LAWS)
-    not_drawn = excluded((*without, *asked.framework.without))
+    without = (*without, *asked.framework.without)
     which, folder = "", Path(DIRECTORY if directory is None else directory)
     try:
         for i, graph in enumerate(networks):
             which = f"network {i} of those given"
             asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
         for kind in KINDS if kinds is None else kinds:
-            _known("kind", kind, KINDS)
-            for i, graph in enumerate(_of_kind(kind, asked.framework, seed)):
-                fits = not_drawn.isdisjoint(shows(graph)) and all(len(shape) - 1 in axes for shape in graph.inputs.values())
-                if fits:
-                    which = f"a network of the kind '{kind}'"
-                    asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
+            for i, graph in enumerate(_of_kind(kind, asked.framework, seed, without, axes)):
+                which = f"a network of the kind '{kind}'"
+                asked.of(graph, _data(graph, np.random.default_rng([seed, i])))
         if examples:
             which = f"a network drawn with seed {seed}"
-            _search(asked, examples, seed, {"without": (*without, *asked.framework.without), "axes": tuple(axes), "max_layers": max_layers})
+            _search(asked, examples, seed, {"without": without, "axes": tuple(axes), "max_layers": max_layers})
     except Violation as found:
         raise _reported(asked, made_small(asked.fails_too, found), which, folder) from found.__cause__
     if asked.declined == asked.count:
@@ -283,10 +280,13 @@ def check(pass_: Pass, framework: str = "numpy", *, laws: Iterable[str] | None =
     return Checked(asked.name, framework, asked.laws, asked.count - asked.declined, asked.declined, dict(asked.reasons))
 
 
-def _of_kind(kind: str, framework: Framework, seed: int) -> list[Graph]:
-    """The networks of a kind, in each floating type of the framework by turns."""
-    types = itertools.cycle(framework.dtypes)
-    return [KINDS[kind](np.random.default_rng([seed, i]), np.dtype(next(types))) for i in range(VARIANTS)]
+def _of_kind(kind: str, framework: Framework, seed: int, without: Iterable[str | type[Op]], axes: Sequence[int]) -> list[Graph]:
+    """The networks of a kind, in each floating type of the framework by turns; none if they have what is excluded."""
+    _known("kind", kind, KINDS)
+    types, not_drawn = itertools.cycle(framework.dtypes), excluded(tuple(without))
+    graphs = (KINDS[kind](np.random.default_rng([seed, i]), np.dtype(next(types))) for i in range(VARIANTS))
+    return [graph for graph in graphs
+            if not_drawn.isdisjoint(shows(graph)) and all(len(shape) - 1 in axes for shape in graph.inputs.values())]
 
 
 class _Asked:
@@ -335,9 +335,13 @@ def _violation(law: str) -> type[Violation]:
 
 def _search(asked: _Asked, examples: int, seed: int, options: dict[str, Any]) -> None:
     """Ask of networks that are drawn; raise the smallest one that breaks a law."""
-    import hypothesis
-    from hypothesis import HealthCheck, Phase, Verbosity
-    from hypothesis import strategies as st
+    try:
+        import hypothesis
+        from hypothesis import HealthCheck, Phase, Verbosity
+        from hypothesis import strategies as st
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("networks are drawn by Hypothesis: pip install 'eqfact[test]', or ask for the kinds alone by examples=0",
+                                  name=error.name) from error
 
     from eqfact.testing import strategies
 
@@ -477,18 +481,19 @@ class Check:
 
 def checks(framework: str = "numpy", *, kinds: Iterable[str] | None = None, laws: Iterable[str] | None = None,
            **options: Any) -> list[Check]:
-    """All laws on all kinds of networks, and on random ones, each as a :class:`Check`; the options are those of :func:`check`.
+    """All laws on all kinds of networks that fit, and on random ones, each as a :class:`Check`; the options are those of :func:`check`.
 
     >>> [str(one) for one in checks("torch", kinds=["residual", "random"], laws=["keeps_the_function"])]
     ['keeps_the_function-residual', 'keeps_the_function-random']
     """
     _known("framework", framework, FRAMEWORKS)
-    chosen = [*KINDS, "random"] if kinds is None else list(kinds)
-    for kind in chosen:
-        _known("kind", kind, [*KINDS, "random"])
-    for law in LAWS if laws is None else (laws := list(laws)):
+    asked = list(LAWS if laws is None else laws)
+    for law in asked:
         _known("law", law, LAWS)
-    return [Check(law, kind, framework, options) for law in (LAWS if laws is None else laws) for kind in chosen]
+    limits = options.get("seed", 0), options.get("without", ()), options.get("axes", (0, 1, 2, 3))
+    fitting = [kind for kind in ([*KINDS, "random"] if kinds is None else kinds)
+               if kind == "random" or _of_kind(kind, FRAMEWORKS[framework](), *limits)]
+    return [Check(law, kind, framework, options) for law in asked for kind in fitting]
 
 
 def parametrize_with_checks(framework: str = "numpy", **options: Any) -> Any:
