@@ -38,23 +38,28 @@ def register(graph: ModuleType) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Waits for the import of one module, leaves the finding to others, and goes."""
+    """Waits until one module is imported, and leaves the finding to others."""
+
+    asking = False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != GRAPH:
+        if fullname != GRAPH or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, self)
         return spec
 
 
 class _Then(Loader):
-    """A loader that registers the strategy after it."""
+    """A loader that registers the strategy after it; then nobody waits any more."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
+        self.loader, self.waiting = loader, waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -64,4 +69,6 @@ class _Then(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
+        if self.waiting in sys.meta_path:
+            sys.meta_path.remove(self.waiting)
         register(module)

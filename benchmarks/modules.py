@@ -35,7 +35,7 @@ from torch import fx, nn
 import eqfact as eq
 from eqfact.testing import LAWS, Violation, check, to_torch
 from eqfact.testing.frameworks import Numpy, Torch, engine_bounds
-from eqfact.testing.strategies import batches, networks
+from eqfact.testing.strategies import batches, modules, networks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import CASES  # the table of ops that the tests have
@@ -82,6 +82,15 @@ def of_modules(examples: int, number: int) -> list[str]:
             wrong.append(f"{[type(node.op).__name__ for node in graph]} has not as many submodules as ops")
         covered.update(type(node.op).__name__ for node in graph)
         count += 1
+    @seed(number)
+    @settings(max_examples=50, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(modules(without=["attention", "groups"], axes=(2,)))
+    def runs(one: tuple[nn.Module, tuple[torch.Tensor, ...]]) -> None:
+        module, tensors = one
+        module(*tensors)
+        assert all(getattr(layer, "groups", 1) == 1 for layer in module.modules())
+
+    runs()
     missing = {op.__name__ for op in eq.ops.ALL} - set(covered)
     wrong += [f"no network has {', '.join(sorted(missing))}"] if missing else []
     print(f"{count} modules compute what their graphs compute, traced and copied too: largest error {worst:.2f} of its bound; "

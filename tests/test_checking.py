@@ -395,6 +395,12 @@ def seen(**options):
     return graphs
 
 
+def test_a_slow_pass_is_not_waited_for():
+    graph = KINDS["classifier"](np.random.default_rng(0), np.dtype(np.float32))
+    found = Violation("law", "", graph, {"x": np.ones((2, 2, 4, 4), np.float32)})
+    assert made_small(lambda graph, data, law: Violation(law, "", graph, data), found, seconds=0) is found
+
+
 def test_the_same_seed_tries_the_same_networks():
     first, again, other = ([Numpy().state(graph) for graph in seen(examples=15, seed=seed, kinds=["plain_chain"])] for seed in (1, 1, 2))
     assert first == again != other
@@ -622,7 +628,8 @@ def test_hypothesis_knows_networks_by_their_type(order):
         from hypothesis import find, strategies as st
         graph = find(st.from_type(eqfact.Graph), lambda graph: any(type(node.op) is eqfact.Add for node in graph))
         assert type(graph) is eqfact.Graph
-        assert type(eqfact.graph.__spec__.loader) is type(eqfact.ops.__spec__.loader)
+        assert type(eqfact.graph.__spec__.loader) is type(eqfact.graph.__loader__) is type(eqfact.ops.__spec__.loader)
+        assert not any(type(finder).__module__ == "_eqfact_hypothesis" for finder in sys.meta_path)
     """)
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 

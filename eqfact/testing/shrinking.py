@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from eqfact.ops import Array, Op
 Arrays = dict[str, Array]
 #: Larger networks stay as they are.
 MOST_ENTRIES = 10_000
+#: For slow passes: how long anyone likes to wait.
+SECONDS = 30.0
 
 
 class Violation(AssertionError):
@@ -37,12 +40,17 @@ class Violation(AssertionError):
 FailsToo = Callable[[Graph, Arrays, str], Violation | None]
 
 
-def made_small(fails_too: FailsToo, found: Violation) -> Violation:
-    """A violation of the same law by a smaller network with shorter numbers."""
+def made_small(fails_too: FailsToo, found: Violation, seconds: float = SECONDS) -> Violation:
+    """A violation of the same law by a smaller network with shorter numbers, as small as it gets in so many ``seconds``."""
     if entries(found.graph) > MOST_ENTRIES:
         return found
+    end = time.monotonic() + seconds
+
+    def in_time(graph: Graph, data: Arrays, law: str) -> Violation | None:
+        return fails_too(graph, data, law) if time.monotonic() < end else None
+
     for candidates in (_structures, _samples, _options, _numbers):
-        found = _least(fails_too, candidates, found)
+        found = _least(in_time, candidates, found)
     return found
 
 
