@@ -171,7 +171,7 @@ def leaves_its_input_alone(trial: _Trial) -> str:
     if trial.options.in_place:
         return ""
     name = _difference(trial.framework.state(trial.given), trial.state)
-    return f"the pass changes {name} of the network that it is given" if name else ""
+    return f"the pass changes {name} of the network that it is given (if it is meant to: in_place=True)" if name else ""
 
 
 def gives_the_same_twice(trial: _Trial) -> str:
