@@ -139,7 +139,7 @@ class _Builder:
         self.shapes: dict[str, Shape] = {}
         self.magnitude: dict[str, Array] = {}
         self.nearly_dead = self.products = 0
-        space = draw(st.sampled_from(self.axes))
+        space = self.axes[draw(st.integers(0, len(self.axes) - 1))]
         sizes = tuple(draw(st.integers(1, 3 if space == 3 else 6)) for _ in range(space))
         self.inputs = ["x", "y", "z"][:draw(st.sampled_from([1, 1, 2, 3])) if self.may("several inputs") else 1]
         for name in self.inputs:
