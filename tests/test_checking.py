@@ -297,8 +297,8 @@ def test_the_code_of_a_report_makes_a_network_that_breaks_the_law(pass_, framewo
         assert Numpy().state(eq.load(kept)) == Numpy().state(caught.value.graph)
     else:
         assert onnx.load(kept) == to_onnx(caught.value.graph)
-    data = np.load(kept.with_name(f"{kept.stem}-data.npz"))
-    assert all(np.array_equal(data[name], names["x"][name]) for name in caught.value.graph.inputs)
+    with np.load(kept.with_name(f"{kept.stem}-data.npz")) as data:
+        assert all(np.array_equal(data[name], names["x"][name]) for name in caught.value.graph.inputs)
     # what is said of the worst entry is so
     where = eval(re.search(r"worst at (\(.*?\)):", report)[1])
     got, expected = (float(re.search(rf"{word} (-?[\d.e-]+)", report)[1]) for word in ("got", "expected"))
