@@ -372,6 +372,18 @@ def test_a_pass_may_decline_networks_and_is_told_how_many():
         check(careful, refuses=KeyError, **FEW)
 
 
+def test_a_pass_that_declines_a_network_the_second_time_is_not_deterministic():
+    calls = []
+
+    def tired(graph):
+        calls.append(graph)
+        if len(calls) % 2 == 0:
+            raise NotImplementedError("enough")
+        return graph
+    with pytest.raises(Violation, match="gives_the_same_twice: the second time it declines: NotImplementedError: enough"):
+        check(tired, **FEW)
+
+
 def test_a_pass_that_declines_everything_fails():
     def shy(graph):
         raise ValueError("not this one")

@@ -83,7 +83,7 @@ class _Trial:
         self.state = framework.state(self.given)
         self.interface = framework.interface(self.given)
         self.before = framework.run(self.given, self.feeds)
-        self.made, self.problem = self.apply()
+        self.made, self.problem = self.apply(self.given)
         self.after: Arrays = {}
         if not self.problem:
             try:
@@ -92,9 +92,9 @@ class _Trial:
             except Exception as error:  # the network is the pass's
                 self.problem = f"what it returns does not run: {_told(error)}"
 
-    def apply(self) -> tuple[Any, str]:
-        """The network that the pass makes, and what is wrong with it."""
-        given = self.framework.copied(self.given) if self.options.in_place else self.given
+    def apply(self, given: Any) -> tuple[Any, str]:
+        """The network that the pass makes of one, and what is wrong with it."""
+        given = self.framework.copied(given) if self.options.in_place else given
         try:
             made = self.pass_(given)
         except self.options.refuses as error:
@@ -176,8 +176,10 @@ def leaves_its_input_alone(trial: _Trial) -> str:
 
 def gives_the_same_twice(trial: _Trial) -> str:
     """Two equal networks become two equal networks, with outputs equal bit for bit."""
-    again = trial.framework.network(trial.graph)
-    second, problem = _Trial.apply(_again(trial, again))
+    try:
+        second, problem = trial.apply(trial.framework.network(trial.graph))
+    except _Refused as refusal:
+        return f"the second time it declines: {refusal}"
     if problem:
         return f"the second time {problem}"
     name = _difference(trial.framework.state(second), trial.framework.state(trial.made))
@@ -209,13 +211,6 @@ def _excess(got: Array, expected: Array, bound: Array | None) -> tuple[Array, Ca
 def _digits(value: Any, trial: _Trial) -> str:
     """As many as are the same wherever a network runs, or all."""
     return str(value) if trial.options.exact else f"{value:.6g}"
-
-
-def _again(trial: _Trial, given: Any) -> _Trial:
-    """The same trial with another network to be given."""
-    other = object.__new__(_Trial)
-    other.__dict__.update(trial.__dict__, given=given)
-    return other
 
 
 def _difference(a: dict[str, object], b: dict[str, object]) -> str:
