@@ -7,8 +7,8 @@ scikit-learn) and matplotlib.
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
 `docs/operators.md` (the extra `onnx`); `clipping` measures ranges that clip; `transformers` trains and measures transformers, and writes
-`docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Two measure the
-tests, write nothing, and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes eqfact.
+`docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Three write nothing,
+and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes eqfact, `modules` proves `eqfact.testing` on PyTorch modules.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ APART = {"conform": "other tools on the conformance cases",
          "faults": "planted faults: which cases of the conformance kit find them",
          "clipping": "clipping and equalization, alone and together",
          "files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
+         "modules": "networks as PyTorch modules, and what breaks passes over them",
          "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",
          "training": "the bundled network, trained in few bits from several starts",
          "transformers": "SQNR and the task itself, of quantized transformers"}

@@ -34,8 +34,8 @@ ROWS = [
 ]
 LEVEL = {module: level for level, row in enumerate(ROWS) for module in row}
 #: Modules that may need more than numpy, scipy and the standard library, and what. All of it is imported late or by choice.
-EXTRAS = {"onnx": {"onnx", "onnxruntime", "google"}, "files": {"onnx"}, "testing": {"hypothesis"}, "plotting": {"matplotlib"},
-          "demo": {"tqdm"}, "commands": {"tqdm"}, "__main__": {"tqdm"}}
+EXTRAS = {"onnx": {"onnx", "onnxruntime", "google"}, "files": {"onnx"}, "testing": {"hypothesis", "onnx", "pytest", "torch"},
+          "plotting": {"matplotlib"}, "demo": {"tqdm"}, "commands": {"tqdm"}, "__main__": {"tqdm"}}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
@@ -112,9 +112,12 @@ def test_only_what_the_house_allows_is_imported(path):
     assert foreign <= EXTRAS.get(module_of(path), set())
 
 
-def test_hypothesis_is_needed_for_strategies_only():
-    users = {path.name for path in SOURCES if any(name.startswith("hypothesis") for name in imports(path))}
-    assert users <= {"strategies.py"}
+@pytest.mark.parametrize("extra, users", [
+    ("hypothesis", {"strategies.py", "checking.py"}),  # strategies, and what draws from them
+    ("torch", {"modules.py", "frameworks.py", "strategies.py"}), ("pytest", {"checking.py"}),
+])
+def test_extras_of_testing_are_needed_in_few_modules(extra, users):
+    assert {path.name for path in SOURCES if any(name.partition(".")[0] == extra for name in imports(path))} == users
 
 
 def test_onnxruntime_is_asked_in_one_module_only():
@@ -144,7 +147,7 @@ def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize("statement", ["import eqfact", "import eqfact.testing.laws"])
+@pytest.mark.parametrize("statement", ["import eqfact", "import eqfact.testing.laws", "from eqfact.testing import *"])
 def test_importing_the_library_drags_in_no_extra(statement):
     code = f"import sys; {statement}; print(*sorted(name.partition('.')[0] for name in sys.modules))"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -19,7 +19,8 @@ def blocks(language, text=README):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_python_blocks_print_what_stands_below_them(path):
+def test_python_blocks_print_what_stands_below_them(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for code, expected in re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
