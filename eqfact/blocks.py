@@ -134,8 +134,9 @@ class Side:
     numbers: Indices
     #: The channels of this side in which none of the block's numbers stands.
     held: Indices
-    #: Those that no factor moves: pinned, or dead.
+    #: Those that no factor moves: pinned, or dead; and those that other blocks move.
     fixed: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    rest: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def ranges(self, f: Vector) -> Vector:
         """Largest weight magnitude of every channel."""
@@ -288,7 +289,8 @@ def blocks(found: Sequence[Layer], resolved: Channels, values: Sequence[Layer] =
 def _with_fixed(side: Side, forms: csr_array, moved: npt.NDArray[np.bool_]) -> Side:
     labels = side.layer.made if side.makes else side.layer.read
     channels, free, _ = _entries(forms, labels)
-    return replace(side, fixed=np.setdiff1d(np.arange(len(labels)), channels[moved[free]]))
+    moving = channels[moved[free]]
+    return replace(side, fixed=np.setdiff1d(np.arange(len(labels)), moving), rest=np.setdiff1d(moving, side.channels))
 
 
 def _entries(forms: csr_array, labels: Indices) -> tuple[Indices, Indices, Vector]:
@@ -377,7 +379,7 @@ def bias_bounds(found: Sequence[Layer], resolved: Channels, f: Vector, most: flo
 
 def _anchors(sides: Sequence[Side], ranges: Sequence[Vector]) -> tuple[Anchor, ...]:
     """The sides that hold ranges which no factor moves."""
-    return tuple(Anchor(side.numbers, of_side[side.channels], float(of_side[side.fixed].max()))
+    return tuple(Anchor(side.numbers, of_side[side.channels], float(of_side[side.fixed].max()), float(of_side[side.rest].max(initial=0.0)))
                  for side, of_side in zip(sides, ranges, strict=True) if len(side.fixed))
 
 

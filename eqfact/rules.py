@@ -53,6 +53,8 @@ class Anchor:
     channels: npt.NDArray[np.int64]
     ranges: Vector
     fixed: float
+    #: The largest range of channels that other blocks move.
+    others: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,17 +128,17 @@ def _level(block: Block, f: Vector, live: npt.NDArray[np.bool_]) -> float:
     of its tensor is wide is set by its largest range; where that is a dead or a pinned channel's, the rest may as well grow up to it. 1
     where nothing stands out, and the geometric mean of what both sides ask for, if they disagree.
     """
-    low = max((_over(a.fixed, (f[a.channels] * a.ranges)[live[a.channels]]) for a in block.made_anchors), default=0.0)
-    high = max((_over(a.fixed, (a.ranges / f[a.channels])[live[a.channels]]) for a in block.read_anchors), default=0.0)
+    low = max((_over(a, (f[a.channels] * a.ranges)[live[a.channels]]) for a in block.made_anchors), default=0.0)
+    high = max((_over(a, (a.ranges / f[a.channels])[live[a.channels]]) for a in block.read_anchors), default=0.0)
     if low * high > 1:
         return float(np.sqrt(low / high))
     return max(low, 1.0) / max(high, 1.0)
 
 
-def _over(fixed: float, ranges: Vector) -> float:
-    """By how much what is fixed stands out of the other ranges."""
+def _over(anchor: Anchor, ranges: Vector) -> float:
+    """By how much what is fixed stands out of all other ranges of its tensor, those of the block among them."""
     largest = float(ranges.max(initial=0.0))
-    return fixed / largest if largest > 0 else 0.0
+    return anchor.fixed / max(largest, anchor.others) if largest > 0 else 0.0
 
 
 def smooth_quant(block: Block, *, alpha: float = 0.5) -> Vector:
