@@ -198,6 +198,19 @@ def test_what_an_activation_cuts_off_corrects_nothing():
     assert np.array_equal(eq.forward(corrected.graph, x), eq.forward(net, x))
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_where_more_than_an_activation_reads_a_layer_all_entries_count(both):
+    """In both networks, or in the quantized one alone; or where the layer's value is an output."""
+    net = eq.Graph.chain((2,), fc=eq.Dense(np.array([[1.0, -0.25]])), act=eq.ReLU(), head=eq.Dense(np.array([[1.0]])))
+    x = np.array([[1.0, 0.0], [0.0, 4.0]])  # the mean of the sums is 0, and 1/2 in the quantized network
+    for more in ({"nodes": (*net.nodes, eq.Node("more", eq.Identity(), ["fc"])), "outputs": ("head", "more")}, {"outputs": ("head", "fc")}):
+        if "nodes" not in more and not both:
+            continue
+        read = replace(net, **more)
+        corrected = eq.correct_bias(read if both else net, eq.quantize(read, weights=eq.UniformQuantizer(2)), x)
+        assert corrected.shifts["fc"].tolist() == [-0.5]
+
+
 def test_a_shift_behind_an_activation_by_hand():
     """The errors of what passes are 1/2, 3/2 and 1; from two of them follow 5/4, 3/4 and 1 for the third."""
     net = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0], [0.25]]), np.array([0.0, 1.0])), act=eq.ReLU(), head=eq.Dense(np.ones((1, 2))))
