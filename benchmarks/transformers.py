@@ -313,8 +313,9 @@ def page() -> str:
             noise += f"| {name} | {' | '.join(cells.get(row, '') for row in ROWS)} |\n"
             means = {row: float(np.mean(k["sqnr"])) for row, k in kept.items()}
             if {"none", "SmoothQuant", "optimal"} <= set(means):
-                scaled = f", with scales {means['optimal, scales'] - means['SmoothQuant']:+.1f}" if "optimal, scales" in means else ""
-                gains.append(f"* {name}: {means['optimal'] - means['SmoothQuant']:+.1f}{scaled}; {means['optimal'] - means['none']:+.1f}\n")
+                above = {row: round(means[row] - means["SmoothQuant"], 1) + 0.0 for row in means}  # no -0.0
+                scaled = f", with scales {above['optimal, scales']:+.1f}" if "optimal, scales" in means else ""
+                gains.append(f"* {name}: {above['optimal']:+.1f}{scaled}; {round(means['optimal'] - means['none'], 1) + 0.0:+.1f}\n")
             days.setdefault(max(k["date"] for k in kept.values()), []).append(name)
             cells = {row: f"{np.mean(k['task']):{k['form']}}" for row, k in kept.items()}
             task += (f"| {name} | {first['what']} | {np.mean(first['float']):{first['form']}} | "
