@@ -1,15 +1,15 @@
 """What is left to correct once a network is equalized and quantized? The mean of the error, and biases that waste range.
 
 Rounded weights shift the mean of every channel by ``E[(W_q - W) x]``. *Iterative* correction measures that shift, layer by layer, with all
-earlier layers already quantized and corrected; the *analytic* one computes it from BatchNorm statistics; *high-bias absorption*
-moves what a ReLU never cuts off into the next bias (PAPER 7). The first two change biases only; the third is not exact
-and says how often its assumption fails.
+earlier layers already quantized and corrected, over the entries that the activation behind passes; the *analytic* one computes it
+from BatchNorm statistics, over all entries; *high-bias absorption* moves what a ReLU never cuts off into the next bias (PAPER 7). The first
+two change biases only; the third is not exact and says how often its assumption fails.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,11 +19,12 @@ from scipy.special import ndtr
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, walk
 from eqfact.ops.base import Array, Commuting, Op, Shape, Weighted, along_channels, spread
+from eqfact.ops.blocking import GELU, HardSigmoid, HardSwish, Sigmoid, SiLU, Sloped, Tanh
 from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Extend, Flatten, Permute, Slice, Sub, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, Blend, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
+from eqfact.quantization import FakeQuantize, bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.
@@ -32,6 +33,9 @@ Gaussians = Mapping[str, tuple[Vector, Vector]]
 #: What is linear up to a constant: the mean of its output is what it makes of the means of its inputs.
 AFFINE = (Weighted, Add, Sub, Concat, Extend, Flatten, Unflatten, Transpose, Slice, Permute, AvgPool, GlobalAvgPool, Pad, Upsample, Blend,
           Identity)
+
+#: What works entry by entry behind a layer, and may cut entries off.
+ACTIVATIONS = (ReLU, LeakyReLU, PReLU, Clip, Sigmoid, Tanh, SiLU, HardSwish, HardSigmoid, GELU, Sloped)
 
 #: Weights that are no further apart, relatively, are the same in another floating type.
 HALF_PRECISION = 2.0**-10
@@ -55,10 +59,14 @@ class Correction:
 def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     """Iterative bias correction: ``b += mean(y_float - y_quantized)``, in dependency order, on one batch (PAPER 7).
 
-    ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Biases on
-    the grid of their accumulator stay on it, and go no further than its 32 bits have room beside the products (``bounded`` says where).
-    Weights that several nodes share stay shared, but each node gets its own bias; BatchNorms are left. :class:`ValueError` if ``graph`` is
-    quantized itself, or a layer of ``quantized`` is not one of it.
+    ``quantized`` is :func:`eqfact.quantize` of ``graph``; every layer of it runs with all before it already corrected. Where an activation
+    alone reads a layer, what it cuts off counts for nothing: the mean is that of the error behind it over the entries that pass, as by
+    least squares, and only so much of it is added as lowers the error of images left out, one after the other, if there are several. No
+    channel's bias moves where that would raise the squared error behind the activation on this batch.
+
+    Biases on the grid of their accumulator stay on it, and go no further than its 32 bits have room beside the products (``bounded`` says
+    where). Weights that several nodes share stay shared, but each node gets its own bias; BatchNorms are left. :class:`ValueError` if
+    ``graph`` is quantized itself, or a layer of ``quantized`` is not one of it.
 
     >>> net = Graph.chain((1,), fc=Dense(np.array([[1.0], [0.3]])))
     >>> q = quantize(net, weights=UniformQuantizer(2))
@@ -66,8 +74,9 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
     array([0. , 0.6])
     """
     layers = _layers(graph, quantized)
-    made = set(layers.values())
-    truth = {name: _channel_means(value) for name, value in walk(graph, batch) if name in made}
+    passing = {name: _passing(graph, quantized, name, value) for name, value in layers.items()}
+    ends = {name: behind[-1].name if behind else layers[name] for name, behind in passing.items()}
+    truth = _Awaited(walk(graph, batch), Counter(ends.values()))
     ops: dict[str, Weighted] = {}
     bounded: dict[str, int] = {}
     env = checked_inputs(quantized, batch)
@@ -76,9 +85,7 @@ def correct_bias(graph: Graph, quantized: Graph, batch: Data) -> Correction:
         inputs = [env[i] for i in node.inputs]
         y = node.forward(*inputs)
         if node.name in layers:
-            ops[node.name] = _shifted(quantized, node, truth[layers[node.name]] - _channel_means(y), bounded)
-            if ops[node.name] is not node.op:
-                y = ops[node.name].forward(*inputs)  # not y + shift: what comes later must see the corrected network to the last bit
+            ops[node.name], y = _corrected_layer(quantized, node, inputs, y, passing[node.name], truth.take(ends[node.name]), bounded)
         env[node.name] = y
         for name in dict.fromkeys((*node.inputs, node.name)):
             if last.get(name, node.name) == node.name:
@@ -242,6 +249,104 @@ def _check_rounded(before: Node, node: Node) -> None:
         rule = "equal" if op.grid is None else f"lie within a step of their grid, {op.grid.scale.max():.3g}, of"
         raise ValueError(f"layer '{node.name}': its weights must {rule} those of the float network, got {op.weight[where]:.3g} at {where} "
                          f"where that has {exact[where]:.3g}: give the network that was quantized, after its equalization")
+
+
+class _Awaited:
+    """Values of a walk by name, each kept from when it is made until it was taken as often as it is wanted."""
+
+    def __init__(self, walked: Iterator[tuple[str, Array]], wanted: Counter[str]) -> None:
+        self._walked, self._wanted = walked, wanted
+        self._held: dict[str, Array] = {}
+
+    def take(self, name: str) -> Array:
+        while name not in self._held:
+            made, value = next(self._walked)
+            if self._wanted[made]:
+                self._held[made] = value
+        self._wanted[name] -= 1
+        return self._held[name] if self._wanted[name] else self._held.pop(name)
+
+
+def _passing(graph: Graph, quantized: Graph, name: str, value: str) -> list[Node]:
+    """The nodes that a layer's value alone goes through, and nothing else reads, to that of the activations behind it; none without any."""
+    end = value
+    while len(readers := graph.readers[end]) == 1 and isinstance(readers[0].op, ACTIVATIONS) and end not in graph.outputs:
+        end = readers[0].name
+    found: list[Node] = []
+    while end != value and (found[-1].name if found else name) != end:
+        readers = quantized.readers[found[-1].name if found else name]
+        if len(readers) != 1 or not isinstance(readers[0].op, (*ACTIVATIONS, FakeQuantize)):
+            return []
+        found.append(readers[0])
+    return found
+
+
+def _corrected_layer(quantized: Graph, node: Node, inputs: Sequence[Array], y: Array, behind: Sequence[Node], expected: Array,
+                     bounded: dict[str, int]) -> tuple[Weighted, Array]:
+    """A layer's op with its bias corrected, and what it makes then; ``expected`` is the float network's value behind the activations."""
+    assert isinstance(node.op, Weighted)
+    values = _through(behind, y)
+    op = _shifted(quantized, node, _shift(values, behind, expected) if behind else _channel_means(expected) - _channel_means(y), bounded)
+    if op is node.op:
+        return op, y
+    y = op.forward(*inputs)  # not y + shift: what comes later must see the corrected network to the last bit
+    if behind:
+        worse = _noise(_through(behind, y)[-1], expected) > _noise(values[-1], expected)
+        if worse.any():
+            bias = np.where(worse, bias_of(node.op), bias_of(op)).astype(op.weight.dtype if op.bias is None else op.bias.dtype)
+            op = node.op if np.array_equal(bias, bias_of(node.op)) else replace(op, bias=bias)  # type: ignore[type-var]
+            y = op.forward(*inputs)
+    return op, y
+
+
+def _through(behind: Sequence[Node], y: Array) -> list[Array]:
+    """A layer's value, and what one node after the other makes of it."""
+    values = [y]
+    for node in behind:
+        values.append(node.forward(values[-1]))
+    return values
+
+
+def _shift(values: Sequence[Array], behind: Sequence[Node], expected: Array) -> Vector:
+    """By how much a bias must go up for the least squared error behind the activations: as much of it as holds on images left out.
+
+    One step of Gauss and Newton, ``b = sum_k E_k / sum_k n_k`` with ``E`` the sum of slope times error and ``n`` that of the squared slopes
+    in image ``k``, rounding taken as if it had the slope 1. The share ``0 <= t <= 1`` of it is that of the least error
+    ``sum_k (t b_k)^2 n_k - 2 t b_k E_k``, where ``b_k`` comes from all images but ``k``. Where nothing passes it is the mean error.
+    """
+    slope = np.ones_like(values[0])
+    for node, x in zip(reversed(behind), reversed(values[:-1]), strict=True):
+        (slope,) = node.op.vjp(slope, x)
+    axes = tuple(range(2, slope.ndim))
+    error = expected - values[-1]
+    errors = (slope * error).sum(axis=axes, dtype=np.float64)  # (N, C), as all below
+    passed = (slope * slope).sum(axis=axes, dtype=np.float64)
+    total, count = errors.sum(axis=0), passed.sum(axis=0)
+    shift = _quotient(total, count)
+    if len(errors) > 1:  # nothing speaks against the only image
+        others = _quotient(_of_others(errors), _of_others(passed))
+        shift *= np.clip(_quotient((others * errors).sum(axis=0), (others**2 * passed).sum(axis=0)), 0, 1)
+    return np.where(count > 0, shift, _channel_means(error))
+
+
+def _of_others(a: Vector) -> Vector:
+    """The sum of all rows but each: of the ones before it and the ones behind it, that nothing be left of rows that are 0."""
+    none = np.zeros((1, *a.shape[1:]))
+    result: Vector = np.concatenate([none, np.cumsum(a[:-1], axis=0)]) + np.concatenate([np.cumsum(a[:0:-1], axis=0)[::-1], none])
+    return result
+
+
+def _quotient(a: Vector, b: Vector) -> Vector:
+    """``a / b``, 0 where nothing is divided by."""
+    result: Vector = np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+    return result
+
+
+def _noise(value: Array, expected: Array) -> Vector:
+    """The mean squared error ``(C,)``."""
+    error = (value - expected).astype(np.float64)
+    error *= error
+    return _channel_means(error)
 
 
 def _batchnorms(graph: Graph) -> dict[str, str]:

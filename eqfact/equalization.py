@@ -109,7 +109,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
         price = f", where a factor of e costs {goal.ridge:g} dB," if goal.ridge else ""
         message += f"; no factors within these bounds lower the {what}{price} by more than {gap_db:.2g} dB"
         if goal.objective == "noise" and task.rough:
-            message += "; noise is weighed by statistics alone, which gradients do better: give data=images"
+            message += f"; noise is weighed by statistics alone, which gradients do better: {task.rough}"
     if more := freed_by_slopes(graph):
         message += f"; {more} more factors would be free with a slope a channel in gates (eqfact.slope_gates)"
     return EqualizeResult(factorization.apply(graph), factorization, found.success, message, found.iterations, found.residual,

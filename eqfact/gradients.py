@@ -9,7 +9,7 @@ graph, so results are the same bit for bit on every run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,14 @@ class Sensitivities:
     """How much of the noise in each weight and each activation channel reaches the output, as a power.
 
     ``weights[node]`` is ``(groups, out // groups, in // groups)``, summed over taps; ``activations[value]`` is ``(C,)``, summed over
-    pixels. ``signal`` is the power of the output in the same measure, so that ``noise / signal`` is the inverse SQNR.
+    pixels. ``signal`` is the power of the output in the same measure, so that ``noise / signal`` is the inverse SQNR. ``rough``: what would
+    do better, where they come from statistics alone; empty for those of gradients.
     """
 
     weights: Mapping[str, Vector]
     activations: Mapping[str, Vector]
     signal: float
+    rough: str = ""
 
     def rescaled(self, graph: Graph, factors: Mapping[str, Array]) -> Sensitivities:
         """Those of the equivalent network in which the values of ``graph`` are multiplied by ``factors``, a factorization of it for one.
@@ -50,7 +52,7 @@ class Sensitivities:
             if (s := self.weights.get(node.name)) is not None:
                 made, read = factors[node.name].reshape(len(s), -1, 1), factors[node.inputs[0]].reshape(len(s), 1, -1)
                 weights[node.name] = s * (read / made) ** 2
-        return Sensitivities(weights, {value: s / factors[value] ** 2 for value, s in self.activations.items()}, self.signal)
+        return replace(self, weights=weights, activations={value: s / factors[value] ** 2 for value, s in self.activations.items()})
 
 
 def backward(graph: Graph, x: Data, cotangent: Data) -> Gradients:

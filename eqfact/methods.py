@@ -63,9 +63,9 @@ class Task:
     given: Sensitivities | None = None
 
     @property
-    def rough(self) -> bool:
-        """Is noise weighed by statistics alone?"""
-        return self.given is None and self.images is None
+    def rough(self) -> str:
+        """If noise is weighed by statistics alone, what would do better: also where an op has no gradient, or such weights were given."""
+        return self.sensitivities.rough
 
     @cached_property
     def sensitivities(self) -> Sensitivities:
@@ -74,7 +74,7 @@ class Task:
             return self.given
         assert self.stats is not None
         if self.images is None:
-            return forward_sensitivities(self.graph, self.stats)
+            return replace(forward_sensitivities(self.graph, self.stats), rough="give data=images")
         return measured_sensitivities(self.graph, self.stats, self.images)
 
     def model(self, ranges: Statistics | None = None, at: Factorization | None = None, clips: bool = True) -> NoiseModel:
@@ -256,7 +256,7 @@ class Optimal:
     :func:`eqfact.forward_sensitivities` of these. ``ranges`` are those that values may take, also on other data: those of
     :func:`eqfact.likely_ranges` if not given; give the statistics themselves to go by what was seen alone. ``ridge``: a factor of e must
     earn so many dB, or the channel stays nearer to 1: what hardly lowers the noise expected from a few images may cost more on others. It
-    is 0.01 if not given, and none where noise is weighed by statistics alone, whose shares are too rough for a price in dB of their sum.
+    is 0.01 if not given, and none where noise is weighed by statistics alone (:attr:`Sensitivities.rough`), too rough for a price in dB.
     ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton
     steps. :class:`ValueError` for unusable options.
     """
@@ -286,8 +286,9 @@ class Optimal:
     def _best(self, task: Task, model: NoiseModel, fates: Fates, start: Factorization | None = None) -> tuple[float, Found]:
         """The best factors for a model, and the objective there."""
         resolved, bound = task.channels, self.max_factor
-        ridge = RIDGE if self.ridge is None and not task.rough else self.ridge or 0.0
-        ridge = ridge if self.objective == "noise" else 0.0
+        ridge = 0.0
+        if self.objective == "noise":  # the other one weighs nothing
+            ridge = self.ridge if self.ridge is not None else 0.0 if task.rough else RIDGE
         best = optimal(model, objective=self.objective, box=bound, held=fates[1], ridge=ridge, tol=self.tol, max_iter=int(self.max_iter),
                        start=None if start is None else np.asarray(start.free, np.float64))
         message = (f"optimal: {resolved.degrees_of_freedom} factors within [1/{bound:g}, {bound:g}] chosen in {best.iterations} "

@@ -115,7 +115,7 @@ def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
         else:
             for value in dict.fromkeys(node.inputs):
                 root[value] = np.hypot(root[value], _read_back(graph, node, value, stats, root[node.name]))
-    return Sensitivities(of_weights, {value: _squares(r) for value, r in root.items()}, 1.0)
+    return Sensitivities(of_weights, {value: _squares(r) for value, r in root.items()}, 1.0, "take gradient_sensitivities(graph, images)")
 
 
 #: Beyond this the square of a root would overflow, or the sum of such squares.
@@ -181,11 +181,11 @@ def _drawn(stats: ValueStatistics, points: Vector, shape: Shape, within: bool) -
 
 
 def measured_sensitivities(graph: Graph, stats: Statistics, batches: Data | Iterable[Data]) -> Sensitivities:
-    """By gradients, each output relative to its power; from the statistics alone where an op of the caller's has no ``vjp``."""
+    """By gradients, each output relative to its power; from the statistics alone where an op of the caller's has no ``vjp``: rough ones."""
     try:
         return gradient_sensitivities(graph, batches, relative_to=stats)
-    except TypeError:
-        return forward_sensitivities(graph, stats)
+    except TypeError as error:  # which names the node
+        return replace(forward_sensitivities(graph, stats), rough=str(error))
 
 
 def unit_sensitivities(graph: Graph) -> Sensitivities:

@@ -16,10 +16,13 @@ import eqfact as eq
 from eqfact import correction
 from eqfact.correction import clipped_normal_mean
 from eqfact.ops import Commuting, Weighted
+from eqfact.ops.blocking import Sloped
 from eqfact.quantization import FakeQuantize
 from eqfact.testing.strategies import batches, networks
 
 AFFINE = eq.UniformQuantizer(8, symmetric=False)
+#: Activations, entry by entry.
+ENTRYWISE = (eq.ReLU, eq.Clip, eq.LeakyReLU, eq.PReLU, eq.Sigmoid, eq.Tanh, eq.SiLU, eq.HardSwish, eq.HardSigmoid, eq.GELU, Sloped)
 #: Arguments of quantize by name; statistics are those of the data.
 SETTINGS = {
     "W8A8": {"weights": eq.UniformQuantizer(8), "activations": AFFINE},
@@ -92,13 +95,64 @@ def rounding(graph, x, name):
     return 64 * np.finfo(value.dtype).eps * float(np.abs(value).max() + 1)
 
 
+def behind(graph, name):
+    """The value of the activation that alone reads a value, or of the last of several; None where there is none."""
+    readers = graph.readers[name]
+    if name in graph.outputs or len(readers) != 1 or not isinstance(readers[0].op, ENTRYWISE):
+        return None
+    return behind(graph, readers[0].name) or readers[0].name
+
+
+def straightened(graph):
+    """The network with nothing in the place of all activations: the mean of a layer's output is that of what the next one reads."""
+    return graph.with_ops({node.name: eq.Identity() for node in graph if isinstance(node.op, ENTRYWISE)})
+
+
 def leaves_no_mean_error(graph, q, x, setting):
+    """Of layers without an activation behind them, whose entries all are read."""
     corrected = eq.correct_bias(graph, q, x)
     steps = accumulator_steps(q, setting)
     for name, error in mean_errors(graph, corrected.graph, x).items():
+        if behind(graph, float_name(name, graph)) is not None:
+            continue
         # a bias that int32 cannot hold, in steps far smaller than itself, goes as far as it can
         saturated = (steps[name] > 0) & (np.abs(bias_of(corrected.graph[name].op)) > 0.999 * 2**31 * steps[name])
         assert (saturated | (np.abs(error) <= steps[name] / 2 + rounding(graph, x, name))).all(), name
+
+
+def noises(value, expected):
+    return channel_means((value.astype(np.float64) - expected) ** 2)
+
+
+def makes_nothing_noisier(graph, q, x):
+    """Behind an activation, no bias that was corrected leaves more noise than the one before, all earlier layers corrected."""
+    corrected, truth = eq.correct_bias(graph, q, x), eq.values(graph, x)
+    for node in layers(q):
+        if (end := behind(graph, float_name(node.name, graph))) is not None:
+            kept = corrected.graph.with_ops({node.name: node.op})
+            after, before = (noises(eq.values(g, x)[end], truth[end]) for g in (corrected.graph, kept))
+            assert (after <= before * (1 + 1e-12)).all(), node.name
+
+
+def by_hand(graph, q, x, name):
+    """The shift of a layer with a ReLU behind it, image by image, all earlier layers corrected; and the noise without it and with it."""
+    truth, got = eq.values(graph, x)[behind(graph, name)], eq.values(q, x)[name]
+    shifts = []
+    for channel in range(got.shape[1]):
+        sums = [(float((t - y)[y > 0].sum()), int((y > 0).sum()))
+                for t, y in zip(truth[:, channel], got[:, channel], strict=True)]
+        gain = cost = 0.0
+        for left_out, (error, count) in enumerate(sums):
+            rest = [pair for k, pair in enumerate(sums) if k != left_out]
+            if of_rest := sum(n for _, n in rest):
+                shift = sum(e for e, _ in rest) / of_rest
+                gain, cost = gain + shift * error, cost + shift**2 * count
+        total = sum(n for _, n in sums)
+        share = min(max(gain / cost, 0.0), 1.0) if cost else 0.0
+        shifts.append(share * sum(e for e, _ in sums) / total if total else
+                      float((truth[:, channel] - np.maximum(got[:, channel], 0)).mean()))
+    along = np.array(shifts).reshape(1, -1, *(1,) * (got.ndim - 2))
+    return np.array(shifts), noises(np.maximum(got, 0), truth), noises(np.maximum(got + along, 0), truth)
 
 
 # ------------------------------------------------------------------------------------------------ iterative
@@ -107,16 +161,93 @@ def leaves_no_mean_error(graph, q, x, setting):
 @NET
 @SETTING
 @FLOAT
-def test_no_corrected_layer_has_a_mean_error_above_half_a_step_of_its_bias(build, setting, dtype):
-    graph, q, x = prepared(build, setting, dtype)
+@pytest.mark.parametrize("kind", [eq.fold_batchnorm, straightened])
+def test_no_corrected_layer_has_a_mean_error_above_half_a_step_of_its_bias(build, setting, dtype, kind):
+    graph, q, x = prepared(lambda m: kind(build(m)), setting, dtype)
     leaves_no_mean_error(graph, q, x, setting)
 
 
 @given(st.data())
 def test_no_layer_of_a_random_network_keeps_a_mean_error(data):
-    graph = eq.fold_batchnorm(data.draw(networks()))
+    graph = data.draw(st.sampled_from([eq.fold_batchnorm, straightened]))(eq.fold_batchnorm(data.draw(networks())))
     x, setting = data.draw(batches(graph)), data.draw(st.sampled_from(list(SETTINGS.values())))
     leaves_no_mean_error(graph, quantized(graph, x, setting), x, setting)
+
+
+@NET
+@SETTING
+@FLOAT
+def test_no_correction_makes_what_an_activation_passes_on_noisier(build, setting, dtype):
+    makes_nothing_noisier(*prepared(build, setting, dtype))
+
+
+@given(st.data())
+def test_no_correction_makes_a_value_of_a_random_network_noisier(data):
+    graph = eq.fold_batchnorm(data.draw(networks()))
+    x, setting = data.draw(batches(graph)), data.draw(st.sampled_from(list(SETTINGS.values())))
+    makes_nothing_noisier(graph, quantized(graph, x, setting), x)
+
+
+def test_what_an_activation_cuts_off_corrects_nothing():
+    """The first entry passes, and is right; the second is wrong, and is cut off."""
+    net = eq.Graph.chain((2,), fc=eq.Dense(np.array([[1.0, -0.25]])), act=eq.ReLU(), head=eq.Dense(np.array([[1.0]])))
+    x = np.array([[1.0, 0.0], [0.0, 4.0]])
+    q = eq.quantize(net, weights=eq.UniformQuantizer(2))  # -0.25 becomes 0
+    corrected = eq.correct_bias(net, q, x)
+    assert corrected.shifts["fc"].tolist() == [0]
+    assert np.array_equal(eq.forward(corrected.graph, x), eq.forward(net, x))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_where_more_than_an_activation_reads_a_layer_all_entries_count(both):
+    """In both networks, or in the quantized one alone; or where the layer's value is an output."""
+    net = eq.Graph.chain((2,), fc=eq.Dense(np.array([[1.0, -0.25]])), act=eq.ReLU(), head=eq.Dense(np.array([[1.0]])))
+    x = np.array([[1.0, 0.0], [0.0, 4.0]])  # the mean of the sums is 0, and 1/2 in the quantized network
+    for more in ({"nodes": (*net.nodes, eq.Node("more", eq.Identity(), ["fc"])), "outputs": ("head", "more")}, {"outputs": ("head", "fc")}):
+        if "nodes" not in more and not both:
+            continue
+        read = replace(net, **more)
+        corrected = eq.correct_bias(read if both else net, eq.quantize(read, weights=eq.UniformQuantizer(2)), x)
+        assert corrected.shifts["fc"].tolist() == [-0.5]
+
+
+def test_a_shift_behind_an_activation_by_hand():
+    """The errors of what passes are 1/2, 3/2 and 1; from two of them follow 5/4, 3/4 and 1 for the third."""
+    net = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0], [0.25]]), np.array([0.0, 1.0])), act=eq.ReLU(), head=eq.Dense(np.ones((1, 2))))
+    q = eq.quantize(net, weights=eq.UniformQuantizer(2))
+    share = (5 / 4 * 1 / 2 + 3 / 4 * 3 / 2 + 1) / (25 / 16 + 9 / 16 + 1)
+    np.testing.assert_allclose(eq.correct_bias(net, q, np.array([[2.0], [6.0], [4.0]])).shifts["fc"], [0, share], rtol=1e-15)
+    # errors of 1/2, 3/2 and -1 say nothing about each other
+    assert eq.correct_bias(net, q, np.array([[2.0], [6.0], [-4.0]])).shifts["fc"].tolist() == [0, 0]
+    # an only image is believed
+    assert eq.correct_bias(net, q, np.array([[2.0]])).shifts["fc"].tolist() == [0, 0.5]
+
+
+@NET
+def test_shifts_before_a_relu_are_what_images_left_out_confirm(build):
+    graph, q, x = prepared(build, SETTINGS["weights only"])
+    corrected = eq.correct_bias(graph, q, x)
+    for node in layers(q):
+        value = float_name(node.name, graph)
+        if (end := behind(graph, value)) is not None and type(graph[end].op) is eq.ReLU:
+            so_far = corrected.graph.with_ops({node.name: node.op})
+            shift, before, after = by_hand(graph, so_far, x, node.name)
+            np.testing.assert_allclose(corrected.shifts[node.name], np.where(after > before, 0, shift), rtol=1e-9, atol=1e-12)
+
+
+def test_the_laws_of_shifts_before_a_relu_have_something_to_say():
+    """Some are made, and some are not."""
+    made = []
+    for build in handmade.NETS:
+        graph, q, x = prepared(build, SETTINGS["weights only"])
+        made += [shift != 0 for name, shift in eq.correct_bias(graph, q, x).shifts.items() if behind(graph, name) is not None]
+    assert 0.1 < np.concatenate(made).mean() < 0.9
+
+
+def test_a_channel_of_which_nothing_passes_is_corrected_by_all_entries():
+    net = eq.Graph.chain((1,), fc=eq.Dense(np.array([[1.0], [0.25]])), act=eq.ReLU(), head=eq.Dense(np.ones((1, 2))))
+    q = eq.quantize(net, weights=eq.UniformQuantizer(2))  # the second channel is 0
+    assert eq.correct_bias(net, q, np.array([[2.0], [6.0]])).shifts["fc"].tolist() == [0, 1]
 
 
 def test_the_mean_errors_that_correction_removes_were_there():
@@ -166,7 +297,7 @@ def test_without_quantization_nothing_is_shifted(build, dtype):
 @NET
 @SETTING
 def test_correcting_again_moves_no_bias_by_more_than_a_step(build, setting):
-    graph, q, x = prepared(build, setting)
+    graph, q, x = prepared(lambda m: straightened(build(m)), setting)
     once = eq.correct_bias(graph, q, x)
     again = eq.correct_bias(graph, once.graph, x)
     steps = accumulator_steps(q, setting)
@@ -195,15 +326,16 @@ def test_biases_stay_on_the_grid_of_their_accumulator_only_if_they_were():
 
 @FLOAT
 def test_a_layer_without_bias_gets_one_on_the_grid(dtype):
-    graph = eq.Graph.chain((3,), fc=eq.Dense(np.random.default_rng(0).normal(size=(4, 3)).astype(dtype)), act=eq.ReLU())
+    graph = eq.Graph.chain((3,), fc=eq.Dense(np.random.default_rng(0).normal(size=(4, 3)).astype(dtype)))
     x = np.random.default_rng(1).normal(size=(9, 3)) + 1
     q = quantized(graph, x, SETTINGS["W3A8 and outputs"])
     corrected = eq.correct_bias(graph, q, x)
-    step = accumulator_steps(q, {})["fc"]
-    assert np.array_equal(corrected.shifts["fc"], corrected.graph["fc"].op.bias)
-    assert corrected.graph["fc"].op.bias.dtype == dtype
-    assert np.abs(corrected.shifts["fc"]).min() > 0
-    np.testing.assert_allclose(corrected.shifts["fc"] / step, np.rint(corrected.shifts["fc"] / step), atol=1e-4)
+    (name,) = corrected.shifts
+    step = accumulator_steps(q, {})[name]
+    assert np.array_equal(corrected.shifts[name], corrected.graph[name].op.bias)
+    assert corrected.graph[name].op.bias.dtype == dtype
+    assert np.abs(corrected.shifts[name]).min() > 0
+    np.testing.assert_allclose(corrected.shifts[name] / step, np.rint(corrected.shifts[name] / step), atol=1e-4)
 
 
 def test_shared_weights_stay_shared_and_each_use_gets_its_own_bias():
@@ -518,15 +650,16 @@ def test_batchnorms_whose_values_are_folded_away_are_skipped():
     assert (list(eq.batchnorm_gaussians(graph)), list(eq.batchnorm_gaussians(graph, f))) == (["bn"], [])
 
 
-def test_analytic_correction_of_a_batchnorm_network_is_nearly_the_iterative_one():
+def test_analytic_correction_of_a_batchnorm_network_is_nearly_that_by_means_measured():
     x = Maker(0).rng.normal(size=(120, 3, 8, 8)) + 0.3
     graph = calibrated_batchnorm_network(x)
     folded = eq.fold_batchnorm(graph)
     q = eq.quantize(folded, weights=eq.UniformQuantizer(4))
     gaussians = {"x": (np.full(3, 0.3), np.ones(3)), **eq.batchnorm_gaussians(graph)}
-    analytic, iterative = eq.correct_bias_analytically(folded, q, gaussians), eq.correct_bias(folded, q, x)
+    analytic, measured = eq.correct_bias_analytically(folded, q, gaussians), q
     for name in ("bn1", "bn2", "fc"):
-        ours, theirs = analytic.shifts[name], iterative.shifts[name]
+        ours, theirs = analytic.shifts[name], -mean_errors(folded, measured, x)[name]
+        measured = measured.with_ops({name: replace(q[name].op, bias=bias_of(q[name].op) + theirs)})
         assert np.linalg.norm(ours - theirs) < 0.35 * np.linalg.norm(theirs), name
     before, after = (np.abs(mean_errors(folded, g, x)["fc"]).max() for g in (q, analytic.graph))
     assert after < before / 3
@@ -670,13 +803,33 @@ def test_lower_bounds_of_another_size_or_not_numbers_are_refused():
 
 
 def mean_law():
-    leaves_no_mean_error(*prepared(handmade.mobile, SETTINGS["W3A8 and outputs"]), SETTINGS["W3A8 and outputs"])
+    setting = SETTINGS["W3A8 and outputs"]
+    leaves_no_mean_error(*prepared(lambda m: straightened(handmade.mobile(m)), setting), setting)
 
 
 def test_the_wrong_sign_is_caught(caught):
     right = correction._shifted
     for law in (mean_law, exact_on_linear_chains):
         caught(law, correction, "_shifted", lambda q, node, shift, bounded: right(q, node, -shift, bounded))
+
+
+def test_means_that_count_what_is_cut_off_are_caught(caught):
+    def of_all(values, behind, expected):
+        return channel_means(expected) - channel_means(values[0])
+
+    caught(lambda: test_shifts_before_a_relu_are_what_images_left_out_confirm(handmade.plain), correction, "_shift", of_all)
+
+
+def test_images_that_speak_for_themselves_are_caught(caught):
+    caught(test_a_shift_behind_an_activation_by_hand, correction, "_of_others", lambda a: a.sum(axis=0) + 0 * a)
+
+
+def test_shifts_that_are_made_though_they_add_noise_are_caught(caught):
+    def law():
+        for build in handmade.NETS:
+            makes_nothing_noisier(*prepared(build, SETTINGS["W3A8 and outputs"]))
+
+    caught(law, correction, "_noise", lambda value, expected: np.zeros(value.shape[1]))
 
 
 def test_the_quantized_mean_as_the_truth_is_caught(caught):

@@ -1083,8 +1083,28 @@ def test_an_op_without_gradients_is_weighed_by_statistics():
     graph = graph.with_ops({node.name: Doubling() for node in graph if isinstance(node.op, eq.ReLU)})
     x = m.data(graph)
     stats = eq.calibrate(graph, x)
-    by_hand = eq.equalize(graph, eq.Optimal(eq.forward_sensitivities(graph, stats)), stats=stats)
-    assert eq.equalize(graph, data=x).predicted == by_hand.predicted
+    rough, result = eq.forward_sensitivities(graph, stats), eq.equalize(graph, data=x)
+    alone = eq.equalize(graph, stats=stats)
+    assert result.predicted == alone.predicted
+    assert all(np.array_equal(result.factorization[name], alone.factorization[name]) for name in graph.shapes)
+    weighed = "; noise is weighed by statistics alone, which gradients do better: "
+    first = [node.name for node in graph if isinstance(node.op, eq.ReLU)][-1]  # which gradients reach first
+    assert f"{weighed}node '{first}': no vjp" in result.message
+    assert "a factor of e costs" not in result.message
+    given = eq.equalize(graph, eq.Optimal(rough), stats=stats, data=x)
+    assert given.predicted == result.predicted
+    assert f"{weighed}take gradient_sensitivities(graph, images)" in given.message and "a factor of e costs" not in given.message
+    assert "a factor of e costs 0.2 dB" in eq.equalize(graph, eq.Optimal(ridge=0.2), data=x).message
+
+
+def test_rough_sensitivities_stay_rough_when_they_are_rescaled():
+    m = Maker(1)
+    graph = handmade.plain(m)
+    x = m.data(graph)
+    factors = eq.equalize(graph).factorization
+    rough, fine = eq.forward_sensitivities(graph, eq.calibrate(graph, x)), eq.gradient_sensitivities(graph, x)
+    assert rough.rough and rough.rescaled(graph, factors).rough == rough.rough
+    assert fine.rough == fine.rescaled(graph, factors).rough == ""
 
 
 def test_statistics_alone_are_rough_and_set_no_price_on_factors():
