@@ -319,7 +319,7 @@ class Pad(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class Upsample(Commuting):
-    """Nearest-neighbour upsampling by whole ``factor``s, one for all spatial axes or one an axis.
+    """Nearest-neighbour upsampling by whole factors ``factor``, one for all spatial axes or one an axis.
 
     >>> Upsample(2).forward(np.array([[[1.0, 2.0]]]))
     array([[[1., 1., 2., 2.]]])

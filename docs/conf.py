@@ -1,0 +1,46 @@
+"""How the site is made: `python -m sphinx -W docs docs/_build`, into static files that need no network.
+
+Pages are Markdown (MyST). Cells of code are executed by MyST-NB, and kept by their content, so that a page is computed again only when
+it changes; an error in a cell, a broken reference or any warning fails the build. Mathematics is set by a MathJax that is copied in.
+"""
+
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
+
+import eqfact
+
+project = "eqfact"
+author = "the developers of eqfact"
+version = release = eqfact.__version__
+html_title = f"eqfact {version}"
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx-mathjax-offline", "sphinx_copybutton"]
+html_theme = "furo"
+exclude_patterns = ["_build", "jupyter_execute", "ports"]
+nitpicky = False
+
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+
+html_copy_source = False
+html_show_sourcelink = False
+
+
+def every_public_name_is_there(app: Sphinx, env: BuildEnvironment) -> None:
+    """The reference is complete: a public name that it lacks fails the build."""
+    described = {name.rpartition(".")[2] for name in env.domaindata["py"]["objects"]}
+    if missing := sorted(set(eqfact.__all__) - described):
+        raise ExtensionError(f"docs/reference.md lacks {', '.join(missing)}")
+
+
+def setup(app: Sphinx) -> None:
+    """Checks of our own."""
+    app.connect("env-check-consistency", every_public_name_is_there)
