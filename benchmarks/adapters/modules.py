@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eqfact.testing.modules import to_torch
 
 from benchmarks import adapters
 from benchmarks.adapters import Json
 from eqfact.graph import Graph
+from eqfact.testing.modules import to_torch
 from eqfact.testing.wire import network_of
 
 OPSET = 17
