@@ -69,6 +69,22 @@ class Channels:
         """How many labels there are, 0 among them."""
         return self.degrees_of_freedom + 1 + (0 if self.compound is None else self.compound.shape[0])
 
+    def numbers(self) -> dict[str, list[int]]:
+        """A number for each channel of every value, in the order in which they come: 0 where the factor is 1 whatever the others are, and
+        equal where two factors are always equal, be it that they are tied or that they follow from the same free numbers alike.
+
+        >>> from eqfact.ops import Dense, Mul
+        >>> from eqfact.graph import Node
+        >>> layer = Dense(np.ones((1, 1)))
+        >>> net = Graph({"x": (1,)}, (Node("a", layer, ("x",)), Node("y", Mul(), ("a", "x"))), ("a",))
+        >>> channels(net).numbers()
+        {'x': [0], 'a': [0], 'y': [0]}
+        """
+        rows = [tuple(sorted(zip(self.forms.indices[start:end].tolist(), self.forms.data[start:end].tolist(), strict=True)))
+                for start, end in zip(self.forms.indptr, self.forms.indptr[1:], strict=False)]
+        place: dict[object, int] = {rows[0]: 0}
+        return {value: [place.setdefault(rows[label], len(place)) for label in of.tolist()] for value, of in self.labels.items()}
+
     @cached_property
     def forms(self) -> csr_array:
         """``B``: the logarithms of factors by label are ``forms @ t``, for free numbers ``t`` whose entry 0 is 0, ``(size, free + 1)``."""

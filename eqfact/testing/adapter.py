@@ -55,7 +55,7 @@ def fold(network: Json) -> Json:
 def labels(network: Json) -> Json:
     """A number for each channel of each value: 0 where pinned, equal where factors are always equal."""
     found = channels(network_of(network))
-    return {"degrees_of_freedom": found.degrees_of_freedom, "channels": {name: of.tolist() for name, of in found.labels.items()}}
+    return {"degrees_of_freedom": found.degrees_of_freedom, "channels": found.numbers()}
 
 
 def rescale(network: Json, factors: Json) -> Json:

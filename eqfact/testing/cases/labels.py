@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from eqfact.channels import channels
-from eqfact.graph import Graph
 from eqfact.testing.cases.case import Case
 from eqfact.testing.cases.networks import all_networks
 from eqfact.testing.wire import network_json
@@ -16,11 +15,5 @@ def cases() -> Iterator[Case]:
     for net in all_networks():
         graph = net.graph()
         found = channels(graph)
-        expected = {"judge": "labels", "degrees_of_freedom": found.degrees_of_freedom, "channels": numbered(graph)}
+        expected = {"judge": "labels", "degrees_of_freedom": found.degrees_of_freedom, "channels": found.numbers()}
         yield Case(f"2/{net.name}", "channels", {"network": network_json(graph)}, expected, net.law, "docs/algebra.md", net.why)
-
-
-def numbered(graph: Graph) -> dict[str, list[int]]:
-    """The labels, numbered in the order in which they come: 0 where pinned."""
-    number = {0: 0}
-    return {value: [number.setdefault(int(label), len(number)) for label in labels] for value, labels in channels(graph).labels.items()}
