@@ -141,7 +141,8 @@ class Implementation:
 
     def _exchange(self, question: Json, timeout: float) -> Json:
         if not self._lines.empty():
-            raise Broken(f"it said more than it was asked: {reprlib.repr(self._lines.get())}")
+            unasked = self._lines.get()
+            raise self._ended() if unasked is None else Broken(f"it said more than it was asked: {reprlib.repr(unasked)}")
         assert self.process is not None and self.process.stdin is not None
         # in a thread, because one that does not read would hold up whoever writes
         threading.Thread(target=_write, args=(self.process.stdin, json.dumps(question) + "\n"), daemon=True).start()
@@ -150,10 +151,7 @@ class Implementation:
         except queue.Empty:
             raise Broken(f"it did not answer within {timeout:g} s") from None
         if line is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
-            said = "".join(self._errors).strip().splitlines()
-            raise Broken(f"it ended, with exit status {self.process.poll()}" + (f": {said[-1]:.300}" if said else ""))
+            raise self._ended()
         if len(line) >= LONGEST:
             raise Broken(f"it said a line of more than {LONGEST} characters")
         try:
@@ -165,6 +163,14 @@ class Implementation:
         if not {"answer", "skip", "error"} & set(reply):
             raise Broken(f'its line has none of "answer", "skip", "error": {reprlib.repr(reply)}')
         return reply
+
+    def _ended(self) -> Broken:
+        """What is to be said of a process that is gone."""
+        assert self.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        said = "".join(self._errors).strip().splitlines()
+        return Broken(f"it ended, with exit status {self.process.poll()}" + (f": {said[-1]:.300}" if said else ""))
 
 
 def run(command: str | Sequence[str], cases: Iterable[Case], *, timeout: float = TIMEOUT) -> Run:
