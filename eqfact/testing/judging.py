@@ -23,7 +23,7 @@ from eqfact.quantization import ACCUMULATOR
 from eqfact.testing.adapter import expected_noise
 from eqfact.testing.cases.case import Case, Json
 from eqfact.testing.laws import rounding_bounds
-from eqfact.testing.wire import array_json, array_of, arrays_json, arrays_of, network_of
+from eqfact.testing.wire import array_of, arrays_json, arrays_of, network_of
 
 
 @dataclass
@@ -289,5 +289,3 @@ JUDGES: dict[str, Callable[[Case, Json], None]] = {
     "arrays": _equal, "refusal": _refusal, "labels": _labels, "network": _network, "factors": _factors, "balanced": _balanced,
     "layer": _layer, "noise": _noise, "optimum": _optimum,
 }
-
-__all__ = ["JUDGES", "Wrong", "array_json", "judge"]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.graph import Graph
-from eqfact.serialization import REFUSALS, VERSION, checked, document, graph_of, parsed
+from eqfact.serialization import REFUSALS, VERSION, checked, document, graph_of
 
 AnyArray = npt.NDArray[Any]
 
@@ -103,5 +103,3 @@ def network_of(code: object) -> Graph:
         raise ValueError(f"this is no network: {error!s:.500}") from error
     raise ValueError(f"a network of version {content['version']}, and this eqfact reads versions up to {VERSION}; install a newer eqfact")
 
-
-__all__ = ["array_json", "array_of", "arrays_json", "arrays_of", "network_json", "network_of", "parsed"]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eqfact.ops import Array
-from eqfact.testing.wire import parsed
+from eqfact.serialization import parsed
 
 FORMAT = "eqfact conformance case"
 VERSION = 1
@@ -58,7 +58,7 @@ class Case:
     def text(self) -> str:
         """The case as a file; it ends with a digest of the rest, by which a file that was edited is told.
 
-        >>> case = Case("0/relu", "forward", {}, {"judge": "equal"}, "max(x, 0)", "PAPER 1", "sign lost")
+        >>> case = Case("0/relu", "forward", {}, {"judge": "equal"}, "max(x, 0)", "docs/paper.md", "sign lost")
         >>> Case.read(case.text()) == case
         True
         """

@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
             net = Net(f"folding {name}", build, LAW, why)
             expected = {"judge": "network", "inputs": arrays_json(net.inputs(dtype)), "exact": not rounds, "batchnorms": left.split()}
             yield Case(f"1/{name}-{dtype}", "fold_batchnorm", {"network": network_json(net.graph(dtype))}, expected,
-                       STAYS if left else LAW, "PAPER 2", why)
+                       STAYS if left else LAW, "Meller et al. 2019, set-up (docs/porting.md, Level 1)", why)
 
 
 def _graph(outputs: str, *nodes: tuple[str, Op, str]) -> Graph:

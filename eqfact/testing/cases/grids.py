@@ -83,7 +83,7 @@ def _grid(name: str, quantizer: Json, low: Sequence[float], high: Sequence[float
     answer = {"scale": array_json(np.array(scales)), "zero_point": array_json(np.array(zeros, np.int64)), "qmin": qmin, "qmax": qmax}
     return Case(name, "grid", {"quantizer": quantizer, "low": array_json(np.array(low)), "high": array_json(np.array(high))},
                 {"judge": "arrays", "answer": answer, "within": {"scale": min(scales) * 2.0**-50}},
-                MIDDLE if quantizer["symmetric"] else ENDS, "PAPER 5", why)
+                MIDDLE if quantizer["symmetric"] else ENDS, "docs/porting.md, Level 5", why)
 
 
 def _weights() -> Iterator[Case]:
@@ -109,7 +109,7 @@ def _weights() -> Iterator[Case]:
             yield Case(f"5/weights-{name}-{dtype}", "weight_grid", {"quantizer": quantizer, "weight": array_json(w)},
                        {"judge": "arrays", "answer": arrays_json({"scale": scale, "q": q}),
                         "within": {"scale": float(scale.min()) * 2.0**-20}},
-                       MIDDLE, "PAPER 5", why)
+                       MIDDLE, "docs/porting.md, Level 5", why)
 
 
 def _code(scale: npt.ArrayLike, zero_point: npt.ArrayLike, qmin: int = 0, qmax: int = 255, rounding: str = "half_even") -> Json:

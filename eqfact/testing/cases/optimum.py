@@ -24,7 +24,7 @@ from eqfact.testing.wire import arrays_json, network_json
 
 NOISE = "each tensor adds range**2 / (12 steps**2) sum S (f_in / f_out)**2, its range with the factors"
 LEAST = "no factors within the bound have less noise than the certified bound; those of an optimum have hardly more"
-SOURCE = "docs/optimal.md, PAPER 6 and 8"
+SOURCE = "Meller et al. 2019, noise analysis (docs/optimal.md)"
 
 NETWORKS = ("chain", "convs", "relu6", "fan-out", "residual", "concat", "depthwise", "transposed-groups", "flatten", "inner-output",
             "product", "scores")

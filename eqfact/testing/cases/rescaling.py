@@ -16,6 +16,7 @@ from eqfact.testing.wire import arrays_json, network_json
 
 LAW = "every value is its factor times what it was, and the outputs are the same"
 EXACT = LAW + ": bit for bit, with powers of two"
+SOURCE = "Meller et al. 2019 (docs/paper.md, Three layers)"
 REFUSED = "a factor that no rescaling can make up for is refused"
 
 
@@ -50,7 +51,7 @@ def cases() -> Iterator[Case]:
         given = {value: np.ones(shape[0]) for value, shape in graph.shapes.items()} | {k: np.array(f) for k, f in factors.items()}
         yield Case(f"3/refuse-{name}", "rescale", {"network": network_json(graph), "factors": arrays_json(given)}, {"judge": "refusal"},
                    REFUSED,
-                   "PAPER 1", "a network that is another function, written without a word")
+                   SOURCE, "a network that is another function, written without a word")
 
 
 def drawn(net: Net, *, powers_of_two: bool) -> dict[str, Array]:
@@ -65,4 +66,4 @@ def asked(name: str, net: Net, dtype: str, factors: Mapping[str, Array], exact: 
     graph: Graph = net.graph(dtype)
     expected = {"judge": "network", "inputs": arrays_json(net.inputs(dtype)), "exact": exact, "factors": arrays_json(factors)}
     return Case(name, "rescale", {"network": network_json(graph), "factors": arrays_json(factors)}, expected, EXACT if exact else LAW,
-                "PAPER 1", net.why)
+                SOURCE, net.why)

@@ -22,7 +22,11 @@ LAWS = {
     "two_step": "as one-step, after channel i is attenuated by m_i, so that its readers just reach their own largest",
     "cross_layer": "at the end every free channel is made and read with weights of one range: f_i = sqrt(read_i / made_i)",
 }
-PAPER = {"one_step": "PAPER 2 and 4", "two_step": "PAPER 3 and 4", "cross_layer": "PAPER 7"}
+SOURCES = {
+    "one_step": "Meller et al. 2019 (docs/paper.md, One-step equalization)",
+    "two_step": "Meller et al. 2019 (docs/paper.md, Two-step equalization)",
+    "cross_layer": "Nagel et al. 2019 (docs/paper.md, What its followers found)",
+}
 #: Topologies that the rules of the paper are asked about.
 NETWORKS = ("chain", "convs", "relu6", "prelu", "fan-out", "residual", "concat", "depthwise", "grouped", "transposed-groups",
             "flatten",
@@ -112,5 +116,5 @@ def _case(name: str, net: Net, graph: Graph, method: str, max_factor: float, exp
     request = {"network": network_json(graph), "method": method, "max_factor": max_factor}
     if extrema is not None:
         request["statistics"] = extrema
-    return Case(f"{name}-{graph.dtype}", "equalize", request, {**expected, "inputs": arrays_json(inputs)}, LAWS[method], PAPER[method],
+    return Case(f"{name}-{graph.dtype}", "equalize", request, {**expected, "inputs": arrays_json(inputs)}, LAWS[method], SOURCES[method],
                 net.why)
