@@ -28,6 +28,29 @@ def test_python_blocks_print_what_stands_below_them(path, tmp_path, monkeypatch)
         assert printed.getvalue() == expected
 
 
+LESSONS = sorted((ROOT / "docs" / "lessons").rglob("*.md"))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: str(path.relative_to(ROOT / "docs")))
+def test_cells_of_lessons_and_solutions_run(path, monkeypatch):
+    """Their own checks among them; the site shows what they print."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    names = {}
+    cells = re.findall(r"```\{code-cell\}\n(?::tags:.*\n)?(.*?)```", path.read_text(), re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in cells:
+            exec(cell, names)
+    assert len(cells) > 2
+    if "solutions" in path.parts:
+        lesson = (ROOT / "docs" / "lessons" / path.name).read_text()
+        assert set(re.findall(r"(check_\w+)\(", lesson)) <= set(names), "every check is run on a solution"
+
+
+def test_every_lesson_has_solutions():
+    names = {path.name for path in (ROOT / "docs" / "lessons").glob("*.md")}
+    assert names == {path.name for path in (ROOT / "docs" / "lessons" / "solutions").glob("*.md")}
+
+
 def test_there_are_examples_to_run():
     assert sum(len(blocks("python", path.read_text())) for path in DOCUMENTS) >= 2
 
