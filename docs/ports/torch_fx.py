@@ -4,10 +4,11 @@ Run as a program, this file answers levels 0 to 4 of the conformance kit (docs/p
 
     eqfact conform --cmd "python docs/ports/torch_fx.py" --level 0-4
 
-The idea: *labels by interpretation*. A label is the number of an unknown factor. A walk over the module computes, beside each value, a tensor
-of labels of the value's shape ``(1, ...)``. Layers make fresh labels. What only moves entries is run by torch itself, on the labels; so no move
-needs a rule. What joins entries ties their labels, what multiplies them states a relation, what is unknown pins. The solution of all that
-says which factors may be chosen. Nothing of eqfact's analysis is used, only its JSON and its ``to_torch``, which makes the modules of questions.
+The idea: *labels by interpretation*. A label is the number of an unknown factor. A walk over the module computes, beside each value, a
+tensor of labels of the value's shape ``(1, ...)``. Layers make fresh labels. What only moves entries is run by torch itself, on the labels;
+so no move needs a rule. What joins entries ties their labels, what multiplies them states a relation, what is unknown pins. The solution
+of all that says which factors may be chosen. Nothing of eqfact's analysis is used: only its JSON, and its ``to_torch``, which makes the
+modules of questions. Functions work on the module in place; ``copy.deepcopy`` keeps one.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ ACTIVATIONS = HOMOGENEOUS
 MOVING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Upsample, nn.Dropout)
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d,
          nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-MOVES = {torch.cat, torch.movedim, torch.index_select, torch.repeat_interleave, torch.permute, torch.reshape, torch.flatten, torch.transpose,
-         operator.getitem, "permute", "reshape", "unflatten", "flatten", "transpose", "expand", "view", "squeeze", "unsqueeze", "contiguous"}
+MOVES = {torch.cat, torch.movedim, torch.index_select, torch.repeat_interleave, torch.permute, torch.reshape, torch.flatten,
+         torch.transpose, operator.getitem, "permute", "reshape", "unflatten", "flatten", "transpose", "expand", "view", "squeeze",
+         "unsqueeze", "contiguous"}
 JOINS = {operator.add, operator.sub, torch.add, torch.sub, torch.maximum, torch.minimum}
 SAME = {operator.neg, torch.abs, torch.neg, torch.clamp, torch.relu, nn.functional.relu}
 PRODUCTS = {operator.mul: 1, torch.mul: 1, operator.truediv: -1, torch.div: -1}
@@ -176,7 +178,8 @@ class Labels(fx.Interpreter):
 
     def product(self, n: fx.Node, args: Any, sign: int) -> Tensor:
         """``u_y = u_a + u_b``, or ``u_a - u_b``. Constants and numbers keep as they are, but slopes of curves: ``slope' = slope / f``."""
-        a, b = (None if not isinstance(node, fx.Node) or node in self.constants else label for node, label in zip(n.args, args, strict=True))
+        a, b = (label if isinstance(node, fx.Node) and node not in self.constants else None
+                for node, label in zip(n.args, args, strict=True))
         constant = n.args[1]
         if isinstance(constant, fx.Node) and constant in self.constants:
             users = {user.target for user in constant.users}
@@ -265,7 +268,8 @@ class Channels:
 def channels(module: fx.GraphModule, shapes: Shapes, values: Mapping[str, fx.Node] | None = None) -> Channels:
     """Which channels' factors are free, tied or pinned? ``shapes`` are those of the inputs, ``(C, *spatial)``.
 
-    ``values`` are the lines whose axis 1 holds channels; without them those that ``to_torch`` has named, or inputs and outputs of convolutions.
+    ``values`` are the lines whose axis 1 holds channels; without them those that ``to_torch`` has named, or else the inputs, and what
+    convolutions, BatchNorms and the like make.
     """
     named = dict(values if values is not None else values_of(module))
     walk = Labels(module, set(named.values()))
@@ -306,8 +310,7 @@ def values_of(module: fx.GraphModule) -> dict[str, fx.Node]:
     """The lines whose axis 1 holds channels, by name."""
     named = {name: n for n in module.graph.nodes for name in n.meta.get("eqfact", ())}
     first = (_ConvNd, _BatchNorm, nn.GroupNorm, _InstanceNorm)
-    return named or {n.name: n for n in module.graph.nodes if n.op == "placeholder"
-                     or n.op == "call_module" and isinstance(module.get_submodule(n.target), first)}
+    return named or {n.name: n for n in module.graph.nodes if n.op == "placeholder" or _is(module, n, first)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -364,8 +367,8 @@ def multiply(module: Any, rows: Tensor, columns: Tensor, shift: Tensor | None = 
 
 
 def fold_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
-    """Fold, in place, every BatchNorm that can go: into the rows of the layer before it, ``W' = s W, b' = s b + t``, or else into the columns of the
-    Linear or convolution behind it, ``W' = W s, b' = b + sum W t``. An Identity between goes too."""
+    """Fold every BatchNorm that can go: into the rows of the layer before it, ``W' = s W, b' = s b + t``, or else into the columns of the
+    Linear or convolution behind it, ``W' = W s, b' = b + sum W t``. An Identity between goes too. In place."""
     while any(_folded(module, n) for n in module.graph.nodes if _is(module, n, _BatchNorm)):
         pass
     module.recompile()
@@ -377,7 +380,7 @@ def _is(module: fx.GraphModule, n: Any, kinds: Any) -> bool:
 
 
 def _folded(module: fx.GraphModule, n: fx.Node) -> bool:
-    """Whether this BatchNorm went. It stays where something else reads the value between, or that is an output, or where weights are shared."""
+    """Whether this BatchNorm went. It stays where the value between is read by others, or an output, or where weights are shared."""
     of = module.get_submodule(n.target)
     calls = [other.target for other in module.graph.nodes if other.op == "call_module"]
     s = of.weight.double() / torch.sqrt(of.running_var.double() + of.eps)
@@ -403,7 +406,7 @@ def _folded(module: fx.GraphModule, n: fx.Node) -> bool:
     if len(behind.users) > 1 or not _is(module, reader, (nn.Linear, _ConvNd)) or calls.count(reader.target) > 1:
         return False
     layer = module.get_submodule(reader.target)
-    if t.any() and (isinstance(layer, _ConvTransposeNd) or not isinstance(layer, nn.Linear) and any(layer.padding)):
+    if t.any() and isinstance(layer, _ConvNd) and (isinstance(layer, _ConvTransposeNd) or any(layer.padding)):
         return False  # the shift would not be there at the border
     shift = matrix(layer, lambda w: w.sum(2)) @ t if not isinstance(layer, _ConvTransposeNd) else None
     multiply(layer, torch.ones(len(taps(layer)), dtype=torch.float64), s, shift)
@@ -425,7 +428,8 @@ def _drop(module: fx.GraphModule, last: fx.Node, instead: Any) -> None:
 
 
 def checked_factors(found: Channels, factors: Mapping[str, Any]) -> Tensor:
-    """The factor of every class. ValueError if the network does not allow them: on pinned channels, unequal on tied ones, not as relations say."""
+    """The factor of every class. ValueError for what the network does not allow: not 1 on pinned channels, unequal on tied ones, not as
+    relations say."""
     f, given = torch.ones(len(found.forms), dtype=torch.float64), torch.zeros(len(found.forms), dtype=torch.bool)
     for value, of in factors.items():
         if value not in found.values:
@@ -434,8 +438,8 @@ def checked_factors(found: Channels, factors: Mapping[str, Any]) -> Tensor:
         if of.shape != at.shape or not (torch.isfinite(of) & (of > 0)).all():
             raise ValueError(f"'{value}' needs {len(at)} positive and finite factors")
         for one, factor in zip(at.tolist(), of.tolist(), strict=True):
-            if factor != 1 and not found.forms[one] or given[one] and f[one] != factor:
-                raise ValueError(f"a channel of '{value}' is {'tied' if found.forms[one] else 'pinned'}, and cannot have the factor {factor}")
+            if (factor != 1 and not found.forms[one]) or (given[one] and f[one] != factor):
+                raise ValueError(f"a channel of '{value}' is {'tied' if found.forms[one] else 'pinned'}: its factor cannot be {factor}")
             f[one], given[one] = factor, True
     free = torch.log2(f)
     for one, form in enumerate(found.forms):
@@ -448,7 +452,7 @@ def checked_factors(found: Channels, factors: Mapping[str, Any]) -> Tensor:
 
 
 def rescale(module: fx.GraphModule, found: Channels, factors: Mapping[str, Any]) -> fx.GraphModule:
-    """Multiply, in place, every value by its factors, ``(C,)`` by name: ``W' = W f_o / f_i``, ``b' = b f_o``; the function stays."""
+    """Multiply every value by its factors, ``(C,)`` by name: ``W' = W f_o / f_i``, ``b' = b f_o``; the function stays. In place."""
     f = checked_factors(found, factors)
     for layer in found.labels.layers.values():
         _rescale_layer(layer, f[found.at(layer.made)], f[found.at(layer.read)])
@@ -547,14 +551,16 @@ class _Plan:
 
 def equalize(module: fx.GraphModule, found: Channels, method: str, max_factor: float,
              statistics: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Factors by value for :func:`rescale`. ``method`` is "one_step", "two_step" (with ``statistics``: magnitudes ``(C,)`` by value) or "cross_layer".
+    """Factors by value, for :func:`rescale`. ``method`` is "one_step", "two_step" or "cross_layer"; the first two need ``statistics``,
+    the largest magnitude ``(C,)`` of every value.
 
     NotImplementedError where a product of values leaves a channel with more than one free number.
     """
     if method not in ("one_step", "two_step", "cross_layer"):
         raise ValueError(f"unknown method '{method}'")
-    if any(list(form.values()) not in ([], [1]) for value in found.values for form in map(found.forms.__getitem__, found.of(value).tolist())):
-        raise NotImplementedError("products")
+    seen = {at for value in found.values for at in found.of(value).tolist()}
+    if any(list(found.forms[at].values()) not in ([], [1]) for at in seen):
+        raise NotImplementedError("factors of products: a channel has several free numbers, or the inverse of one")
     numbers, plans = found.numbers, []
     for layer in found.labels.layers.values():
         plan = _Plan(matrix(layer.module, lambda w: w.abs().amax(-1)), numbers[found.at(layer.made)],
@@ -718,7 +724,7 @@ def _parameters(op: Any, module: fx.GraphModule, line: fx.Node) -> Any:
     """An op of the format with the parameters of the line that computes it."""
     from eqfact.testing.wire import array_json, array_of
 
-    (kind, old), = op.items()
+    ((kind, old),) = op.items()
     new: dict[str, Any] = {}
 
     def constant(at: int, shape: Any) -> Tensor:
@@ -759,7 +765,9 @@ def _forward(network: Any, inputs: Any) -> Any:
     from eqfact.testing.wire import arrays_json, arrays_of
 
     given = arrays_of(inputs)
-    graph, module = _module_of(network, next(iter(given.values())).dtype.name)
+    graph, module = _module_of(network, next((x.dtype.name for x in given.values()), None))
+    if {name: x.shape[1:] for name, x in given.items()} != graph.inputs or any(not len(x) for x in given.values()):
+        raise ValueError(f"the inputs are {dict(graph.inputs)}, each with a batch in front")
     with torch.no_grad():
         y = module(*(torch.from_numpy(given[name].copy()) for name in graph.inputs))
     outputs = zip(graph.outputs, y if isinstance(y, tuple) else (y,), strict=True)

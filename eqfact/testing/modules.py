@@ -30,9 +30,8 @@ def to_torch(graph: Graph, dtype: str | None = None) -> Any:
     """The network as a ``torch.fx.GraphModule`` in eval mode, in its own floating type (float64 if it has no weights), or in ``dtype``.
 
     ``forward`` takes tensors ``(N, C, *spatial)``, as many as the network has inputs, under their names as far as Python allows them, and
-    returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. The line that
-    computes a value of the network has the value's name in the list ``node.meta["eqfact"]``. Raises :class:`TypeError` for an op that is
-    none of ``eqfact.ops.ALL``.
+    returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. The fx node
+    of a value has the value's name in the list ``meta["eqfact"]``. Raises :class:`TypeError` for an op that is none of ``eqfact.ops.ALL``.
     """
     return _Writer(graph, dtype).module()
 
