@@ -97,6 +97,7 @@ class Labels(fx.Interpreter):
             top = rows.amax(1)
             top = torch.where(top == NOTHING, self.fresh(len(top)), top)
             self.tie(rows, top[:, None])
+            label = torch.where(label == NOTHING, top.reshape(1, -1, *(1,) * (label.ndim - 2)), label)
         if n.op == "output":
             for of in n.all_input_nodes:
                 self.tie(self.of[of], torch.tensor(float(ONE)))
@@ -115,7 +116,7 @@ class Labels(fx.Interpreter):
         x, target = args[0], n.target
         if n.op == "call_module":
             module = self.fetch_attr(str(target))
-            if isinstance(module, LAYERS):
+            if isinstance(module, LAYERS) and module.weight is not None:
                 return self.layer(n, module, x, shape)
             if isinstance(module, HOMOGENEOUS):
                 return x
@@ -134,12 +135,13 @@ class Labels(fx.Interpreter):
         elif target in PRODUCTS:
             return self.product(n, args, PRODUCTS[target])
         elif target is torch.matmul:
-            return self.matmul(real, n, *args)
+            return self.matmul(n, *args)
         elif target is nn.functional.pad:
             value = kwargs.get("value") or 0.0
             return nn.functional.pad(x, args[1], value=NOTHING if value == 0 or math.isinf(value) else ONE)
         elif target in ("mean", torch.mean):
-            return self.over(x, args[1])
+            axes = args[1] if len(args) > 1 else kwargs["dim"]
+            return self.over(x, (axes,) if isinstance(axes, int) else tuple(axes)).reshape(shape)
         elif target in (torch.sqrt, operator.pow, torch.pow):
             power = Fraction(0.5 if target is torch.sqrt else args[1]).limit_denominator(64)
             y = self.determined(x[..., None])
@@ -195,11 +197,10 @@ class Labels(fx.Interpreter):
         self.relate((1, y), (-1, a), (-sign, b))
         return y
 
-    def matmul(self, real: Tensor, n: fx.Node, a: Tensor, b: Tensor) -> Tensor:
+    def matmul(self, n: fx.Node, a: Tensor, b: Tensor) -> Tensor:
         """Every term of ``y_ts = sum_d a_td b_ds`` has the factor of the sum: ``u_y = u_a + u_b`` for each ``d``."""
         if n.args[1] in self.constants:
-            weights = self.fetch_attr(n.args[1].target)
-            b = torch.where(weights == 0, NOTHING, torch.tensor(float(ONE), dtype=torch.float64))
+            b = torch.full_like(b, ONE)
         a, b = torch.broadcast_tensors(a.unsqueeze(-2), b.mT.unsqueeze(-3))  # (..., t, s, d)
         y = self.determined(torch.cat([a, b], -1))
         self.relate((1, y[..., None].expand(a.shape)), (-1, a), (-1, b))
@@ -368,7 +369,8 @@ def multiply(module: Any, rows: Tensor, columns: Tensor, shift: Tensor | None = 
 
 def fold_batchnorm(module: fx.GraphModule) -> fx.GraphModule:
     """Fold every BatchNorm that can go: into the rows of the layer before it, ``W' = s W, b' = s b + t``, or else into the columns of the
-    Linear or convolution behind it, ``W' = W s, b' = b + sum W t``. An Identity between goes too. In place."""
+    Linear or convolution behind it, ``W' = W s, b' = b + sum W t``. An Identity between goes too. A Linear before or behind is taken to
+    have its channels where BatchNorm has them, in values ``(N, C)``. In place."""
     while any(_folded(module, n) for n in module.graph.nodes if _is(module, n, _BatchNorm)):
         pass
     module.recompile()
@@ -379,18 +381,31 @@ def _is(module: fx.GraphModule, n: Any, kinds: Any) -> bool:
     return isinstance(n, fx.Node) and n.op == "call_module" and isinstance(module.get_submodule(n.target), kinds)
 
 
+def _affine(module: Any) -> bool:
+    """Whether a layer has weights; normalisations a bias, too."""
+    return module.weight is not None and (isinstance(module, (nn.Linear, _ConvNd)) or module.bias is not None)
+
+
 def _folded(module: fx.GraphModule, n: fx.Node) -> bool:
     """Whether this BatchNorm went. It stays where the value between is read by others, or an output, or where weights are shared."""
     of = module.get_submodule(n.target)
+    if not _affine(of) or of.running_var is None:
+        return False
     calls = [other.target for other in module.graph.nodes if other.op == "call_module"]
     s = of.weight.double() / torch.sqrt(of.running_var.double() + of.eps)
     t = of.bias.double() - s * of.running_mean.double()
     maker: Any = n.args[0]
     while _is(module, maker, nn.Identity) and len(maker.users) == 1:
         maker = maker.args[0]
-    if _is(module, maker, (nn.Linear, _ConvNd, _BatchNorm)) and len(maker.users) == 1 and calls.count(maker.target) == 1:
-        layer = module.get_submodule(maker.target)
-        if isinstance(layer, _BatchNorm):
+    call, makers = maker, (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, _InstanceNorm)
+    alone = len(maker.users) == 1
+    if alone and maker.target is operator.getitem and isinstance(maker.args[1], tuple) and maker.args[1][1:2] == (slice(None),):
+        call = maker.args[0]  # behind a crop of space, which transposed convolutions may need
+    elif alone and maker.target is torch.movedim and maker.args[1:] == (-1, 1):
+        call, makers = maker.args[0], (nn.LayerNorm,)
+    if _is(module, call, makers) and len(call.users) == 1 and calls.count(call.target) == 1 and _affine(module.get_submodule(call.target)):
+        layer = module.get_submodule(call.target)
+        if not isinstance(layer, (nn.Linear, _ConvNd)):
             with torch.no_grad():
                 layer.weight.copy_(layer.weight * s)
                 layer.bias.copy_(layer.bias * s + t)
@@ -402,7 +417,7 @@ def _folded(module: fx.GraphModule, n: fx.Node) -> bool:
     behind = n
     while len(behind.users) == 1 and _is(module, next(iter(behind.users)), nn.Identity):
         behind = next(iter(behind.users))
-    reader = next(iter(behind.users))
+    reader = next(iter(behind.users), None)
     if len(behind.users) > 1 or not _is(module, reader, (nn.Linear, _ConvNd)) or calls.count(reader.target) > 1:
         return False
     layer = module.get_submodule(reader.target)
@@ -682,6 +697,10 @@ def _meet(module: fx.GraphModule, found: Channels, plans: list[_Plan]) -> None:
 # The protocol: only here eqfact is used, for its JSON and its modules
 
 
+WEIGHTED = ("Dense", "Conv", "ConvTranspose", "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+STEPS = "a normalisation of single entries, or with several eps, which PyTorch has no module for: to_torch writes it out in steps"
+
+
 def _module_of(network: Any, dtype: str | None = None) -> tuple[Any, fx.GraphModule]:
     from eqfact.testing.modules import to_torch
     from eqfact.testing.wire import network_of
@@ -694,8 +713,7 @@ def _written(network: Any, module: fx.GraphModule, origin: Mapping[str, fx.Node]
     """The network of a question with the parameters that the module has now; ``origin`` are the lines of its nodes before."""
     kept = {n: n.meta["eqfact"] for n in module.graph.nodes if n.meta.get("eqfact")}
     names = {name: name for name in network["inputs"]}
-    nodes, ops = [], {}
-    here = {name for of in kept.values() for name in of}
+    nodes, ops, written = [], {}, dict[str, str]()
     for node in network["nodes"]:
         line, inputs = origin[node["name"]], [names[name] for name in node["inputs"]]
         op = ops[node["op"]] if isinstance(node["op"], str) else node["op"]
@@ -704,11 +722,10 @@ def _written(network: Any, module: fx.GraphModule, origin: Mapping[str, fx.Node]
             names[node["name"]] = inputs[0]
             continue
         name = node["name"] if node["name"] in kept[line] else kept[line][0]
-        if name != node["name"]:
-            here.discard(node["name"])
         names[node["name"]] = name
-        shared = isinstance(node["op"], str) and _layer_line(line) is not None
-        nodes.append({"name": name, "op": names[node["op"]] if shared else _parameters(op, module, line), "inputs": inputs})
+        call = _layer_line(line) if next(iter(op)) in WEIGHTED else None
+        first = name if call is None else written.setdefault(str(call.target), name)  # a module that is called again is one op
+        nodes.append({"name": name, "op": _parameters(op, module, line) if first == name else first, "inputs": inputs})
     return {**network, "nodes": nodes}
 
 
@@ -717,6 +734,8 @@ def _layer_line(line: fx.Node) -> fx.Node | None:
     owner = line.graph.owning_module
     while line.op != "call_module" and line.all_input_nodes:
         line = line.all_input_nodes[0]
+        if line.meta.get("eqfact"):  # another value
+            return None
     return line if _is(owner, line, LAYERS) else None
 
 
@@ -730,9 +749,10 @@ def _parameters(op: Any, module: fx.GraphModule, line: fx.Node) -> Any:
     def constant(at: int, shape: Any) -> Tensor:
         return getattr(module, line.args[at].target).detach().reshape(shape)  # type: ignore[union-attr]
 
-    if kind in ("Dense", "Conv", "ConvTranspose", "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"):
+    if kind in WEIGHTED:
         call = _layer_line(line)
-        assert call is not None
+        if call is None:  # written out in steps, which folding leaves alone
+            return op
         layer = module.get_submodule(call.target)
         if kind in ("Dense", "Conv", "ConvTranspose"):
             new = {"weight": taps(layer), "bias": layer.bias, "grid": None}
@@ -780,9 +800,16 @@ def _fold(network: Any) -> Any:
     return {"network": _written(network, fold_batchnorm(module), origin)}
 
 
-def _labels(network: Any) -> Any:
+def _analysed(network: Any) -> tuple[fx.GraphModule, Channels]:
     graph, module = _module_of(network)
-    found = channels(module, graph.inputs)
+    lines = values_of(module)
+    if any(type(node.op).__name__ in WEIGHTED and _layer_line(lines[node.name]) is None for node in graph.nodes):
+        raise NotImplementedError(STEPS)
+    return module, channels(module, graph.inputs)
+
+
+def _labels(network: Any) -> Any:
+    found = _analysed(network)[1]
     return {"degrees_of_freedom": found.degrees_of_freedom,
             "channels": {value: found.numbers[found.of(value)].tolist() for value in found.values}}
 
@@ -790,16 +817,14 @@ def _labels(network: Any) -> Any:
 def _rescaled(network: Any, factors: Any) -> Any:
     from eqfact.testing.wire import arrays_of
 
-    graph, module = _module_of(network)
-    found = channels(module, graph.inputs)
+    module, found = _analysed(network)
     return {"network": _written(network, rescale(module, found, {k: v.copy() for k, v in arrays_of(factors).items()}), found.values)}
 
 
 def _equalized(network: Any, method: str, max_factor: float, statistics: Any = None) -> Any:
     from eqfact.testing.wire import arrays_json, arrays_of
 
-    graph, module = _module_of(network)
-    found = channels(module, graph.inputs)
+    module, found = _analysed(network)
     seen = None if statistics is None else {
         value: np.maximum(*(np.abs(array) for array in arrays_of(ends).values())) for value, ends in statistics.items()}
     return {"factors": arrays_json({name: f.numpy() for name, f in equalize(module, found, method, max_factor, seen).items()})}
