@@ -30,8 +30,8 @@ def to_torch(graph: Graph, dtype: str | None = None) -> Any:
     """The network as a ``torch.fx.GraphModule`` in eval mode, in its own floating type (float64 if it has no weights), or in ``dtype``.
 
     ``forward`` takes tensors ``(N, C, *spatial)``, as many as the network has inputs, under their names as far as Python allows them, and
-    returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. Raises
-    :class:`TypeError` for an op that is none of ``eqfact.ops.ALL``.
+    returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. The fx node
+    of a value has the value's name in the list ``meta["eqfact"]``. Raises :class:`TypeError` for an op that is none of ``eqfact.ops.ALL``.
     """
     return _Writer(graph, dtype).module()
 
@@ -60,6 +60,8 @@ class _Writer:
             if write is None:
                 raise TypeError(f"node '{node.name}': {type(node.op).__name__} has no counterpart in PyTorch here")
             self.values[node.name] = write(self, node, node.op, *(self.values[i] for i in node.inputs))
+        for name, value in self.values.items():
+            value.node.meta.setdefault("eqfact", []).append(name)
         outputs = tuple(self.values[name].node for name in self.graph.outputs)
         self.lines.output(outputs if len(outputs) > 1 else outputs[0])
         module = self.fx.GraphModule(self.root, self.lines, "Network")
