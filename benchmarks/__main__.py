@@ -18,7 +18,8 @@ import importlib
 import sys
 
 #: Modules of their own, with their own arguments and exit status.
-APART = {"conform": "other tools on the conformance cases",
+APART = {"ports": "the port within PyTorch on the conformance cases",
+         "conform": "other tools on the conformance cases",
          "faults": "planted faults: which cases of the conformance kit find them",
          "clipping": "clipping and equalization, alone and together",
          "files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
