@@ -569,13 +569,15 @@ def equalize(module: fx.GraphModule, found: Channels, method: str, max_factor: f
     """Factors by value, for :func:`rescale`. ``method`` is "one_step", "two_step" or "cross_layer"; the first two need ``statistics``,
     the largest magnitude ``(C,)`` of every value.
 
-    NotImplementedError where a product of values leaves a channel with more than one free number.
+    NotImplementedError where a product of values leaves a channel with more than one free number, or stands anywhere for the first two.
     """
     if method not in ("one_step", "two_step", "cross_layer"):
         raise ValueError(f"unknown method '{method}'")
     seen = {at for value in found.values for at in found.of(value).tolist()}
     if any(list(found.forms[at].values()) not in ([], [1]) for at in seen):
         raise NotImplementedError("factors of products: a channel has several free numbers, or the inverse of one")
+    if method != "cross_layer" and found.labels.relations:
+        raise NotImplementedError("one-step and two-step with products of values, which docs/porting.md does not state")
     numbers, plans = found.numbers, []
     for layer in found.labels.layers.values():
         plan = _Plan(matrix(layer.module, lambda w: w.abs().amax(-1)), numbers[found.at(layer.made)],
@@ -583,6 +585,8 @@ def equalize(module: fx.GraphModule, found: Channels, method: str, max_factor: f
         if statistics is not None:
             after = [_stored(module, found, n) for n in layer.nodes]
             plan.seen = torch.stack([torch.as_tensor(statistics[name], dtype=torch.float64) for name in after]).amax(0)
+            if not layer.divides:  # the weights of a normalisation lie on no grid; what it puts out does (docs/algebra.md, Rules)
+                plan.weights = torch.diag(plan.seen)
         plans.append(plan)
     if statistics is not None:
         _meet(module, found, plans)
