@@ -17,7 +17,7 @@ from benchmarks.packages import cache
 from eqfact.testing.cases import all_cases
 from eqfact.testing.cases.case import Case
 from eqfact.testing.cases.networks import cast
-from eqfact.testing.runner import Outcome, Run, run
+from eqfact.testing.runner import VERDICTS, Outcome, Run, run
 from eqfact.testing.wire import arrays_json, arrays_of, network_json, network_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "peers.md"
@@ -97,7 +97,7 @@ def page(found: dict[str, Run | str]) -> str:
         name = f"{result.hello['name']} {result.hello['version']}"
         cells = []
         for level in (1, 4, 5):
-            counts = " / ".join(str(result.count(verdict, level)) for verdict in ("passed", "failed", "skipped"))
+            counts = " / ".join(str(result.count(verdict, level)) for verdict in VERDICTS)
             cells.append(counts if level in result.hello["levels"] else "not claimed")
         kinds = Counter(_kind(o) for o in result.outcomes if o.verdict == "failed")
         lines.append(f"| {name} | {' | '.join(cells)} | {kinds['another function'] or ''} | {kinds['not balanced'] or ''} |")
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, Run | str] = {}
     for tool in args.only or TOOLS:
         found[tool] = result = row(tool)
-        told = result if isinstance(result, str) else ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "skipped"))
+        told = result if isinstance(result, str) else ", ".join(f"{result.count(v)} {v}" for v in VERDICTS)
         print(f"{tool}: {told}")
         if args.only and not isinstance(result, str):
             for outcome in result.outcomes:

@@ -18,8 +18,6 @@ from eqfact.clips import RANGES
 from eqfact.commands import Args, Facts
 from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
-from eqfact.testing.cases import levels_of
-from eqfact.testing.runner import TIMEOUT
 from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES
 
 #: Lines of a list in a text; --json has all.
@@ -172,11 +170,17 @@ def bits(text: str) -> int | None:
 def _conform(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cmd", required=True, metavar="COMMAND", help="starts the implementation, which answers questions line by line on its "
                    "standard input and output, for instance 'node port.js' (docs/porting.md)")
-    p.add_argument("--level", type=levels_of, metavar="LEVELS", help="the levels to ask about, for instance 0-4,6; default: all")
+    p.add_argument("--level", type=levels, metavar="LEVELS", help="the levels to ask about, for instance 0-4,6; default: all")
     p.add_argument("--cases", metavar="DIR", help="cases that python -m eqfact.testing.cases wrote; default: those of this eqfact")
-    p.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="for one answer; default: %(default)s")
+    p.add_argument("--timeout", type=float, metavar="SECONDS", help="for one answer; default: 10")
     p.add_argument("--junit", metavar="FILE.xml", help="write a JUnit report")
     p.add_argument("--html", metavar="FILE.html", help="write a page")
+
+
+def levels(text: str) -> list[int]:
+    """The levels of conformance cases in a text such as ``0-4,6``."""
+    from eqfact.testing.cases import levels_of  # the kit is loaded where it is asked for, not by every command
+    return levels_of(text)
 
 
 def _report(p: argparse.ArgumentParser) -> None:
@@ -307,7 +311,7 @@ def conform_text(facts: Facts) -> Iterator[str]:
     told = facts["implementation"]
     yield f"{told['name']} {told['version']} ({told['language']})"
     yield ""
-    verdicts = ("passed", "failed", "skipped")
+    verdicts = [key for key in facts["levels"][0] if key not in ("level", "title")]
     rows = [(str(of["level"]), of["title"], *(str(of[verdict] or "") for verdict in verdicts)) for of in facts["levels"]]
     yield from table(("level", "what is asked", *verdicts), rows, right=(0, 2, 3, 4))
     for failure in facts["failures"][:LISTED]:

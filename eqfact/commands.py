@@ -187,20 +187,21 @@ def run_report(args: Args) -> Facts:
             **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise, sensitivities)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Steps that several commands share.
-
 def run_conform(args: Args) -> Facts:
-    from eqfact.testing import cases, reporting, runner  # what tests others is loaded where it is asked for
+    from eqfact.testing import cases, reporting, runner  # as in __main__
     outputs = (args.junit, args.html)
     files.check_outputs(outputs)
     chosen = cases.all_cases(args.level) if args.cases is None else cases.read(args.cases, args.level)
     if not chosen:
         raise ValueError(f"'{args.cases}' holds no cases of these levels")
-    run = runner.run(args.cmd, _progress(chosen, "cases"), timeout=args.timeout)
+    timeout = runner.TIMEOUT if args.timeout is None else args.timeout
+    run = runner.run(args.cmd, _progress(chosen, "cases"), timeout=timeout)
     files.write_all({args.junit: partial(reporting.write_junit, run=run), args.html: partial(reporting.write_html, run=run)})
     return {**reporting.facts(run), "junit": args.junit, "html": args.html}
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps that several commands share.
 
 def _check_outputs(args: Args) -> None:
     if "output" in args:

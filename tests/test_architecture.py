@@ -153,3 +153,8 @@ def test_importing_the_library_drags_in_no_extra(statement):
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in found
     assert not {"onnx", "onnxruntime", "matplotlib", "hypothesis", "tqdm", "torch", "sklearn", "pytest"} & set(found)
+def test_commands_do_not_load_what_tests_other_implementations():
+    code = "import sys, eqfact.__main__; sys.exit(any(name.startswith('eqfact.testing') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+

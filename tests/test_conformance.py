@@ -460,6 +460,12 @@ def test_a_wrong_implementation_is_told_what_is_wrong(tmp_path, capsys):
     assert "NOT conforming: no case was answered" in capsys.readouterr().out
 
 
+def test_the_help_states_the_time_that_is_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["conform", "--help"])
+    assert f"default: {runner.TIMEOUT:g}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_wrong_usage_and_what_is_refused(tmp_path, capsys):
     for wrong in (["--level", "9"], ["--level", "3-"], ["--level", "x"], []):
         with pytest.raises(SystemExit) as error:

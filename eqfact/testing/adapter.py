@@ -66,8 +66,8 @@ def rescale(network: Json, factors: Json) -> Json:
 
 def equalized(network: Json, method: str, max_factor: float, statistics: Json | None = None, max_iter: int = 1000) -> Json:
     """The factors of one of the rules, and the network with them."""
-    chosen: dict[str, Method] = {"one_step": OneStep(max_factor), "two_step": TwoStep(max_factor),
-              "cross_layer": CrossLayer(max_factor, tol=1e-12, max_iter=max_iter, max_bias=np.inf)}
+    balance = CrossLayer(max_factor, tol=1e-12, max_iter=max_iter, max_bias=np.inf)
+    chosen: dict[str, Method] = {"one_step": OneStep(max_factor), "two_step": TwoStep(max_factor), "cross_layer": balance}
     if method not in chosen:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(chosen)}")
     result = equalize(network_of(network), chosen[method], stats=None if statistics is None else statistics_of(statistics))

@@ -9,15 +9,16 @@ import copy
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eqfact.graph import Data, Graph, checked_inputs, forward, values
+from eqfact.graph import Data, Graph, Node, checked_inputs, forward
 from eqfact.ops import GELU, Array, Erf, Op, Sigmoid, SiLU, Sloped, Softmax, Tanh
 from eqfact.serialization import save
+from eqfact.testing.laws import rounding_bounds
 from eqfact.testing.models import dtype_of, to_onnx
 from eqfact.testing.modules import to_torch
 from eqfact.testing.sources import parameters
@@ -227,19 +228,18 @@ def engine_bounds(graph: Graph, x: Data) -> Arrays:
     As :func:`eqfact.testing.laws.rounding_bounds`, but for the tails of curves: eqfact computes them as exactly as all else, engines round
     a sigmoid as if it were 1, and ``x`` times a curve as if it were ``x``.
     """
-    every = values(graph, x)
-    u = max(float(np.finfo(value.dtype).eps) / 2 for value in every.values())
-    errors = {name: np.zeros_like(every[name]) for name in graph.inputs}
-    for node in graph.nodes:
-        inputs = [every[name] for name in node.inputs]
-        bound = node.op.errors([errors[name] for name in node.inputs], inputs, every[node.name], u)
-        curve = node.op.op if isinstance(node.op, Sloped) else node.op
-        if isinstance(curve, (Sigmoid, Tanh, Erf, Softmax)):
-            bound = bound + node.op.roundings
-        elif isinstance(curve, (SiLU, GELU)):
-            bound = bound + node.op.roundings * np.abs(inputs[0])
-        errors[node.name] = bound
-    return {name: u * e.astype(np.float64) for name, e in errors.items()}
+    return rounding_bounds(graph, x, _of_tails)
+
+
+def _of_tails(node: Node, inputs: Sequence[Array]) -> Array | float:
+    """What an engine rounds beyond an op's own bound."""
+    curve = node.op.op if isinstance(node.op, Sloped) else node.op
+    if isinstance(curve, (Sigmoid, Tanh, Erf, Softmax)):
+        return node.op.roundings
+    if isinstance(curve, (SiLU, GELU)):
+        bound: Array = node.op.roundings * np.abs(inputs[0])
+        return bound
+    return 0.0
 
 
 def fingerprint(graph: Graph, data: Arrays) -> str:

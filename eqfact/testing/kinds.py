@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from eqfact import ops
-from eqfact.graph import Graph, Node
+from eqfact.graph import Graph
 from eqfact.ops import Array, Op, Shape
 from eqfact.ops.base import per_axis, per_side
+from eqfact.testing.wiring import needed, wired
 
 Kind = Callable[[np.random.Generator, np.dtype[Any]], Graph]
 #: What a network may be drawn without: ops of some kind, and structures that no op stands for.
@@ -62,12 +63,8 @@ def excluded(without: Collection[str | type[Op]]) -> frozenset[str | type[Op]]:
 
 def shows(graph: Graph) -> frozenset[str | type[Op]]:
     """The ops and the :data:`STRUCTURES` that a network has."""
-    read, todo = set(graph.outputs), {node.name: node for node in graph.nodes}
-    for node in reversed(graph.nodes):
-        if node.name in read:
-            read.update(node.inputs)
     found: set[str | type[Op]] = {type(node.op) for node in graph.nodes}
-    found |= {"dead ends"} if set(todo) - read else set()
+    found |= {"dead ends"} if {node.name for node in graph.nodes} - needed(graph) else set()
     found |= {"several inputs"} if len(graph.inputs) > 1 else set()
     found |= {"several outputs"} if len(graph.outputs) > 1 else set()
     found |= {"shared ops"} if len({id(node.op) for node in graph.nodes if isinstance(node.op, ops.Weighted)}) < sum(
@@ -118,9 +115,8 @@ class _Numbers:
 
 
 def _graph(*nodes: tuple[str, Op, str], inputs: Mapping[str, Shape] | None = None, outputs: str = "") -> Graph:
-    """Nodes as name, op and the names that it reads, in one string."""
-    return Graph({"x": SHAPE} if inputs is None else inputs, tuple(Node(name, op, tuple(read.split())) for name, op, read in nodes),
-                 tuple(outputs.split()) if outputs else (nodes[-1][0],))
+    """Nodes of one value of ``SHAPE``, of which the last is the output, unless it is said."""
+    return wired(SHAPE if inputs is None else inputs, outputs or nodes[-1][0], *nodes)
 
 
 def plain_chain(n: _Numbers) -> Graph:

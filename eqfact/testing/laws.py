@@ -8,7 +8,7 @@ factors they allow the rounding errors of both networks, by the bounds that each
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -289,13 +289,18 @@ def same_statistics(got: Statistics, expected: Statistics, roundings: int = 0) -
             same(f"{key} of the histogram of '{value}'", getattr(counted, key), getattr(wanted, key))
 
 
-def rounding_bounds(graph: Graph, x: Data) -> dict[str, Array]:
-    """For every value a bound on what rounding may do to it in two equivalent networks: no errors at the inputs, passed on by every op."""
+def rounding_bounds(graph: Graph, x: Data, more: Callable[[Node, Sequence[Array]], Array | float] = lambda node, inputs: 0.0) -> dict[str,
+    Array]:
+    """For every value a bound on what rounding may do to it in two equivalent networks: no errors at the inputs, passed on by every op.
+
+    ``more`` are roundings of a node beyond those of its op, in units of the unit roundoff.
+    """
     every = values(graph, x)
     u = max(map(unit_roundoff, every.values()))
     errors = {name: np.zeros_like(every[name]) for name in graph.inputs}
     for node in graph.nodes:
-        errors[node.name] = node.op.errors([errors[i] for i in node.inputs], [every[i] for i in node.inputs], every[node.name], u)
+        inputs = [every[i] for i in node.inputs]
+        errors[node.name] = node.op.errors([errors[i] for i in node.inputs], inputs, every[node.name], u) + more(node, inputs)
     return {name: u * e.astype(np.float64) for name, e in errors.items()}
 
 

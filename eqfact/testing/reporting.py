@@ -9,9 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from eqfact.testing.cases import LEVELS
-from eqfact.testing.runner import Outcome, Run
-
-VERDICTS = ("passed", "failed", "skipped")
+from eqfact.testing.runner import VERDICTS, Outcome, Run
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -33,13 +33,17 @@ LONGEST, KEPT = 2**22, 2000
 STARTS = 3
 
 
+#: What may come of a case.
+VERDICTS = ("passed", "failed", "skipped")
+
+
 class Broken(Exception):
     """The implementation did not answer: it must be started anew."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: ``"passed"``, ``"failed"`` (with what is wrong), or ``"skipped"`` (with the reason)."""
+    """What came of a case, one of ``VERDICTS``: if it failed, with what is wrong; if it was skipped, with the reason."""
 
     case: Case
     verdict: str

@@ -18,6 +18,7 @@ import numpy as np
 
 from eqfact.graph import Graph, values
 from eqfact.ops import Array, Op
+from eqfact.testing.wiring import needed
 
 Arrays = dict[str, Array]
 #: Larger networks stay as they are.
@@ -76,7 +77,7 @@ def _structures(graph: Graph, data: Arrays) -> Iterator[tuple[Graph, Arrays]]:
     that read its input instead. What no output needs may be what breaks the law, so each is tried with it, too; but nothing becomes a
     dead end that was none, or another mistake of the same pass might be found than the one that is to be shown."""
     every, read = values(graph, data), {name for node in graph.nodes for name in node.inputs}
-    if len(_needed(graph)) < len(graph.nodes) + len(graph.inputs):
+    if len(needed(graph)) < len(graph.nodes) + len(graph.inputs):
         yield from _changed(graph, data, True)
     for name in graph.outputs if len(graph.outputs) > 1 else ():
         for prune in (True, False):
@@ -103,26 +104,17 @@ def _instead(names: tuple[str, ...], old: str, new: str) -> tuple[str, ...]:
     return tuple(new if name == old else name for name in names)
 
 
-def _needed(graph: Graph) -> set[str]:
-    """The values that the outputs depend on, and themselves."""
-    needed = set(graph.outputs)
-    for node in reversed(graph.nodes):
-        if node.name in needed:
-            needed.update(node.inputs)
-    return needed
-
-
 def _changed(graph: Graph, data: Arrays, prune: bool, **changes: Any) -> Iterator[tuple[Graph, Arrays]]:
     """The network with changes, and perhaps without what its outputs do not need; nothing if that is no network, or has no nodes."""
     try:
         made = replace(graph, **changes)
-        needed = _needed(made)
-        used = needed | {name for node in made.nodes for name in node.inputs if not prune}
+        kept = needed(made)
+        used = kept | {name for node in made.nodes for name in node.inputs if not prune}
         inputs = {name: shape for name, shape in made.inputs.items() if name in used}
-        made = replace(made, inputs=inputs, nodes=tuple(node for node in made.nodes if node.name in needed or not prune))
+        made = replace(made, inputs=inputs, nodes=tuple(node for node in made.nodes if node.name in kept or not prune))
     except ValueError:
         return
-    if made.nodes and not {node.name for node in made.nodes} & _needed(graph) - needed:
+    if made.nodes and not {node.name for node in made.nodes} & needed(graph) - kept:
         yield made, {name: data[name] for name in inputs}
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from eqfact import ops
-from eqfact.graph import Graph, Node
-from eqfact.ops import Op
+from eqfact.graph import Graph
 from eqfact.testing.cases.case import Case
 from eqfact.testing.cases.networks import IMAGE, Build, Net, Weights
 from eqfact.testing.wire import arrays_json, network_json
+from eqfact.testing.wiring import wired
 
 LAW = "what a BatchNorm does to a channel, s x + t, is done by the weights before it (rows) or behind it (columns)"
 STAYS = "a BatchNorm stays where folding it would change what something else reads"
@@ -28,8 +29,7 @@ def cases() -> Iterator[Case]:
                        STAYS if left else LAW, "Meller et al. 2019, set-up (docs/porting.md, Level 1)", why)
 
 
-def _graph(outputs: str, *nodes: tuple[str, Op, str]) -> Graph:
-    return Graph({"x": IMAGE}, tuple(Node(name, op, tuple(read.split())) for name, op, read in nodes), tuple(outputs.split()))
+_graph = partial(wired, IMAGE)
 
 
 def _shared(w: Weights) -> Graph:

@@ -10,12 +10,13 @@ import numpy as np
 from eqfact import ops
 from eqfact.calibration import calibrate
 from eqfact.graph import Graph, Node, values
-from eqfact.ops import Array, Op, Shape
+from eqfact.ops import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize, stored_values
 from eqfact.testing.cases.case import Case, Draw
-from eqfact.testing.cases.networks import cast
+from eqfact.testing.cases.networks import IMAGE, cast
 from eqfact.testing.wire import arrays_json, network_json
+from eqfact.testing.wiring import wired
 
 LAW = "n = sum (q_x - z_x) (q_w - z_w) + q_b, q_y = clip(round(n (s_x s_w) / s_y) + z_y, qmin, qmax), whole number by whole number"
 
@@ -78,10 +79,6 @@ def _halves() -> Case:
                 "sums rounded in float, where a step lies between two numbers")
 
 
-def _graph(shape: Shape, *nodes: tuple[str, Op, str]) -> Graph:
-    return Graph({"x": shape}, tuple(Node(name, op, tuple(read.split())) for name, op, read in nodes), (nodes[-1][0],))
-
-
 def _rows(d: Draw, out: int, *shape: int) -> Array:
     rows: Array = d.uniform((out, *shape), -1.0, 1.0) * np.array([2.0 ** -d.below(3) for _ in range(out)]).reshape(out, *(1,) * len(shape))
     return rows
@@ -94,8 +91,6 @@ def _dense(d: Draw, out: int, channels: int) -> ops.Dense:
 def _conv(d: Draw, out: int, channels: int, kernel: int = 1, **options: Any) -> ops.Conv:
     return ops.Conv(_rows(d, out, channels // options.get("groups", 1), kernel, kernel), d.uniform((out,), -0.5, 0.5), **options)
 
-
-IMAGE = (2, 4, 4)
 
 #: How to build the float network, how it is quantized, and the bug that is looked for.
 TABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -124,13 +119,13 @@ TABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
                                             r=ops.Clip(np.array([-0.5, 0.0, -0.25, -1.0]), np.array([0.5, 1.0, 0.3, 0.2])),
                                             y=_dense(d, 3, 4)), {},
                                             "a clip with one bound, or with bounds that are not rounded to the grid"),
-    "residual": (lambda d: _graph(IMAGE, ("a", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", _conv(d, 3, 3), "r"),
+    "residual": (lambda d: wired(IMAGE, "y", ("a", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", _conv(d, 3, 3), "r"),
                                   ("s", ops.Add(), "r b"),
                                   ("t", ops.ReLU(), "s"), ("y", _conv(d, 2, 3), "t")), {}, "whole numbers of two grids added"),
-    "concat": (lambda d: _graph(IMAGE, ("a", _conv(d, 2, 2), "x"), ("b", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "b"),
+    "concat": (lambda d: wired(IMAGE, "y", ("a", _conv(d, 2, 2), "x"), ("b", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "b"),
                                 ("s", ops.Concat(), "a r"),
                                 ("y", _conv(d, 2, 5), "s")), {}, "whole numbers of two grids side by side"),
-    "fan-out": (lambda d: _graph(IMAGE, ("a", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", _conv(d, 3, 3), "a"),
+    "fan-out": (lambda d: wired(IMAGE, "y", ("a", _conv(d, 3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", _conv(d, 3, 3), "a"),
                                  ("s", ops.Add(), "r b"),
                                  ("y", _conv(d, 2, 3), "s")), {}, "a ReLU fused with a layer that something else reads, too"),
     "maxpool": (lambda d: Graph.chain(IMAGE, a=_conv(d, 3, 2), r=ops.ReLU(), p=ops.MaxPool(2, stride=2), y=_conv(d, 2, 3)), {},
@@ -141,10 +136,10 @@ TABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "upsample": (lambda d: Graph.chain((2, 2, 2), a=_conv(d, 3, 2), u=ops.Upsample(2), y=_conv(d, 2, 3)), {}, "rounded once more"),
     "slice": (lambda d: Graph.chain(IMAGE, a=_conv(d, 4, 2), u=ops.Slice(1, 3), y=_conv(d, 2, 2)), {},
               "another grid for some of the channels"),
-    "product": (lambda d: _graph((4,), ("a", _dense(d, 3, 4), "x"), ("b", _dense(d, 3, 4), "x"), ("p", ops.Mul(), "a b"),
+    "product": (lambda d: wired((4,), "y", ("a", _dense(d, 3, 4), "x"), ("b", _dense(d, 3, 4), "x"), ("p", ops.Mul(), "a b"),
                                  ("y", _dense(d, 2, 3), "p")),
                 {}, "whole numbers multiplied, zero points with them"),
-    "difference": (lambda d: _graph((4,), ("a", _dense(d, 3, 4), "x"), ("b", _dense(d, 3, 4), "x"), ("p", ops.Sub(), "a b"),
+    "difference": (lambda d: wired((4,), "y", ("a", _dense(d, 3, 4), "x"), ("b", _dense(d, 3, 4), "x"), ("p", ops.Sub(), "a b"),
                                     ("y", _dense(d, 2, 3), "p")),
                    {}, "zero points that do not cancel"),
     "shared": (lambda d: _shared(d), {}, "one bias for two input scales"),
@@ -164,4 +159,4 @@ TABLE: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 def _shared(d: Draw) -> Graph:
     op = _dense(d, 3, 3)
-    return _graph((3,), ("a", op, "x"), ("r", ops.ReLU(), "a"), ("b", op, "r"), ("y", _dense(d, 2, 3), "b"))
+    return wired((3,), "y", ("a", op, "x"), ("r", ops.ReLU(), "a"), ("b", op, "r"), ("y", _dense(d, 2, 3), "b"))

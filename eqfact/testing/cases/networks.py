@@ -14,8 +14,9 @@ import numpy as np
 
 from eqfact import ops
 from eqfact.graph import Graph, Node
-from eqfact.ops import Array, Op, Shape
+from eqfact.ops import Array, Op
 from eqfact.testing.cases.case import Draw
+from eqfact.testing.wiring import wired
 
 Build = Callable[["Weights"], Graph]
 
@@ -96,16 +97,11 @@ def all_networks() -> Iterator[Net]:
 _chain = Graph.chain
 
 
-def _graph(shape: Shape | dict[str, Shape], outputs: str, *nodes: tuple[str, Op, str]) -> Graph:
-    inputs = shape if isinstance(shape, dict) else {"x": shape}
-    return Graph(inputs, tuple(Node(name, op, tuple(read.split())) for name, op, read in nodes), tuple(outputs.split()))
-
-
 IMAGE = (2, 4, 4)
 
 
 def _residual(w: Weights) -> Graph:
-    return _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", w.conv(3, 3, 3, padding=1), "r"),
+    return wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", w.conv(3, 3, 3, padding=1), "r"),
                   ("s", ops.Add(), "r b"), ("t", ops.ReLU(), "s"), ("y", w.conv(2, 3), "t"))
 
 
@@ -115,25 +111,25 @@ def _residuals(w: Weights) -> Graph:
     for i, before in ((1, "a"), (2, "s1")):
         nodes += [(f"b{i}", w.conv(4, 3), before), (f"r{i}", ops.ReLU(), f"b{i}"), (f"c{i}", w.conv(3, 4), f"r{i}"),
                   (f"s{i}", ops.Add(), f"{before} c{i}")]
-    return _graph(IMAGE, "y", *nodes, ("y", w.conv(2, 3), "s2"))
+    return wired(IMAGE, "y", *nodes, ("y", w.conv(2, 3), "s2"))
 
 
 def _stream(w: Weights) -> Graph:
     """Layers that read the channels of a sum with weights of different size."""
     sizes = np.array([1.0, 0.25, 0.5]).reshape(1, 3, 1, 1)
     first, last = (replace(op, weight=op.weight * sizes) for op in (w.conv(3, 3), w.conv(2, 3)))
-    return _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", first, "a"), ("s", ops.Add(), "a b"), ("y", last, "s"))
+    return wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", first, "a"), ("s", ops.Add(), "a b"), ("y", last, "s"))
 
 
 def _shared(w: Weights) -> Graph:
     op = w.conv(3, 2)
-    return _graph({"x": IMAGE, "z": IMAGE}, "y", ("a", op, "x"), ("b", op, "z"), ("s", ops.Concat(), "a b"), ("r", ops.ReLU(), "s"),
+    return wired({"x": IMAGE, "z": IMAGE}, "y", ("a", op, "x"), ("b", op, "z"), ("s", ops.Concat(), "a b"), ("r", ops.ReLU(), "s"),
                   ("y", w.conv(2, 6), "r"))
 
 
 def _recurrent(w: Weights) -> Graph:
     op = w.dense(3, 3)
-    return _graph((2,), "y", ("a", w.dense(3, 2), "x"), ("b", op, "a"), ("r", ops.ReLU(), "b"), ("c", op, "r"), ("y", w.dense(2, 3), "c"))
+    return wired((2,), "y", ("a", w.dense(3, 2), "x"), ("b", op, "a"), ("r", ops.ReLU(), "b"), ("c", op, "r"), ("y", w.dense(2, 3), "c"))
 
 
 def _dead(w: Weights) -> Graph:
@@ -159,7 +155,7 @@ def _attention(w: Weights, *, rotary: bool = False, softmax: bool = False, heads
         nodes += [("tq", turn, "q"), ("tk", keys, "k")]
     nodes += [("s", ops.Scores(heads, 2, 0.5), "tq tk" if rotary else "q k")]
     nodes += [("p", ops.Softmax(-1), "s")] * softmax
-    return _graph((3, 3), "y", *nodes, ("m", ops.Mix(heads, 2), "p v" if softmax else "s v"),
+    return wired((3, 3), "y", *nodes, ("m", ops.Mix(heads, 2), "p v" if softmax else "s v"),
                   ("y", ops.Conv(w.rows(3, heads * width, 1), w.bias(3)), "m"))
 
 
@@ -201,35 +197,35 @@ EXACT: dict[str, tuple[Build, str, str]] = {
               "slopes stay as they are", "slopes multiplied by the factor (one of seven tools tried)"),
     "abs": (lambda w: _chain(IMAGE, a=w.conv(4, 2), r=ops.Abs(), p=ops.MinPool(2), y=w.conv(2, 4)), "|f x| = f |x|, and so of minima",
             "an unknown op that blocks"),
-    "fan-out": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", w.conv(2, 3), "r"),
+    "fan-out": (lambda w: wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("b", w.conv(2, 3), "r"),
                                  ("c", w.conv(2, 3, 3, padding=1), "r"), ("s", ops.Concat(), "b c"), ("y", w.conv(2, 4), "s")),
                 "every reader is divided by the factor", "the first reader alone is divided"),
     "residual": (_residual, "what meets in a sum shares one factor", "tied residuals scaled apart"),
     "residuals": (_residuals, "all that meets along a stream shares one factor", "pairs tied, not chains of them"),
-    "residual-input": (lambda w: _graph((3, 2, 2), "y", ("a", w.conv(3, 3), "x"), ("s", ops.Add(), "a x"), ("r", ops.ReLU(), "s"),
+    "residual-input": (lambda w: wired((3, 2, 2), "y", ("a", w.conv(3, 3), "x"), ("s", ops.Add(), "a x"), ("r", ops.ReLU(), "s"),
                                         ("y", w.conv(2, 3), "r")),
                        "a sum with the network's input is pinned", "the input's share of the sum forgotten"),
-    "difference": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("s", ops.Sub(), "a b"),
+    "difference": (lambda w: wired((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("s", ops.Sub(), "a b"),
                                     ("y", w.dense(2, 4), "s")),
                    "differences tie as sums do", "Sub taken for an op of one value"),
-    "maximum": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("m", ops.Max(), "a b"),
+    "maximum": (lambda w: wired((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("m", ops.Max(), "a b"),
                                  ("y", w.dense(2, 4), "m")),
                 "maxima tie as sums do", "Max taken for an op of one value"),
-    "add-broadcast": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("g", ops.GlobalAvgPool(), "a"), ("c", w.conv(3, 3), "g"),
+    "add-broadcast": (lambda w: wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("g", ops.GlobalAvgPool(), "a"), ("c", w.conv(3, 3), "g"),
                                        ("s", ops.Add(), "a c"), ("y", w.conv(2, 3), "s")),
                       "a sum over broadcast space ties its channels", "values of another size are not tied"),
-    "add-one-channel": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", w.conv(1, 2), "x"), ("s", ops.Add(), "a b"),
+    "add-one-channel": (lambda w: wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", w.conv(1, 2), "x"), ("s", ops.Add(), "a b"),
                                          ("y", w.conv(2, 3), "s")),
                         "a single channel added to all ties them all", "a single channel tied to the first"),
-    "concat": (lambda w: _graph(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("b", w.conv(3, 2), "x"), ("r", ops.ReLU(), "b"),
+    "concat": (lambda w: wired(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("b", w.conv(3, 2), "x"), ("r", ops.ReLU(), "b"),
                                 ("s", ops.Concat(), "a r"), ("y", w.conv(2, 5), "s")),
                "the reader's columns are those of the concat's order", "channel offsets of a concat"),
-    "concat-input": (lambda w: _graph(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("s", ops.Concat(), "x a"), ("y", w.conv(2, 4), "s")),
+    "concat-input": (lambda w: wired(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("s", ops.Concat(), "x a"), ("y", w.conv(2, 4), "s")),
                      "some channels of a value pinned, others free", "a value that is pinned as a whole"),
-    "concat-space": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", w.conv(3, 2), "x"), ("s", ops.Concat(1), "a b"),
+    "concat-space": (lambda w: wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("b", w.conv(3, 2), "x"), ("s", ops.Concat(1), "a b"),
                                       ("y", w.conv(2, 3), "s")),
                      "what stands side by side in space shares factors", "concat along space taken for one along channels"),
-    "concat-twice": (lambda w: _graph(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("s", ops.Concat(), "a a"), ("y", w.conv(2, 4), "s")),
+    "concat-twice": (lambda w: wired(IMAGE, "y", ("a", w.conv(2, 2), "x"), ("s", ops.Concat(), "a a"), ("y", w.conv(2, 4), "s")),
                      "two channels of a value with one factor", "a factor applied twice, or once"),
     "depthwise": (lambda w: _chain(IMAGE, a=w.conv(3, 2), r=ops.ReLU(), d=w.conv(3, 3, 3, groups=3, padding=1), s=ops.ReLU(),
                                    y=w.conv(2, 3)),
@@ -250,7 +246,7 @@ EXACT: dict[str, tuple[Build, str, str]] = {
                 "a channel's factor is repeated over its pixels", "flatten channel-last (the authors' script reads NHWC)"),
     "unflatten": (lambda w: _chain((3,), a=w.dense(8, 3), r=ops.ReLU(), u=ops.Unflatten((2, 2, 2)), y=w.conv(2, 2)),
                   "pixels of a channel share its factor", "one factor a pixel"),
-    "slice": (lambda w: _graph(IMAGE, "y", ("a", w.conv(4, 2), "x"), ("b", ops.Slice(0, 2), "a"), ("c", ops.Slice(2, 4), "a"),
+    "slice": (lambda w: wired(IMAGE, "y", ("a", w.conv(4, 2), "x"), ("b", ops.Slice(0, 2), "a"), ("c", ops.Slice(2, 4), "a"),
                                ("s", ops.Add(), "b c"), ("y", w.conv(2, 2), "s")),
               "two halves of a value, tied by their sum", "a slice that forgets its offset"),
     "permute": (lambda w: _chain(IMAGE, a=w.conv(4, 2), p=ops.Permute((2, 0, 3, 1)), r=ops.ReLU(), y=w.conv(2, 4)),
@@ -283,18 +279,18 @@ EXACT: dict[str, tuple[Build, str, str]] = {
                "f (s x + t) = s (f x) + f t", "the slope multiplied, too, or the shift left"),
     "extend": (lambda w: _chain((2, 2, 2), a=w.conv(3, 2), u=ops.Extend(w.rows(3, 1, 2), 1), y=w.conv(2, 3)),
                "a constant beside a value takes up its factor", "a class token left as it is"),
-    "half-output": (lambda w: _graph((3,), "o y", ("a", w.dense(4, 3), "x"), ("o", ops.Slice(0, 2), "a"), ("b", ops.Slice(2, 4), "a"),
+    "half-output": (lambda w: wired((3,), "o y", ("a", w.dense(4, 3), "x"), ("o", ops.Slice(0, 2), "a"), ("b", ops.Slice(2, 4), "a"),
                                      ("y", w.dense(2, 2), "b")),
                     "two channels of a layer are an output, two are free", "pinned channels left out of what the layer ranges"),
     "stream": (_stream, "what meets in a sum shares one factor, the smaller of what its layers ask for", "tied layers, each by itself"),
-    "two-inputs": (lambda w: _graph({"x": (2,), "z": (3,)}, "y", ("a", w.dense(4, 2), "x"), ("b", w.dense(4, 3), "z"),
+    "two-inputs": (lambda w: wired({"x": (2,), "z": (3,)}, "y", ("a", w.dense(4, 2), "x"), ("b", w.dense(4, 3), "z"),
                                     ("s", ops.Add(), "a b"),
                                     ("r", ops.ReLU(), "s"), ("y", w.dense(2, 4), "r")),
                    "all inputs are pinned", "the first input alone is pinned"),
-    "two-outputs": (lambda w: _graph((3,), "y z", ("a", w.dense(4, 3), "x"), ("r", ops.ReLU(), "a"), ("y", w.dense(2, 4), "r"),
+    "two-outputs": (lambda w: wired((3,), "y z", ("a", w.dense(4, 3), "x"), ("r", ops.ReLU(), "a"), ("y", w.dense(2, 4), "r"),
                                      ("b", w.dense(3, 4), "r"), ("t", ops.ReLU(), "b"), ("z", w.dense(2, 3), "t")),
                     "all outputs are pinned", "the first output alone is pinned"),
-    "inner-output": (lambda w: _graph((3,), "y r", ("a", w.dense(4, 3), "x"), ("r", ops.ReLU(), "a"), ("b", w.dense(3, 4), "r"),
+    "inner-output": (lambda w: wired((3,), "y r", ("a", w.dense(4, 3), "x"), ("r", ops.ReLU(), "a"), ("b", w.dense(3, 4), "r"),
                                       ("t", ops.ReLU(), "b"), ("y", w.dense(2, 3), "t")),
                      "a value that is an output is pinned although others read it",
                      "an output that feeds a layer, too (the authors' script)"),
@@ -304,15 +300,15 @@ EXACT: dict[str, tuple[Build, str, str]] = {
                   "a BatchNorm that was not folded absorbs any factor", "a BatchNorm that reads is left as it is"),
     "batchnorm-first": (lambda w: _chain(IMAGE, n=w.batchnorm(2), r=ops.ReLU(), y=w.conv(2, 2, 3, padding=1)),
                         "a BatchNorm makes channels of its own", "layers without a convolution before them"),
-    "square": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("p", ops.Mul(), "a a"), ("y", w.dense(2, 4), "p")),
+    "square": (lambda w: wired((3,), "y", ("a", w.dense(4, 3), "x"), ("p", ops.Mul(), "a a"), ("y", w.dense(2, 4), "p")),
                "(f x)^2 = f^2 x^2", "a product that carries the factor itself"),
-    "product": (lambda w: _graph((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("p", ops.Mul(), "a b"),
+    "product": (lambda w: wired((3,), "y", ("a", w.dense(4, 3), "x"), ("b", w.dense(4, 3), "x"), ("p", ops.Mul(), "a b"),
                                  ("y", w.dense(2, 4), "p")),
                 "factors multiply where values do", "products that pin, or that carry one of the two"),
-    "product-input": (lambda w: _graph((3,), "y", ("a", w.dense(3, 3), "x"), ("p", ops.Mul(), "a x"), ("r", ops.ReLU(), "p"),
+    "product-input": (lambda w: wired((3,), "y", ("a", w.dense(3, 3), "x"), ("p", ops.Mul(), "a x"), ("r", ops.ReLU(), "p"),
                                        ("y", w.dense(2, 3), "r")),
                       "a product with a pinned value carries the other's factor", "a product with the input that pins"),
-    "product-output": (lambda w: _graph((3,), "p", ("a", w.dense(2, 3), "x"), ("b", w.dense(2, 3), "x"), ("p", ops.Mul(), "a b")),
+    "product-output": (lambda w: wired((3,), "p", ("a", w.dense(2, 3), "x"), ("b", w.dense(2, 3), "x"), ("p", ops.Mul(), "a b")),
                        "a product that is an output leaves inverse factors", "both sides pinned"),
     "scores": (_attention, "queries and keys carry inverse factors, values and what is mixed the same", "attention that pins"),
     "scores-rotary": (lambda w: _attention(w, rotary=True), "channels that are turned into each other share a factor",
@@ -330,7 +326,7 @@ ROUNDING: dict[str, tuple[Build, str, str]] = {
     "avgpool-exclude": (lambda w: _chain(IMAGE, a=w.conv(3, 2), p=ops.AvgPool(3, stride=1, padding=1, count_include_pad=False),
                                          y=w.conv(2, 3)),
                         "a mean is homogeneous, whatever it counts", "another count"),
-    "gate": (lambda w: _graph(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("g", ops.GlobalAvgPool(), "r"),
+    "gate": (lambda w: wired(IMAGE, "y", ("a", w.conv(3, 2), "x"), ("r", ops.ReLU(), "a"), ("g", ops.GlobalAvgPool(), "r"),
                               ("c", w.conv(3, 3), "g"),
                               ("s", ops.Sigmoid(), "c"), ("p", ops.Mul(), "r s"), ("y", w.conv(2, 3), "p")),
              "squeeze and excite: the gate is pinned, the gated value is not", "the gated value pinned, or scaled without its reader"),
