@@ -17,7 +17,7 @@ from eqfact.freeing import freed_by_slopes
 from eqfact.graph import Data, Graph, batches_of, checked_inputs
 from eqfact.methods import Method, Optimal, Task, method_of
 from eqfact.ops.base import Array
-from eqfact.optimal import decibels_above
+from eqfact.optimal import Stage, decibels_above
 from eqfact.quantization import UniformQuantizer, check_quantizers, clips
 from eqfact.rules import Rule
 
@@ -34,17 +34,23 @@ class EqualizeResult:
     success: bool
     message: str
     iterations: int
-    #: Largest change ``|log f|`` of any factor, sweep by sweep.
+    #: Largest change ``|log f|`` of any factor, sweep by sweep; of "optimal" the certified gap in dB, stage by stage (with quantizers that
+    #: clip, the noise of every turn in dB above the last).
     residual: tuple[float, ...]
     #: Why channels of a value keep the factor 1, for every value with such a channel.
     pinned: dict[str, str]
     #: Expected SQNR of the quantized output in dB before and after, for the ranges seen; None without data or statistics, for rules that
     #: are given statistics but neither data nor quantizers, and for weights on grids per group, which the noise model does not know.
     predicted: tuple[float, float] | None = None
+    #: Likewise, the expected noise of each tensor before and after, in dB of the output's power (:func:`eqfact.predict_noise`).
+    noise: tuple[dict[str, float], dict[str, float]] | None = None
     #: "optimal" only: a lower bound on the objective (expected noise and ridge) of every factorization within the bounds that keeps dead
     #: channels, and by how many dB the one returned (rounded to powers of two, if asked) can at most be from the best of them.
     bound: float | None = None
     gap_db: float | None = None
+    #: "optimal" only: the start and every stage, each ``(iterations, objective, bound)`` so far, the last two in the unit of ``bound``.
+    #: With quantizers that clip, every turn, without a bound (0), as a certificate holds for the clips of one turn.
+    history: tuple[Stage, ...] = ()
 
 
 def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: Data | Iterable[Data] | None = None,
@@ -91,12 +97,13 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     found = chosen.find(task)
     factorization = found.factorization.power_of_two() if exact else found.factorization
     message, goal = found.message, found.goal
-    predicted = None
+    predicted = noise = None
     if model is not None:
         after = task.model(at=factorization) if task.clips else model
-        predicted = (model.sqnr(), after.sqnr(factorization))
-    if predicted is not None and harmless and not predicted[1] > predicted[0]:
-        factorization, predicted = Factorization(resolved, np.ones(resolved.degrees_of_freedom + 1)), (predicted[0], predicted[0])
+        predicted, noise = (model.sqnr(), after.sqnr(factorization)), (model.decibels(), after.decibels(factorization))
+    if predicted is not None and noise is not None and harmless and not predicted[1] > predicted[0]:
+        factorization = Factorization(resolved, np.ones(resolved.degrees_of_freedom + 1))
+        predicted, noise = (predicted[0], predicted[0]), (noise[0], noise[0])
         message += "; the expected noise would not fall, so the network is returned as it is"
     if predicted is not None and predicted[1] < predicted[0]:
         message = (f"the expected noise rises, from an SQNR of {predicted[0]:.1f} to {predicted[1]:.1f} dB: use method 'optimal', or "
@@ -113,7 +120,7 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
     if more := freed_by_slopes(graph):
         message += f"; {more} more factors would be free with a slope a channel in gates (eqfact.slope_gates)"
     return EqualizeResult(factorization.apply(graph), factorization, found.success, message, found.iterations, found.residual,
-                          resolved.pinned, predicted, None if goal is None else goal.bound, gap_db)
+                          resolved.pinned, predicted, noise, None if goal is None else goal.bound, gap_db, found.history)
 
 
 def _measured(graph: Graph, data: Data | Iterable[Data], stats: Statistics | None,

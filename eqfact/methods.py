@@ -33,7 +33,7 @@ from eqfact.channels import Channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, measured_sensitivities, noise_model, unit_sensitivities
-from eqfact.optimal import decibels_above, objective_at, optimal
+from eqfact.optimal import Stage, decibels_above, objective_at, optimal
 from eqfact.quantization import UniformQuantizer, clips
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
@@ -130,6 +130,8 @@ class Found:
     #: Sweep by sweep or step by step, how far it was from the end.
     residual: tuple[float, ...]
     goal: Goal | None = None
+    #: Of a search for the least noise, the start and what each stage reached.
+    history: tuple[Stage, ...] = ()
 
 
 class Method(Protocol):
@@ -295,8 +297,9 @@ class Optimal:
                    f"Newton steps" + _held_back(fates, best.f, bound, 1 / bound, ""))
         fixed = model.saturation if self.objective == "noise" else 0.0
         found, value = Factorization(resolved, best.f), best.noise + fixed
+        history = tuple(Stage(of.iterations, of.objective + fixed, of.bound + fixed) for of in best.history)
         return value, Found(found, best.gap_db <= self.tol, message, best.iterations, best.residual,
-                            Goal(model, self.objective, ridge, best.bound + fixed, found, value))
+                            Goal(model, self.objective, ridge, best.bound + fixed, found, value), history)
 
     def _with_clips(self, task: Task, fates: Fates) -> Found:
         """Factors and clips in turn, from the better of clips alone and factors alone."""
@@ -309,24 +312,26 @@ class Optimal:
         unclipped, alone = self._best(task, task.model(ranges, clips=False), fates)
         of_clips, of_both = clipped(identity), clipped(alone.factorization)
         f, (model, noise) = (identity, of_clips) if of_clips[1] <= of_both[1] else (alone.factorization, of_both)
-        noises, steps = [noise], alone.iterations
+        steps = alone.iterations
+        history = [Stage(steps, noise, 0.0)]  # a certificate holds for the clips of one turn
         while True:
             _, found = self._best(task, model, fates, f)
             steps += found.iterations
             then, noise = clipped(found.factorization)
-            gain = decibels_above(noise, noises[-1])
+            gain = decibels_above(noise, history[-1].objective)
             if gain > 0:
                 f, model = found.factorization, then
-                noises.append(noise)
+                history.append(Stage(steps, noise, 0.0))
             if gain <= self.tol or steps >= self.max_iter:
                 break
         none = task.model(ranges, clips=False).sqnr()
-        together, factors, of_clips_alone = (_sqnr(model, reached) for reached in (noises[-1], unclipped, of_clips[1]))
-        message = (f"{found.message}; with clips ({len(noises) - 1} further turns gained), an SQNR of {together:.1f} dB is expected, of "
+        noise = history[-1].objective
+        together, factors, of_clips_alone = (_sqnr(model, reached) for reached in (noise, unclipped, of_clips[1]))
+        message = (f"{found.message}; with clips ({len(history) - 1} further turns gained), an SQNR of {together:.1f} dB is expected, of "
                    f"factors alone {factors:.1f}, of clips alone {of_clips_alone:.1f}, of neither {none:.1f}")
         # the last turn's goal has the clips of the factors that are returned, or the ones before them
-        return replace(found, factorization=f, message=message, iterations=steps,
-                       residual=tuple(decibels_above(noises[-1], noise) for noise in noises))
+        return replace(found, factorization=f, message=message, iterations=steps, history=tuple(history),
+                       residual=tuple(decibels_above(noise, turn.objective) for turn in history))
 
     def _model(self, task: Task) -> NoiseModel:
         if self.objective == "range" and task.stats is None:

@@ -26,6 +26,7 @@ from eqfact.factorization import Factorization
 from eqfact.gradients import Sensitivities as Sensitivities
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
+from eqfact.metrics import decibels
 from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
 from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values, tensor_ranges
 
@@ -241,6 +242,10 @@ class NoiseModel:
         f = np.ones(self.channels.size) if factorization is None else self.by_label(factorization)
         return {tensor.name: tensor.noise(f) for tensor in self.tensors}
 
+    def decibels(self, factorization: Factorization | None = None) -> dict[str, float]:
+        """The same in dB of the output's power."""
+        return {name: -decibels(self.signal, noise) for name, noise in self.terms(factorization).items()}
+
     def sqnr(self, factorization: Factorization | None = None) -> float:
         """Expected SQNR of the output in dB; infinite if nothing is quantized."""
         noise = sum(self.terms(factorization).values())
@@ -315,8 +320,7 @@ def predict_noise(graph: Graph, stats: Statistics | None, *, weights: UniformQua
     >>> round(predict_noise(net, None, weights=UniformQuantizer(8), activations=None, sensitivities=s)["fc.weight"], 2)
     -52.87
     """
-    model = noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities)
-    return {name: float(10 * np.log10(noise / model.signal)) for name, noise in model.terms().items()}
+    return noise_model(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities).decibels()
 
 
 def _tensor(name: str, entries: Array, sensitivity: Vector, quantizer: UniformQuantizer, made: Indices, read: Indices) -> Tensor:

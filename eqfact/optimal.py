@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,16 @@ def decibels_above(bound: float, noise: float) -> float:
     return float(10 * np.log10(noise / bound)) if noise > 0 else 0.0
 
 
+class Stage(NamedTuple):
+    """Where the search for the optimum stood: at the start, or after a stage of it."""
+
+    #: Newton steps so far.
+    iterations: int
+    #: The least objective so far, and the greatest lower bound that was certified so far; 0 where there is none yet.
+    objective: float
+    bound: float
+
+
 @dataclass(frozen=True, eq=False)
 class Optimum:
     """Factors of the free numbers, and how they were found."""
@@ -69,6 +80,8 @@ class Optimum:
     iterations: int
     #: The certified gap in dB, stage by stage.
     residual: tuple[float, ...]
+    #: The start, then every stage.
+    history: tuple[Stage, ...]
 
     @property
     def gap_db(self) -> float:
@@ -105,8 +118,10 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
     t = _start(start, size, limit)
     best, lowest, bound = t, goal.exact(t), -np.inf
     if not goal.terms or not limit.any():
-        return Optimum(np.exp(t), float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)), 0, ())
+        only = Stage(0, float(np.exp(lowest)), float(np.exp(lowest - ROUNDOFF)))
+        return Optimum(np.exp(t), only.objective, only.bound, 0, (), (only,))
     p, iterations, gap, residual = FIRST_EXPONENT, 0, BEFORE, list[float]()
+    history = [Stage(0, float(np.exp(lowest)), 0.0)]
     while True:
         for term in goal.terms:
             term.begin(goal.spread(t), p)
@@ -118,11 +133,12 @@ def optimal(model: NoiseModel, *, objective: str = "noise", weights: Mapping[str
         bound = max(bound, goal.lower_bound(now, t, limit))
         gap = max(lowest - bound, 0.0)
         residual.append(float(gap * 10 / np.log(10)))
+        history.append(Stage(iterations, float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF)))))
         if p < EXPONENT or (steps <= FEW_STEPS and p < LAST_EXPONENT):
             p *= 2
         stalled = len(residual) > 10 and residual[-1] > 0.99 * residual[-6]
         if residual[-1] <= tol or iterations >= max_iter or stalled:
-            return Optimum(np.exp(best), float(np.exp(lowest)), float(np.exp(min(bound, lowest - ROUNDOFF))), iterations, tuple(residual))
+            return Optimum(np.exp(best), history[-1].objective, history[-1].bound, iterations, tuple(residual), tuple(history))
 
 
 def objective_at(model: NoiseModel, free: Vector, *, objective: str = "noise", weights: Mapping[str, float] | None = None,
