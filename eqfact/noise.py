@@ -28,7 +28,7 @@ from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
 from eqfact.metrics import decibels
 from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
-from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values, tensor_ranges
+from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values, tensor_ranges, weight_names
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -275,6 +275,7 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
     ends = _ends(graph, stats, weights, activations, sensitivities, outputs, at)
     tensors: dict[object, Tensor] = {}
     ways: dict[object, Node] = {}
+    names = weight_names(graph)
     if weights is not None:
         if weights.granularity == "per_group":
             raise ValueError("the noise model knows granularities 'per_tensor' and 'per_channel' of weights, not 'per_group': "
@@ -289,12 +290,12 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
                     first = tensors[id(op)]
                     tensors[id(op)] = replace(first, sensitivity=first.sensitivity + s)
                 else:
-                    tensors[id(op)] = _tensor(f"{node.name}.weight", op.taps(), s, weights,
+                    tensors[id(op)] = _tensor(names[id(op)], op.taps(), s, weights,
                                               resolved.labels[node.name], resolved.labels[node.inputs[0]])
                     ways[id(op)] = node
         for key, node in ways.items():
-            if (end := ends.get(f"{node.name}.weight")) is not None:
-                assert isinstance(node.op, Weighted)
+            assert isinstance(node.op, Weighted)
+            if (end := ends.get(names[id(node.op)])) is not None:
                 tensors[key] = _clipped_weights(tensors[key], node, end, at)
     if activations is not None:
         if stats is None:

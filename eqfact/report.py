@@ -1,14 +1,15 @@
 """Where does a network lose precision? One row for each tensor: its range ratio, its weakest channel, its noise, its pins.
 
 Per-tensor quantization gives every channel the step of the largest one; a channel whose range is ``r`` times smaller loses
-``log2(r)`` bits (section 1 of the paper). Pure functions from networks to rows; a range is the largest magnitude of a channel.
+``log2(r)`` bits (section 1 of the paper). Pure functions from networks to rows; a range is the largest magnitude of a channel. And how
+much noise does each tensor alone add to the output: as :mod:`eqfact.noise` expects it, and as it is measured?
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,22 @@ import numpy.typing as npt
 from eqfact.calibration import Statistics
 from eqfact.channels import channels
 from eqfact.gradients import Sensitivities
-from eqfact.graph import Data, Graph, walk
+from eqfact.graph import Data, Graph, batches_of, values, walk
 from eqfact.metrics import decibels, sqnr
+from eqfact.noise import predict_noise
 from eqfact.ops import Weighted
-from eqfact.quantization import UniformQuantizer, effective_bits, quantize, stored_name, stored_values
+from eqfact.ops.base import Array, Op
+from eqfact.quantization import (
+    FakeQuantize,
+    UniformQuantizer,
+    effective_bits,
+    quantize,
+    scale_dtype,
+    stored_name,
+    stored_values,
+    tensor_ranges,
+    weight_names,
+)
 from eqfact.verification import Verification, verify
 
 Ranges = npt.NDArray[np.float64]
@@ -43,6 +56,18 @@ class Tensor:
     sqnr: float | None = None
     #: Why channels of a value keep the factor 1.
     pinned: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorNoise:
+    """The noise at the output when one tensor alone is quantized, in dB of the output's power: expected and measured."""
+
+    name: str
+    #: ``"weight"`` or ``"value"``.
+    kind: str
+    predicted: float
+    #: Minus infinity if all outputs are what they were.
+    measured: float
 
 
 def range_ratio(ranges: Ranges) -> float:
@@ -116,3 +141,53 @@ def local_sqnr(graph: Graph, quantized: Graph, batches: Iterable[Data]) -> dict[
 def verify_batches(a: Graph, b: Graph, batches: Iterable[Data]) -> Verification:
     """The verdict of :func:`eqfact.verify` over batches: that of the batch whose error is largest against its bound."""
     return max((verify(a, b, x) for x in batches), key=lambda v: (not v.equal, v.max_error / v.bound if v.bound else v.max_error))
+
+
+def noise_report(graph: Graph, batches: Data | Iterable[Data], *, weights: UniformQuantizer | None, activations: UniformQuantizer | None,
+                 sensitivities: Sensitivities, stats: Statistics | None = None) -> list[TensorNoise]:
+    """A row for every tensor that makes noise: as :func:`eqfact.predict_noise` has it, and as measured with that tensor alone on its grid.
+
+    ``stats`` (for activations) and ``sensitivities`` are those of the graph. Of several outputs each counts relative to its own power, as
+    with ``gradient_sensitivities(relative_to=stats)``. It takes about half a forward pass for every tensor. :class:`ValueError` as in
+    :func:`eqfact.noise_model`, and without a batch.
+
+    >>> net = Graph.chain((1,), fc=eq.Dense(np.array([[1.0], [0.3]])))
+    >>> s = eq.gradient_sensitivities(net, np.ones((1, 1)))
+    >>> [row.name for row in noise_report(net, np.ones((1, 1)), weights=UniformQuantizer(4), activations=None, sensitivities=s)]
+    ['fc.weight']
+    """
+    predicted = predict_noise(graph, stats, weights=weights, activations=activations, sensitivities=sensitivities)
+    ends = tensor_ranges(graph, weights=weights, activations=activations, stats=stats, sensitivities=sensitivities)
+    dtype, names = scale_dtype(graph), weight_names(graph)
+    ops: dict[str, dict[str, Op]] = {name: {} for name in predicted}  # by tensor: the nodes with its weights, these on their grid
+    for node in graph.nodes:
+        if (name := names.get(id(node.op), "")) in ops and isinstance(node.op, Weighted):
+            assert weights is not None
+            on_grid = weights.grid(*ends[name]).astype(dtype).fake_quantize(node.op.weight)
+            ops[name][node.name] = replace(node.op, weight=on_grid)  # type: ignore[type-var]  # every final op is a dataclass
+    rounding = {name: FakeQuantize(activations.grid(*ends[name]).astype(dtype))
+                for name, nodes in ops.items() if activations is not None and not nodes}
+    signal, noise = dict.fromkeys(graph.outputs, 0.0), {name: dict.fromkeys(graph.outputs, 0.0) for name in predicted}
+    for x in batches_of(batches):
+        env = values(graph, x)
+        for output in graph.outputs:
+            signal[output] += float((env[output].astype(np.float64) ** 2).sum())
+        for name, of in noise.items():
+            changed = {name: rounding[name].forward(env[name])} if name in rounding else {}
+            for output, value in _outputs(graph, env, ops[name], changed).items():
+                of[output] += float(((env[output].astype(np.float64) - value) ** 2).sum())
+    if not any(signal.values()):
+        raise ValueError("noise is measured relative to the output, which is 0 on these batches, or there are none")
+    return [TensorNoise(name, "value" if name in rounding else "weight", predicted[name],
+                        -decibels(len(signal), sum(of[output] / (signal[output] or 1.0) for output in signal)))
+            for name, of in noise.items()]
+
+
+def _outputs(graph: Graph, env: Mapping[str, Array], ops: Mapping[str, Op], changed: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs with other ops at some nodes and other arrays for some values; what does not follow from these is taken from ``env``."""
+    env, moved = dict(env) | dict(changed), set(changed)
+    for node in graph.nodes:
+        if node.name in ops or (node.name not in changed and not moved.isdisjoint(node.inputs)):
+            env[node.name] = replace(node, op=ops.get(node.name, node.op)).forward(*(env[i] for i in node.inputs))
+            moved.add(node.name)
+    return {name: env[name] for name in graph.outputs}
