@@ -34,7 +34,7 @@ FLOOR_DB = 80.0
 STILL = 2.0**-52
 BEFORE, AFTER = "#c44e52", "#2b6ca3"
 #: The most tensors with a name of their own beside each other.
-MOST = 40
+MOST = 30
 
 
 def plot_ranges(before: Graph, after: Graph, path: str | None = None, *, title: str = "") -> Figure:
@@ -90,8 +90,8 @@ def plot_noise(before: Mapping[str, float], after: Mapping[str, float] | None = 
         heights = [max(of[name] - bottom, 0.0) for name in names]
         x = np.arange(len(names)) + (side - (len(sides) - 1) / 2) * width
         total = 10 * np.log10(sum(10 ** (noise / 10) for noise in of.values()))
-        whole = f"{'sum' if after is None else label}: {total:.1f} dB"
-        axes.bar(x, heights, width, bottom=bottom, color=color, label=label)
+        whole = f"sum{'' if after is None else ' ' + label}: {total:.1f} dB"
+        axes.bar(x, heights, width, bottom=bottom, color=color, label="each tensor" if after is None else label)
         axes.axhline(total, color=color, linewidth=1.2, linestyle="--", label=whole)
     axes.set_ylim(bottom, None)
     _name_slots(axes, names)
@@ -121,9 +121,9 @@ def plot_predicted(rows: Sequence[TensorNoise], path: str | None = None, *, titl
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, s=22, color=color, alpha=0.8, linewidths=0, zorder=2, label=label)
     worst = found[int(np.argmax(np.abs(both[:, 1] - both[:, 0])))]
-    right = worst.predicted > (low + high) / 2
-    axes.annotate(f"{worst.name}: {worst.measured - worst.predicted:+.1f} dB", (worst.predicted, worst.measured), fontsize=8, color="0.3",
-                  xytext=(-6 if right else 6, 0), textcoords="offset points", ha="right" if right else "left", va="center")
+    axes.annotate(f"farthest off: {worst.name}, {worst.measured - worst.predicted:+.1f} dB", (worst.predicted, worst.measured), fontsize=8,
+                  color="0.3", xytext=(0.98, 0.03), textcoords="axes fraction", ha="right",
+                  arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.8, "shrinkB": 4})
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set_xlabel("expected noise, dB of the output's power")
     axes.set_ylabel("measured noise, dB of the output's power")
@@ -137,7 +137,8 @@ def plot_weights(quantized: Graph, after: Graph | None = None, path: str | None 
                  noise: Mapping[str, float] | None = None, most: int = 6, title: str = "") -> Figure:
     """How many weights of a layer lie on each level of its grid, of a quantized network, or of two before and ``after`` equalization.
 
-    A bar stands on every number that is used, ``weight / scale``: whole steps from zero. ``names`` are those of nodes; without them the
+    A bar stands on every number that is used, ``weight / scale``: whole steps from zero. Across is all of the grid; of two networks, one
+    stands left and one right. ``names`` are those of nodes; without them the
     ``most`` layers of most expected noise are drawn (``noise``, as :func:`eqfact.predict_noise` gives it, before), or without that those
     that use the smallest part of their grid; the title says which. Layers that share weights count once. Raises :class:`ValueError` for
     unknown names, networks without weights on grids or with different ones, and as :func:`plot_ranges` does.
@@ -161,21 +162,19 @@ def plot_weights(quantized: Graph, after: Graph | None = None, path: str | None 
     else:
         used = {name: -len(np.unique(levels)) / _size(grid) for name, (levels, grid) in layers.items()}
         chosen, why = _noisiest(used, most), "that use the smallest part of their grid"
-    columns = min(len(chosen), 2)
-    figure, panels = _figure(5.0 * columns, 2.1 * -(-len(chosen) // columns) + 0.6, len(chosen), columns)
-    for axes, name in zip(panels, chosen, strict=True):
-        sides = [(layers[name], AFTER if after is None else BEFORE, "")]
-        if after is not None:
-            sides = [(layers[name], BEFORE, "before "), (others[name], AFTER, "after ")]
-        for side, ((levels, grid), color, label) in enumerate(sides):
-            at, counts = np.unique(levels, return_counts=True)
-            width = 0.9 / len(sides)
-            axes.bar(at + (side - (len(sides) - 1) / 2) * width, counts, width, color=color, linewidth=0,
-                     label=f"{label}{len(at)} of {_size(grid)} levels")
+    sides = [(layers, AFTER, "")] if after is None else [(layers, BEFORE, "before: "), (others, AFTER, "after: ")]
+    shown = [(name, *side) for name in chosen for side in sides]
+    columns = min(len(shown), 2)
+    figure, panels = _figure(5.0 * columns, 1.8 * -(-len(shown) // columns) + 0.8, len(shown), columns)
+    for axes, (name, by_layer, color, label) in zip(panels, shown, strict=True):
+        levels, grid = by_layer[name]
+        at, counts = np.unique(levels, return_counts=True)
+        axes.bar(at, counts, 0.9, color=color, linewidth=0)
+        axes.set_title(f"{name}, {label}{len(at)} of {_size(grid)} levels", fontsize=9, loc="left")
+        axes.set_xlim(float((grid.qmin - grid.zero_point).min()) - 1, float((grid.qmax - grid.zero_point).max()) + 1)
         axes.set_yscale("log")
-        axes.set_ylim(0.7, None)
-        axes.set_title(name, fontsize=9, loc="left")
-        axes.legend(fontsize=7, loc="upper right", framealpha=0.9, handlelength=1)
+        top = max(np.unique(of[name][0], return_counts=True)[1].max() for of, *_ in sides)
+        axes.set_ylim(0.7, max(2 * top, 20))
     for axes in panels[-columns:]:
         axes.set_xlabel("steps from zero (weight / scale)")
     for axes in panels[::columns]:
@@ -261,7 +260,7 @@ def _finished(figure: Figure, path: str | None, *titles: str) -> Figure:
 
 
 def _width(slots: int) -> float:
-    return min(max(7.0, 0.55 * slots), 24.0)
+    return min(max(7.0, 0.4 * slots + 2), 24.0)
 
 
 def _name_slots(axes: Axes, names: Sequence[str]) -> None:
