@@ -187,8 +187,29 @@ def _report(p: argparse.ArgumentParser) -> None:
     p.add_argument("--report", metavar="FILE.json", help="write all facts, with a row for every tensor")
 
 
-def _plot(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--plot", metavar="FILE.png", help="draw the ranges of all channels before and after (needs matplotlib)")
+#: What a figure shows, by kind.
+FIGURES = {"ranges": "the ranges of all channels before and after", "noise": "the noise to be expected of every tensor",
+           "predicted": "that noise against the measured one, each tensor alone", "weights": "weights on their grid",
+           "convergence": "how the factors were found, with the certificate of optimal"}
+
+
+def _plot(*kinds: str) -> Callable[[argparse.ArgumentParser], None]:
+    """``--plot`` of a command with these kinds of figures; the first is what a bare name means."""
+    def arguments(p: argparse.ArgumentParser) -> None:
+        shows = "; ".join(f"{kind}: {FIGURES[kind]}" for kind in kinds)
+        p.add_argument("--plot", type=lambda text: figure(text, kinds), action="append", default=[], metavar="[KIND=]FILE.png",
+                       help=f"draw a figure, as often as given (needs matplotlib). {shows}; default: {kinds[0]}")
+    return arguments
+
+
+def figure(text: str, kinds: Sequence[str]) -> tuple[str, str]:
+    """The kind of a figure and its file, from ``KIND=FILE`` or ``FILE``, which may hold ``=`` behind a folder."""
+    kind, equals, path = text.partition("=")
+    if not equals or not kind.isidentifier():
+        kind, path = kinds[0], text
+    if kind not in kinds or not path:
+        raise argparse.ArgumentTypeError(f"must be KIND=FILE or FILE, KIND one of {', '.join(kinds)}, got '{text}' (./{text} is a file)")
+    return kind, path
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,8 +233,7 @@ def demo_text(facts: Facts) -> Iterator[str]:
     yield "logits. Range ratio: the largest among the channels of any one tensor. Per-channel: not equalized,"
     yield "but one step per output channel of the weights. Optimal: for W8A8. Bias corr.: iterative, on the"
     yield f"calibration images. Same function: verified on {facts['verified_images']} of the images."
-    if facts["plot"]:
-        yield f"figure written to {facts['plot']}"
+    yield from _plots_text(facts)
 
 
 def inspect_text(facts: Facts) -> Iterator[str]:
@@ -250,6 +270,7 @@ def equalize_text(facts: Facts) -> Iterator[str]:
     yield from _listed("pinned", facts["pinned"])
     yield from _batchnorm_text(facts)
     yield from _verification_text(facts)
+    yield from _plots_text(facts)
 
 
 def quantize_text(facts: Facts) -> Iterator[str]:
@@ -257,6 +278,7 @@ def quantize_text(facts: Facts) -> Iterator[str]:
         yield f"{facts['quantizer']} SQNR of '{name}': {decibels:.1f} dB, on {facts['data']}"
     yield from _batchnorm_text(facts)
     yield f"written to {facts['output']}"
+    yield from _plots_text(facts)
     if facts["run"]:
         yield from _run_text(facts["run"])
 
@@ -352,6 +374,11 @@ def _listed(what: str, reasons: dict[str, str]) -> Iterator[str]:
         yield f"{what}: and {len(reasons) - LISTED} more, see --json"
 
 
+def _plots_text(facts: Facts) -> Iterator[str]:
+    for plot in facts["plots"]:
+        yield f"figure of {plot['kind']} written to {plot['file']}"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
@@ -365,15 +392,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("every method against every bit-width, on the bundled network", (_plot,), commands.run_demo, demo_text),
+    "demo": Command("every method against every bit-width, on the bundled network", (_plot("ranges", "noise", "convergence"),),
+                    commands.run_demo, demo_text),
     "inspect": Command("layers, shapes and degrees of freedom of a network, and what is pinned and why",
                        (_network, _data), commands.run_inspect, inspect_text),
     "fold": Command("fold BatchNorms into their neighbours, where that is exact",
                     (_network, _output, _data), commands.run_fold, fold_text),
     "equalize": Command("find factors and write the equivalent network",
-                        (_network, _output, _data, _fold, _method, _report, _plot, _quantizers), commands.run_equalize, equalize_text),
+                        (_network, _output, _data, _fold, _method, _report, _plot("ranges", "noise", "weights", "convergence"),
+                         _quantizers), commands.run_equalize, equalize_text),
     "quantize": Command("put weights and activations on grids",
-                        (_network, _output, _data, _fold, _report, _quantizers), commands.run_quantize, quantize_text),
+                        (_network, _output, _data, _fold, _report, _plot("weights", "noise", "predicted"), _quantizers),
+                        commands.run_quantize, quantize_text),
     "train": Command("train biases, weights or ranges of the quantized network",
                      (_network, _output, _data, _fold, _training, _report, _quantizers), commands.run_train, train_text),
     "verify": Command("are two networks the same function, up to rounding", (_network, _other, _data), commands.run_verify, verify_text),

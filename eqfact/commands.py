@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from eqfact import demo, files, report
+from eqfact import demo, files, plotting, report
 from eqfact.calibration import Statistics, calibrate, likely_ranges
 from eqfact.channels import channels
 from eqfact.correction import batchnorm_gaussians
@@ -30,7 +30,7 @@ from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, forward
 from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
-from eqfact.noise import measured_sensitivities
+from eqfact.noise import measured_sensitivities, predict_noise
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.quantization import UniformQuantizer, clips, quantize
 from eqfact.training import mean_loss, shuffled, train
@@ -49,13 +49,15 @@ def run_demo(args: Args) -> Facts:
     _check_outputs(args)
     bundle = demo.load_bundle()
     rows = list(_progress(demo.rows(bundle), "methods", len(demo.ROWS)))
-    before, after = (next(row.graph for row in rows if row.name == name) for name in ("none", "cross-layer"))
-    files.write_all({args.plot: partial(_plot, before, after, "cross-layer equalization of the bundled network")})
+    before, after, best = (next(row for row in rows if row.name == name) for name in ("none", "cross-layer", "optimal"))
+    files.write_all(_figures(args, {
+        "ranges": partial(plotting.plot_ranges, before.graph, after.graph, title="cross-layer equalization of the bundled network"),
+        **_of_result(best.result, "optimal equalization of the bundled network", "W8A8")}))
     return {
         "ok": all(row.verification for row in rows if row.verification is not None),
         "parameters": _parameters(bundle.network), "images": len(bundle.labels), "calibration_images": len(bundle.calibration),
         "verified_images": demo.VERIFIED, "top1": demo.top1(demo.logits(bundle.network, bundle.images), bundle.labels),
-        "degrees_of_freedom": channels(before).degrees_of_freedom, "plot": args.plot,
+        "degrees_of_freedom": channels(before.graph).degrees_of_freedom, "plots": _drawn(args),
         "rows": [{"name": r.name, "quality": [asdict(q) for q in r.quality], "weight_ratio": r.weight_ratio, "value_ratio": r.value_ratio,
                   "verification": r.verification and asdict(r.verification), "seconds": r.seconds} for r in rows],
     }
@@ -93,6 +95,7 @@ def run_equalize(args: Args) -> Facts:
     graph = network.graph
     if args.harmless and not (args.data or args.apply):
         args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
+    _check_plots(args)
     _proven(network, images)
     folded = _folded(args, graph)
     start = slope_gates(folded) if args.slopes else folded
@@ -106,9 +109,12 @@ def run_equalize(args: Args) -> Facts:
              **_before_and_after(args, start, result, stats, images), **_verification(graph, result.graph, images)}
     tensors = facts.pop("tensors")  # for the report file only
     facts["ok"] = facts["ok"] and result.success
+    title = f"{os.path.basename(args.network)}: {facts['method']}"
     return _written(facts, args, {
         args.factors: partial(files.save_factors, factorization=result.factorization),
-        args.plot: partial(_plot, start, result.graph, f"{os.path.basename(args.network)}: {facts['method']}"),
+        **_figures(args, {"ranges": partial(plotting.plot_ranges, start, result.graph, title=title),
+                          **_of_result(result, title, facts["quantizer"]),
+                          "weights": partial(_plot_weights, args, start, result, stats, images, f"{title}, {facts['quantizer']}")}),
         args.report: lambda path: _write_json(path, facts | {"tensors": tensors}),
         args.output: partial(_save, network=network, graph=result.graph, images=images)})
 
@@ -119,6 +125,7 @@ def run_quantize(args: Args) -> Facts:
     graph = network.graph
     if args.activation_bits is not None and not args.data:
         args.refuse("the ranges of activations come from images: give --data FILE.npz, or --activation-bits float")
+    _check_plots(args)
     _proven(network, images)
     start = _folded(args, graph)
     stats = _calibrated(args, start, images)
@@ -129,6 +136,7 @@ def run_quantize(args: Args) -> Facts:
              "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start, graph)}
     written = _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise, sensitivities)}),
+        **_figures_of_noise(args, start, quantized, stats, images, sensitivities),
         args.output: partial(network.save, graph=quantized, quantized=True)})
     return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
 
@@ -206,7 +214,10 @@ def run_conform(args: Args) -> Facts:
 def _check_outputs(args: Args) -> None:
     if "output" in args:
         files.network_kind(args.output)
-    files.check_outputs(getattr(args, name) for name in ("output", "factors", "state", "report", "plot") if name in args)
+    figures = [path for _, path in getattr(args, "plot", ())]
+    files.check_outputs([*(getattr(args, name) for name in ("output", "factors", "state", "report") if name in args), *figures])
+    for path in figures:
+        plotting.check_path(path)
 
 
 def _networks(args: Args, *paths: str) -> list[files.Network]:
@@ -389,9 +400,12 @@ def _outputs(graph: Graph, feed: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _written(facts: Facts, args: Args, writers: Mapping[str | None, Callable[[str], object]]) -> Facts:
     """The facts, after the files are written, unless a verdict forbids it."""
-    facts["output"] = args.output
-    if "verification" in facts and not facts["verification"]["equal"]:
-        return facts | {"output": None}
+    forbidden = "verification" in facts and not facts["verification"]["equal"]
+    facts["output"] = None if forbidden else args.output
+    if "plot" in args:
+        facts["plots"] = [] if forbidden else _drawn(args)
+    if forbidden:
+        return facts
     files.write_all(writers)
     return facts
 
@@ -449,9 +463,77 @@ def _tensors(args: Args, graph: Graph, stats: Statistics | None, noise: Mapping[
     return [asdict(row) for row in rows]
 
 
-def _plot(before: Graph, after: Graph, title: str, path: str) -> None:
-    from eqfact.plotting import plot_ranges
-    plot_ranges(before, after, path, title=title)
+def _check_plots(args: Args) -> None:
+    """Refuse figures that this run has nothing to draw in, before any work is done for them."""
+    weights, activations = _quantizers(args)
+    for kind, path in args.plot:
+        why = None
+        if kind in ("noise", "predicted"):
+            if not args.data:
+                why = "shows the noise at the output, which takes images: give --data FILE.npz"
+            elif getattr(args, "apply", None):
+                why = "shows the noise that a method expects: give --method in the place of --apply"
+            elif weights is None and activations is None:
+                why = "has nothing to show, nothing is quantized: leave out --weight-bits float or --activation-bits float"
+            elif weights is not None and weights.granularity == "per_group":
+                why = "takes the noise model, which has no grids per group: give --weight-granularity per_channel, which is nearest"
+        elif kind == "weights" and weights is None:
+            why = "has nothing to show, weights stay in float: leave out --weight-bits float"
+        elif kind == "convergence" and _method(args) not in ("cross_layer", "optimal"):
+            why = f"has nothing to show, '{_method(args)}' is one pass: give --method optimal, or cross_layer"
+        if why is not None:
+            args.refuse(f"--plot {kind}={path} {why}")
+
+
+def _figures(args: Args, draw: Mapping[str, Callable[..., object]]) -> dict[str | None, Callable[[str], object]]:
+    """The figures asked for, by file."""
+    return {path: partial(_draw, draw[kind]) for kind, path in args.plot}
+
+
+def _draw(draw: Callable[..., object], path: str) -> None:
+    draw(path=path)
+
+
+def _drawn(args: Args) -> list[Facts]:
+    return [{"kind": kind, "file": path} for kind, path in args.plot]
+
+
+def _of_result(result: EqualizeResult | None, title: str, quantizer: str) -> dict[str, Callable[..., object]]:
+    """The figures that a result is enough for."""
+    assert result is not None
+    before, after = result.noise or ({}, {})
+    return {"noise": partial(plotting.plot_noise, before, after, title=f"{title}, {quantizer}"),
+            "convergence": partial(plotting.plot_convergence, result, title=title)}
+
+
+def _plot_weights(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images, title: str, *,
+                  path: str) -> None:
+    """Those on their grid before and after; of a quantizer that weighs noise, with its grids."""
+    weights, _ = _quantizers(args)
+    before = _sensitivities(args, start, stats, images)
+    after = None if before is None else before.rescaled(start, result.factorization)
+    first, second = (quantize(graph, weights=weights, sensitivities=of) for graph, of in ((start, before), (result.graph, after)))
+    plotting.plot_weights(first, second, path, noise=result.noise and result.noise[0], title=title)
+
+
+def _figures_of_noise(args: Args, start: Graph, quantized: Graph, stats: Statistics | None, images: files.Images,
+                      sensitivities: Sensitivities | None) -> dict[str | None, Callable[[str], object]]:
+    """Those of a network that is quantized; gradients are taken only if one is asked for, measures on as many images as these."""
+    if not args.plot:
+        return {}
+    (weights, activations), few = _quantizers(args), images.first(SENSED)
+    expected: dict[str, float] | None = None
+    rows: list[report.TensorNoise] = []
+    if stats is not None and (weights is None or weights.granularity != "per_group"):
+        sensitivities = sensitivities or measured_sensitivities(start, stats, few.batches())
+        expected = predict_noise(start, stats, weights=weights, activations=activations, sensitivities=sensitivities)
+        if any(kind == "predicted" for kind, _ in args.plot):
+            rows = report.noise_report(start, _progress(few.batches(), "measuring tensors"), weights=weights, activations=activations,
+                                       sensitivities=sensitivities, stats=stats)
+    title = f"{os.path.basename(args.network)}, {_quantizer_name(args)}"
+    return _figures(args, {"weights": partial(plotting.plot_weights, quantized, noise=expected, title=title),
+                           "noise": partial(plotting.plot_noise, expected or {}, title=title),
+                           "predicted": partial(plotting.plot_predicted, rows, title=f"{title}, on {few.source}")})
 
 
 def _write_json(path: str, facts: Facts) -> None:

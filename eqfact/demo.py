@@ -18,7 +18,7 @@ import numpy.typing as npt
 from eqfact import serialization
 from eqfact.calibration import Statistics, calibrate
 from eqfact.correction import correct_bias
-from eqfact.equalization import equalize
+from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm
 from eqfact.graph import Graph, forward
 from eqfact.metrics import sqnr
@@ -82,8 +82,9 @@ class Row:
     verification: Verification | None
     #: Time of equalization in seconds.
     seconds: float
-    #: The float network, folded and equalized.
+    #: The float network, folded and equalized, and what equalization found; None where there was none.
     graph: Graph
+    result: EqualizeResult | None
 
 
 def load_bundle() -> Bundle:
@@ -106,7 +107,7 @@ def rows(bundle: Bundle) -> Iterator[Row]:
     stats = calibrate(folded, bundle.calibration)
     truth = logits(bundle.network, bundle.images)
     for name, method, granularity, corrected in ROWS:
-        graph, of, verification, seconds = folded, stats, None, 0.0
+        graph, of, verification, seconds, result = folded, stats, None, 0.0, None
         if method is not None:
             start = perf_counter()
             result = equalize(folded, method, stats=stats, data=bundle.calibration if method == "optimal" else None)
@@ -114,7 +115,8 @@ def rows(bundle: Bundle) -> Iterator[Row]:
             graph, of = result.graph, result.factorization.apply(stats)
             verification = verify(bundle.network, graph, bundle.images[:VERIFIED])
         quality = tuple(_quality(graph, of, UniformQuantizer(bits=n, granularity=granularity), bundle, truth, corrected) for n in BITS)
-        yield Row(name, quality, largest_ratio(weight_ranges(graph)), largest_ratio(value_ranges(graph, of)), verification, seconds, graph)
+        yield Row(name, quality, largest_ratio(weight_ranges(graph)), largest_ratio(value_ranges(graph, of)), verification, seconds, graph,
+                  result)
 
 
 def logits(graph: Graph, images: Array) -> Array:

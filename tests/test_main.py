@@ -559,16 +559,72 @@ def test_demo_prints_a_table_that_fits_a_page(run, small_demo):
     for name, *_ in demo.ROWS:
         assert re.search(rf"^{re.escape(name)} +\d+\.\d +-?\d+\.\d", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 100 and text.isascii()
-    assert "figure written to figure.png" in text and Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "figure of ranges written to figure.png" in text and Path("figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_equalize_draws_a_figure(run):
+FIGURES = {
+    "demo": ("ranges", "noise", "convergence"),
+    "equalize net.npz -o eq.npz --data images.npz": ("ranges", "noise", "weights", "convergence"),
+    "quantize net.npz -o q.npz --data images.npz": ("weights", "noise", "predicted"),
+}
+
+
+@pytest.mark.parametrize("line", FIGURES)
+def test_every_kind_of_figure_is_drawn_and_named(run, small_demo, line):
     pytest.importorskip("matplotlib")
-    assert facts_of(run, "equalize net.npz -o eq.npz --plot figure.svg")["ok"]
-    drawn = Path("figure.svg").read_text()
-    assert "<svg" in drawn
-    status, error = run("equalize net.npz -o eq.npz --plot figure.jpeg2077")
-    assert status == 3 and "jpeg2077" in error
+    kinds = FIGURES[line]
+    plots = " ".join(f"--plot {kind}={kind}.svg" for kind in kinds)
+    facts = facts_of(run, f"{line} {plots} --plot bare.png")
+    assert facts["ok"]
+    assert facts["plots"] == [{"kind": kind, "file": f"{kind}.svg"} for kind in kinds] + [{"kind": kinds[0], "file": "bare.png"}]
+    drawn = {kind: Path(f"{kind}.svg").read_text() for kind in kinds}
+    assert all("<svg" in text for text in drawn.values()) and len(set(drawn.values())) == len(kinds)
+    assert Path("bare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_without_data_and_of_quantizers_that_clip(run):
+    pytest.importorskip("matplotlib")
+    line = "equalize net.npz -o eq.npz --plot ranges=r.png --plot weights=w.png --plot convergence=c.png"
+    assert "figure of convergence written to c.png" in run(line)[1]
+    clipping = "--weight-range noise --activation-range mse --data images.npz"
+    assert facts_of(run, f"{line} --plot noise=n.png {clipping}")["ok"]
+    assert facts_of(run, f"quantize net.npz -o q.npz --plot predicted=p.png --plot ./a=b.png {clipping}")["ok"]
+    assert Path("a=b.png").exists()
+    assert facts_of(run, "quantize net.npz -o q.npz --activation-bits float --plot w.png")["ok"]
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("equalize net.npz -o out.npz --plot noise=f.png", ": give --data FILE.npz"),
+    ("equalize net.npz -o out.npz --data images.npz --method one_step --plot convergence=f.png", "'one_step' is one pass"),
+    ("equalize net.npz -o out.npz --apply f.npz --plot convergence=f.png", "'apply' is one pass"),
+    ("equalize net.npz -o out.npz --apply f.npz --data images.npz --plot noise=f.png", "give --method in the place of --apply"),
+    ("equalize net.npz -o out.npz --weight-bits float --plot weights=f.png", "leave out --weight-bits float"),
+    ("equalize net.npz -o out.npz --plot predicted=f.png", "KIND one of ranges, noise, weights, convergence"),
+    ("equalize net.npz -o out.npz --plot noize=f.png", "KIND one of ranges"),
+    ("equalize net.npz -o out.npz --plot noise=", "KIND one of ranges"),
+    ("quantize net.npz -o out.npz --activation-bits float --plot predicted=f.png", ": give --data FILE.npz"),
+    ("quantize net.npz -o out.npz --data images.npz --weight-granularity per_group --group-size 2 --plot noise=f.png", "per_channel"),
+    ("quantize net.npz -o out.npz --data images.npz --weight-bits float --activation-bits float --plot noise=f.png", "nothing is q"),
+])
+def test_figures_that_a_run_cannot_draw_are_refused_before_it(folder, capsys, line, said):
+    before = set(folder.iterdir())
+    with pytest.raises(SystemExit) as raised:
+        main(line.split())
+    assert raised.value.code == 2 and said in capsys.readouterr().err
+    assert set(folder.iterdir()) == before
+
+
+def test_a_figure_that_fails_leaves_nothing(run, folder):
+    pytest.importorskip("matplotlib")
+    serialization.save("bare.npz", eq.Graph.chain((3,), act=eq.ReLU()))
+    before = set(folder.iterdir())
+    for line, said in (("equalize net.npz -o eq.npz --plot figure.jpeg2077", "cannot be written as 'jpeg2077'"),
+                       ("equalize net.npz -o eq.npz --plot noise=f.png --plot f.png --data images.npz", "two outputs have this name"),
+                       ("equalize bare.npz -o eq.npz --plot f.png", "at least one"),
+                       ("equalize bare.npz -o eq.npz --plot convergence=f.png", "take 'optimal' or 'cross_layer'")):
+        status, error = run(line)
+        assert status == 3 and said in error
+        assert set(folder.iterdir()) == before
 
 
 def test_the_same_verbs_for_onnx(run):
