@@ -83,15 +83,15 @@ def plot_noise(before: Mapping[str, float], after: Mapping[str, float] | None = 
     largest = {name: max(of[name] for of, *_ in sides) for name in before}
     names = _noisiest(largest, most)
     figure, (axes,) = _figure(_width(len(names)), 4.8)
-    drawn = [max(of[name], max(largest.values()) - FLOOR_DB) for of, *_ in sides for name in names]
-    bottom = min(drawn) - 0.05 * (max(largest.values()) - min(drawn)) - 1
+    top = max(largest.values())
+    drawn = [[max(of[name], top - FLOOR_DB) for name in names] for of, *_ in sides]
+    bottom = np.min(drawn) - 0.05 * (top - np.min(drawn)) - 1
     width = 0.8 / len(sides)
     for side, (of, color, label) in enumerate(sides):
-        heights = [max(of[name] - bottom, 0.0) for name in names]
         x = np.arange(len(names)) + (side - (len(sides) - 1) / 2) * width
         total = 10 * np.log10(sum(10 ** (noise / 10) for noise in of.values()))
         whole = f"sum{'' if after is None else ' ' + label}: {total:.1f} dB"
-        axes.bar(x, heights, width, bottom=bottom, color=color, label="each tensor" if after is None else label)
+        axes.bar(x, np.array(drawn[side]) - bottom, width, bottom=bottom, color=color, label="each tensor" if after is None else label)
         axes.axhline(total, color=color, linewidth=1.2, linestyle="--", label=whole)
     axes.set_ylim(bottom, None)
     _name_slots(axes, names)
