@@ -223,8 +223,8 @@ def test_what_is_returned_is_not_always_what_was_reached():
 
 
 def test_turns_of_clips_have_no_certificate():
-    clipping = eq.UniformQuantizer(3, range="mse")
-    result = eq.equalize(NET, eq.Optimal(tol=1e-6, max_iter=1000), data=BUNDLE.calibration[:32], weights=clipping)
+    weights, activations = eq.UniformQuantizer(4, range="noise"), eq.UniformQuantizer(4, symmetric=False, range="noise")
+    result = eq.equalize(SMALL, eq.Optimal(tol=1e-4), data=X, weights=weights, activations=activations)
     assert all(of.bound == 0 for of in result.history) and len(result.history) == len(result.residual) > 1
     (axes,) = plotting.plot_convergence(result).axes
     assert np.allclose(line(axes, "reached")[:, 1], result.residual)
