@@ -74,6 +74,12 @@ def test_the_noise_of_a_result_adds_up_to_what_it_predicts(options):
     assert [-10 * np.log10(sum(10 ** (db / 10) for db in side.values())) for side in result.noise] == pytest.approx(list(result.predicted))
 
 
+def test_a_network_that_is_returned_as_it_is_has_the_noise_it_had():
+    rising, kept = (eq.equalize(NET, "one_step", data=BUNDLE.calibration, harmless=harmless) for harmless in (False, True))
+    assert rising.predicted[1] < rising.predicted[0] and rising.noise[1] != rising.noise[0]
+    assert kept.noise == (rising.noise[0], rising.noise[0])
+
+
 def test_of_many_tensors_the_noisiest_are_drawn_in_their_order():
     noise = {f"t{i}": -float(i * 7 % 50) for i in range(50)}
     figure = plotting.plot_noise(noise, most=10)
@@ -111,17 +117,20 @@ def test_what_is_measured_is_one_tensor_alone_on_its_grid():
 
 @pytest.mark.parametrize("net", NETS, ids=str)
 def test_any_network_is_measured(net):
-    """Fan-out, residuals, shared weights, several inputs and outputs: as predicted in name and number, and right where one is alone."""
+    """Fan-out, residuals, shared weights, several inputs and outputs: the rows are those of the prediction, and weights measure as in
+    a network that holds them, wherever they are used, as ``quantize`` makes them.
+    """
     x = net.data()
     stats = eq.calibrate(net.graph, x)
     s = eq.gradient_sensitivities(net.graph, x, relative_to=stats)
     rows = noise_report(net.graph, x, weights=W8, activations=A8, sensitivities=s, stats=stats)
     assert {row.name: row.predicted for row in rows} == eq.predict_noise(net.graph, stats, weights=W8, activations=A8, sensitivities=s)
-    weights = [row.name for row in rows if row.kind == "weight"]
-    if len(weights) == 1 and len(net.graph.outputs) == 1:
-        whole = eq.forward(eq.quantize(net.graph, weights=W8), x)
-        (row,) = (row for row in rows if row.kind == "weight")
-        assert row.measured == pytest.approx(-eq.sqnr(eq.forward(net.graph, x), whole))
+    whole, truth = eq.quantize(net.graph, weights=W8), eq.values(net.graph, x)
+    for row in (row for row in rows if row.kind == "weight"):
+        op = net.graph[row.name.removesuffix(".weight")].op
+        y = eq.values(net.graph.with_ops({n.name: whole[n.name].op for n in net.graph if n.op is op}), x)
+        shares = [10 ** (-eq.sqnr(truth[name], y[name]) / 10) for name in net.graph.outputs]
+        assert row.measured == pytest.approx(10 * np.log10(np.mean(shares)))
 
 
 def test_prediction_and_measure_agree_on_the_bundled_network():
