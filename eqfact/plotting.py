@@ -79,7 +79,7 @@ def plot_noise(before: Mapping[str, float], after: Mapping[str, float] | None = 
     if not before or (after is not None and set(after) != set(before)):
         raise ValueError("a figure of noise needs the same tensors before and after, at least one, got "
                          f"{len(before)} and {'none' if after is None else len(after)}: predict both with the same quantizers")
-    sides = [(before, BEFORE, "before")] if after is None else [(before, BEFORE, "before"), (after, AFTER, "after")]
+    sides = [(before, AFTER, "each tensor")] if after is None else [(before, BEFORE, "before"), (after, AFTER, "after")]
     largest = {name: max(of[name] for of, *_ in sides) for name in before}
     names = _noisiest(largest, most)
     figure, (axes,) = _figure(_width(len(names)), 4.8)
@@ -91,7 +91,7 @@ def plot_noise(before: Mapping[str, float], after: Mapping[str, float] | None = 
         x = np.arange(len(names)) + (side - (len(sides) - 1) / 2) * width
         total = 10 * np.log10(sum(10 ** (noise / 10) for noise in of.values()))
         whole = f"sum{'' if after is None else ' ' + label}: {total:.1f} dB"
-        axes.bar(x, np.array(drawn[side]) - bottom, width, bottom=bottom, color=color, label="each tensor" if after is None else label)
+        axes.bar(x, np.array(drawn[side]) - bottom, width, bottom=bottom, color=color, label=label)
         axes.axhline(total, color=color, linewidth=1.2, linestyle="--", label=whole)
     axes.set_ylim(bottom, None)
     _name_slots(axes, names)

@@ -655,6 +655,15 @@ def hard_onnx(folder):
     return "hard.onnx"
 
 
+def test_figures_of_what_is_understood_of_a_file(run, hard_onnx):
+    pytest.importorskip("matplotlib")
+    for verb, kinds in (("equalize", ("ranges", "noise", "weights", "convergence")), ("quantize", ("weights", "noise", "predicted"))):
+        plots = " ".join(f"--plot {kind}={verb}-{kind}.png" for kind in kinds)
+        facts = facts_of(run, f"{verb} {hard_onnx} -o {verb}.onnx --data images.npz {plots}")
+        assert facts["partly"] and [plot["kind"] for plot in facts["plots"]] == list(kinds)
+        assert all(Path(plot["file"]).exists() for plot in facts["plots"])
+
+
 def test_quantize_runs_what_it_wrote(run, monkeypatch):
     """In onnxruntime, with and without sums of 16 bits; what it says is what another run of the file shows."""
     pytest.importorskip("onnxruntime")
