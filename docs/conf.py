@@ -4,6 +4,7 @@ Pages are Markdown (MyST). Cells of code are executed by MyST-NB, and kept by th
 it changes; an error in a cell, a broken reference or any warning fails the build. Mathematics is set by a MathJax that is copied in.
 """
 
+import os
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -29,6 +30,8 @@ nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+# the kernels that execute pages inherit it
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent / "matplotlibrc")
 
 html_copy_source = False
 html_show_sourcelink = False
