@@ -28,7 +28,7 @@ def test_python_blocks_print_what_stands_below_them(path, tmp_path, monkeypatch)
         assert printed.getvalue() == expected
 
 
-LESSONS = sorted((ROOT / "docs" / "lessons").rglob("*.md"))
+LESSONS = sorted((ROOT / "docs" / "lessons").rglob("[1-9]*.md"))
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: str(path.relative_to(ROOT / "docs")))
@@ -47,8 +47,8 @@ def test_cells_of_lessons_and_solutions_run(path, monkeypatch):
 
 
 def test_every_lesson_has_solutions():
-    names = {path.name for path in (ROOT / "docs" / "lessons").glob("*.md")}
-    assert names == {path.name for path in (ROOT / "docs" / "lessons" / "solutions").glob("*.md")}
+    names = {path.name for path in (ROOT / "docs" / "lessons").glob("[1-9]*.md")}
+    assert names == {path.name for path in (ROOT / "docs" / "lessons" / "solutions").glob("[1-9]*.md")}
 
 
 def test_there_are_examples_to_run():
