@@ -1315,7 +1315,7 @@ function answer(question) {
 }
 
 root.eqfact = {
-  answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, channelsOf, layersOf, rescaled, run, runQuantized, ofRange, bounds,
+  answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, channelsOf, layersOf, rescaled, run, runQuantized, ofRange, bounds, rounded,
 };
 
 if (typeof module !== 'undefined' && typeof require === 'function' && require.main === module) {
