@@ -86,7 +86,7 @@ def digits() -> Shown:
                  "A small MobileNetV2 with 41 530 parameters. It reads images of 8 by 8 pixels, and puts out a number for each digit.",
                  eq.fold_batchnorm(bundle.network), bundle.calibration, bundle.images[chosen],
                  [f"A {bundle.labels[k]}, {'first' if n % 2 == 0 else 'second'} image" for n, k in enumerate(chosen)],
-                 "block1.expand_act", [f"Digit {n}" for n in range(10)])
+                 "block1.expand_act", [str(n) for n in range(10)])
 
 
 def in_words(reason: str) -> str:

@@ -124,14 +124,22 @@ function chooseFactor(factor) {
 // ---------------------------------------------------------------------------------------------------------------------------------------
 
 function changed(isFinal) {
+  turn += 1; // what is being computed is of the past
+  quantized = null;
+  fill('quality', '…');
   const network = rescale(state.model, state.factors);
-  showFactor();
-  showRanges();
-  showLine(network);
+  showChannel(network);
   showOutputs(network);
   for (const button of $('methods').children) button.setAttribute('aria-pressed', button.value === state.method);
   fill('method-says', state.method ? METHOD_SAYS[state.method] : 'Changed by hand.');
   if (isFinal) finish(network);
+}
+
+/* Another channel of the same network. */
+function showChannel(network = rescale(state.model, state.factors)) {
+  showFactor();
+  showRanges();
+  showLine(network);
 }
 
 function showFactor() {
@@ -174,10 +182,8 @@ function showRanges() {
 }
 
 function verdict(says, outcome) {
-  for (const id of ['verdict']) {
-    fill(id, says);
-    $(id).className = `verdict ${outcome}`;
-  }
+  fill('verdict', says);
+  $('verdict').className = `verdict ${outcome}`;
 }
 
 function showOutputs(network) {
@@ -186,7 +192,7 @@ function showOutputs(network) {
   const found = compare(before, after), grids = quantized && runOnGrids(model, quantized, x).output.data;
   const cell = (v) => element('td', {}, full(v), element('code', {}, hexadecimal(v)));
   const rows = model.coded.outputs.map((name, k) => [name, cell(before[k]), cell(after[k]), grids ? short(grids[k]) : '…']);
-  table('outputs', 'Outputs for this input', ['', 'Original', 'With your factors', 'On grids'], rows);
+  table('outputs', 'Outputs for this input', ['Output', 'Original', 'With factors', 'On grids'], rows);
   const whole = plural(found.count, 'output');
   verdict(found.equal ? `${whole}: equal to the bit` : `${found.same} of ${whole} equal to the bit; largest difference ${short(found.largest)}`,
     found.equal ? 'equal' : isRounding(found, before) ? '' : 'apart');
@@ -261,10 +267,8 @@ async function allInputs(model, network) {
 }
 
 async function finish(network) {
-  turn += 1;
   const mine = turn, { model, factors, bits } = state, says = (k, n) => fill('quality', `computing, input ${k + 1} of ${n} …`);
   document.body.dataset.busy = 'yes';
-  quantized = null;
   const invariance = await allInputs(model, network);
   if (!invariance) return;
   const { same, count, equal, largest } = invariance;
@@ -319,7 +323,7 @@ function showAnswer(before, grids, pixels) {
   const says = (p) => `${largestAt(p)} (${percent(Math.max(...p))})`;
   fill('answer', element('strong', {}, `The float network says ${says(float)}${whole ? `, the one on grids ${says(whole)}` : ''}.`));
   const cell = (p, kind) => element('td', { class: 'wide' }, element('span', {
-    class: `probability ${kind}`, style: `width: ${(55 * p).toFixed(1)}%`, 'aria-hidden': 'true' }), percent(p));
+    class: `probability ${kind}`, style: `width: ${(50 * p).toFixed(1)}%`, 'aria-hidden': 'true' }), percent(p));
   table('probabilities', 'How sure they are', ['Digit', 'Float', 'On grids'], [...float.keys()].map((d) => (
     [String(d), cell(float[d], ''), whole ? cell(whole[d], 'quantized') : '…'])));
 }
@@ -372,17 +376,17 @@ function setUp() {
     button.addEventListener('click', () => chooseMethod(method));
     $('methods').append(button);
   }
-  $('value').addEventListener('change', () => { chooseValue($('value').value); changed(false); });
+  $('value').addEventListener('change', () => { chooseValue($('value').value); showChannel(); });
   $('channels').addEventListener('click', (event) => {
     const option = event.target.closest('.channel');
-    if (option) { chooseChannel([...$('channels').children].indexOf(option)); changed(false); }
+    if (option) { chooseChannel([...$('channels').children].indexOf(option)); showChannel(); }
   });
   $('channels').addEventListener('keydown', (event) => {
     const last = $('channels').children.length - 1, step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity }[event.key];
     if (step === undefined) return;
     event.preventDefault();
     chooseChannel(Math.min(Math.max(state.channel + step, 0), last));
-    changed(false);
+    showChannel();
   });
   $('factor').addEventListener('input', () => { chooseFactor(snapped(2 ** Number($('factor').value))); dragged(); });
   $('factor').addEventListener('change', () => { cancelAnimationFrame(frame); changed(true); });
