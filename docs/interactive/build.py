@@ -74,8 +74,7 @@ def toy() -> Shown:
     powers = {"sum": [-2.4, 0.7, 2.1, 0.0], "inner": [1.8, -3.3, 0.2, -1.1, 2.6]}
     uneven = eq.Factorization.of(even, {value: 2.0 ** np.array(power) for value, power in powers.items()}).apply(even)
     data = rng.normal(size=(64, 3)).astype(np.float32)
-    return Shown("A small network", "Four layers, 62 weights, and a shortcut: what the first layer makes is added to what the third one makes.",
-                 uneven, data, data[:20], [f"Input {n}" for n in range(1, 21)], "inner_relu", ["A", "B"])
+    return Shown("A small network", "Four layers, 62 weights, and a shortcut: what the third layer makes is added to what the first one made.", uneven, data, data[:20], [f"Input {n}" for n in range(1, 21)], "inner_relu", ["A", "B"])
 
 
 def digits() -> Shown:

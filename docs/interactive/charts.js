@@ -78,16 +78,18 @@ function numberLine(weights, { scale, qmin, qmax }, reach, width, says) {
   return element('svg:svg', { role: 'img', 'aria-label': says, viewBox: `0 0 ${width} 92`, height: 92 }, ...parts);
 }
 
-/* A bar for each weight's error, from half a step below to half a step above. */
-function errorBars(weights, scale, width, says) {
-  const height = 80, middle = height / 2, each = (width - 34) / weights.length, parts = [];
-  for (const [y, text] of [[1, '½'], [middle, '0'], [height - 1, '−½']]) {
-    parts.push(element('svg:line', { class: 'link', x1: 30, x2: width, y1: y, y2: y }), element('svg:text', { x: 0, y: y + 4 }, text));
+/* A bar for each weight's error, as a share of `size`; the axis ends at 100 %, or 10 %, or ... */
+function errorBars(weights, size, width, says) {
+  const height = 80, middle = height / 2, left = 50, each = (width - left - 4) / weights.length, parts = [];
+  const errors = weights.map(({ w, becomes }) => (becomes - w) / size), most = Math.max(...errors.map(Math.abs));
+  const end = most > 0 ? 10 ** Math.ceil(Math.log10(most) - 1e-6) : 1;
+  for (const [y, text] of [[1, `${short(100 * end)} %`], [middle, '0'], [height - 1, `${short(-100 * end)} %`]]) {
+    parts.push(element('svg:line', { class: 'link', x1: left, x2: width, y1: y, y2: y }), element('svg:text', { x: 0, y: y + 4 }, text));
   }
-  weights.forEach(({ w, becomes }, k) => {
-    const tall = Math.max(Math.min((becomes - w) / scale, 0.5), -0.5) * (height - 2);
+  errors.forEach((error, k) => {
+    const tall = error / end * (middle - 1);
     parts.push(element('svg:rect', {
-      class: 'error', x: 32 + k * each, width: Math.max(Math.min(each * 0.8, 40), 0.6), y: tall > 0 ? middle - tall : middle, height: Math.abs(tall),
+      class: 'error', x: left + 4 + k * each, width: Math.max(Math.min(each * 0.8, 40), 0.6), y: tall > 0 ? middle - tall : middle, height: Math.abs(tall),
     }));
   });
   return element('svg:svg', { role: 'img', 'aria-label': says, viewBox: `0 -6 ${width} ${height + 12}`, height: height + 12 }, ...parts);

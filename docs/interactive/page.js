@@ -10,6 +10,7 @@ const models = {};
 const state = { model: null, value: '', channel: 0, factors: [], method: 'none', input: 0, drawn: null, side: 0, bits: { weights: 8, activations: 8 } };
 let turn = 0; // of the slow computations: a newer one ends the older
 let quantized = null; // the whole network on grids, when it is computed
+let overall = null; // the comparison over all inputs, when it is computed
 
 const $ = (id) => document.getElementById(id);
 const METHOD_SAYS = {
@@ -73,14 +74,14 @@ function chooseChannel(c) {
 
 /* The layers that make the channel, and those that read it, with the channel of theirs that it is. */
 function layersAround() {
-  const k = number(), { layers, numbers } = state.model, found = [];
+  const k = number(), { layers } = state.model, found = [];
   for (const side of ['made', 'read']) {
     for (const layer of layers) {
       if (k !== 0) layer[side].forEach((of, channel) => { if (of === k) found.push({ layer, side, channel }); });
       else if (touches(layer, side)) found.push({ layer, side, channel: state.channel });
     }
   }
-  return found.filter(({ layer, side, channel }) => channel < layer[side].length && numbers[state.value].length > 0);
+  return found;
 }
 
 /* A pinned channel has no number of its own: only layers at its value itself are known to make or read it. */
@@ -125,7 +126,7 @@ function chooseFactor(factor) {
 
 function changed(isFinal) {
   turn += 1; // what is being computed is of the past
-  quantized = null;
+  quantized = overall = null;
   fill('quality', '…');
   const network = rescale(state.model, state.factors);
   showChannel(network);
@@ -181,10 +182,16 @@ function showRanges() {
   showBars('bars', bars);
 }
 
-function verdict(says, outcome) {
-  fill('verdict', says);
-  $('verdict').className = `verdict ${outcome}`;
+/* Over all inputs, as soon as they are computed; of the one that is shown until then, and of a drawing. */
+function showVerdict(one) {
+  const { same, count, equal, largest, inputs } = isDrawn() || !overall ? one : overall;
+  const whole = plural(count, 'output') + (inputs > 1 ? ` for ${inputs} inputs` : '');
+  fill('verdict', equal ? `All ${whole}: equal to the bit` : `${same} of ${whole} equal to the bit; largest difference ${short(largest)}`);
+  $('verdict').className = `verdict ${equal ? 'equal' : isRounding(largest) ? '' : 'apart'}`;
 }
+
+/* Differences that roundings of float32 explain in networks of so few layers. */
+function isRounding(difference) { return difference <= 1e-5 * largestOf(state.model.truth.data); }
 
 function showOutputs(network) {
   const { model, factors } = state, x = chosenInput();
@@ -193,17 +200,12 @@ function showOutputs(network) {
   const cell = (v) => element('td', {}, full(v), element('code', {}, hexadecimal(v)));
   const rows = model.coded.outputs.map((name, k) => [name, cell(before[k]), cell(after[k]), grids ? short(grids[k]) : '…']);
   table('outputs', 'Outputs for this input', ['Output', 'Original', 'With factors', 'On grids'], rows);
-  const whole = plural(found.count, 'output');
-  verdict(found.equal ? `${whole}: equal to the bit` : `${found.same} of ${whole} equal to the bit; largest difference ${short(found.largest)}`,
-    found.equal ? 'equal' : isRounding(found, before) ? '' : 'apart');
+  showVerdict({ ...found, inputs: 1 });
   const exact = factors.every((f) => powerOfTwo(f) === f);
   fill('verdict-why', exact ? 'A factor that is a power of two changes the exponent of a floating-point number and no other bit. So nothing is rounded.'
     : 'Factors that are no powers of two round a little, as every multiplication does in floating point. In exact numbers nothing would change.');
   if (model.input === 'image') showAnswer(before, grids, x.data);
 }
-
-/* Differences that roundings of float32 explain: a millionth of the largest output, with room for the layers of these networks. */
-function isRounding({ largest }, before) { return largest <= 1e-5 * largestOf(before); }
 
 function showLine(network) {
   const around = layersAround()[state.side], { model, bits } = state, width = Math.max($('line').clientWidth, 240);
@@ -229,7 +231,7 @@ function showLine(network) {
   fill('line', ...lines);
   fill('line-says', `The grid of “${name}” has steps of ${short(scale)}. ${weights.length === 1 ? 'This weight is' : `These ${weights.length} weights are`} off by ${short(error)}${
     weights.length === 1 ? '' : ' (root mean square)'}: ${size > 0 ? `${short(100 * error / size)} % of their size` : 'all are 0'}.`);
-  fill('errors', errorBars(weights, scale, width, `Errors of ${plural(weights.length, 'weight')}, the largest ${short(largestOf(weights.map(({ w, becomes }) => (becomes - w) / scale)))} steps`));
+  fill('errors', errorBars(weights, most || 1, width, `Errors of ${plural(weights.length, 'weight')}, the largest ${short(100 * largestOf(weights.map(({ w, becomes }) => (becomes - w) / (most || 1))))} %`));
   table('weights', `Weights of “${name}”`, ['To, from, tap', 'Weight', 'Whole number', 'Becomes', 'Error'], weights.map(({ o, i, tap, w, q: n, becomes }) => (
     [`${channelName(o)}, ${channelName(i)}, ${channelName(tap)}`, short(w), short(n), short(becomes), short(becomes - w)])));
 }
@@ -263,26 +265,23 @@ async function allInputs(model, network) {
     found.count += one.count;
     found.largest = Math.max(found.largest, one.largest);
   }
-  return { ...found, equal: found.same === found.count };
+  return { ...found, equal: found.same === found.count, inputs: count };
 }
 
 async function finish(network) {
   const mine = turn, { model, factors, bits } = state, says = (k, n) => fill('quality', `computing, input ${k + 1} of ${n} …`);
   document.body.dataset.busy = 'yes';
-  const invariance = await allInputs(model, network);
-  if (!invariance) return;
-  const { same, count, equal, largest } = invariance;
-  verdict(equal ? `All ${count} outputs for ${model.samples.shape[0]} inputs: equal to the bit`
-    : `${same} of ${count} outputs equal to the bit; largest difference ${short(largest)}`, equal ? 'equal' : isRounding(invariance, model.truth.data) ? '' : 'apart');
+  const found = await allInputs(model, network);
+  if (!found) return;
+  overall = found;
+  showOutputs(network);
   const now = await measured(model, network, factors, bits, says);
   if (!now) return;
   const none = await measured(model, model.network, model.chosen.none, bits, () => {});
   if (!none) return;
   quantized = now.on;
   showQuality(now.decibels, none.decibels);
-  const shown = [$('verdict').textContent, $('verdict').className];
   showOutputs(network);
-  verdict(shown[0], shown[1].replace('verdict ', ''));
   if (mine === turn) delete document.body.dataset.busy;
 }
 
@@ -348,9 +347,7 @@ function drawn() {
 function chooseInput(input) {
   state.input = input;
   $('sample').value = input;
-  const shown = [$('verdict').textContent, $('verdict').className];
   showOutputs(rescale(state.model, state.factors));
-  if (!isDrawn() && !('busy' in document.body.dataset)) verdict(shown[0], shown[1].replace('verdict ', ''));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------

@@ -165,6 +165,41 @@ test('one bit of one output is enough', async () => {
   await done();
 });
 
+test('nothing can be loaded, even if something tried', async () => {
+  const { page } = await opened();
+  await assert.rejects(page.evaluate(() => fetch('data:,text')));
+  assert.equal(await page.evaluate(() => new Promise((resolve) => {
+    const image = Object.assign(document.createElement('img'), { src: 'picture.png', onload: () => resolve('loaded'), onerror: () => resolve('refused') });
+    document.body.append(image);
+  })), 'refused');
+  await page.close();
+});
+
+test('the factor is dragged with the mouse: bars follow at once, outputs stay', async () => {
+  const { page, done } = await opened();
+  const slider = page.locator('#factor');
+  await slider.scrollIntoViewIfNeeded();
+  const { x, y, width, height } = await slider.boundingBox(), to = (part) => [x + width * part, y + height / 2];
+  const widths = () => page.locator('#bars .fill').evaluateAll((bars) => bars.map((of) => of.style.width));
+  const { original } = await bits(page);
+  await page.mouse.move(...to(0.5));
+  await page.mouse.down();
+  const seen = new Set();
+  for (const part of [0.42, 0.3, 0.2, 0.1, 0.02]) {
+    await page.mouse.move(...to(part), { steps: 3 });
+    await page.evaluate(() => new Promise((resolve) => { requestAnimationFrame(() => requestAnimationFrame(resolve)); }));
+    seen.add((await widths()).join());
+    assert.match(await verdict(page), /^All 2 outputs: equal to the bit$/);
+    assert.deepEqual(await bits(page), { original, rescaled: original });
+  }
+  assert.ok(seen.size >= 4);
+  await page.mouse.up();
+  await idle(page);
+  assert.equal(await page.textContent('#factor-says'), '× 1/64');
+  assert.match(await verdict(page), /^All 40 outputs for 20 inputs: equal to the bit$/);
+  await done();
+});
+
 test('bars move with the factor, and back', async () => {
   const { page, done } = await opened();
   const shares = () => page.locator('#bars .fill').evaluateAll((bars) => bars.map((of) => parseFloat(of.style.width)));
