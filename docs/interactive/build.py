@@ -24,7 +24,7 @@ from eqfact.testing.wire import array_json, arrays_json, network_json
 
 HERE = Path(__file__).parent
 PORT = HERE.parent / "ports" / "javascript" / "port.js"
-SCRIPTS = [PORT, *(HERE / name for name in ("model.js", "charts.js", "drawing.js", "page.js"))]
+SCRIPTS = [PORT, *(HERE / name for name in ("model.js", "charts.js", "views.js", "drawing.js", "page.js"))]
 #: Bytes that the page may have.
 LARGEST = 1_500_000
 #: The page's slider goes from 1 / 64 to 64, and so do the rules without a bound of their own.
@@ -74,7 +74,8 @@ def toy() -> Shown:
     powers = {"sum": [-2.4, 0.7, 2.1, 0.0], "inner": [1.8, -3.3, 0.2, -1.1, 2.6]}
     uneven = eq.Factorization.of(even, {value: 2.0 ** np.array(power) for value, power in powers.items()}).apply(even)
     data = rng.normal(size=(64, 3)).astype(np.float32)
-    return Shown("A small network", "Four layers, 62 weights, and a shortcut: what the third layer makes is added to what the first one made.", uneven, data, data[:20], [f"Input {n}" for n in range(1, 21)], "inner_relu", ["A", "B"])
+    return Shown("A small network", "Four layers, 62 weights, and a shortcut: what the third layer makes is added to what the first made.",
+                 uneven, data, data[:20], [f"Input {n}" for n in range(1, 21)], "inner_relu", ["A", "B"])
 
 
 def digits() -> Shown:

@@ -62,8 +62,13 @@ function table(id, caption, heads, rows) {
 function numberLine(weights, { scale, qmin, qmax }, reach, width, says) {
   const margin = 14, x = (v) => margin + (v / reach + 1) / 2 * (width - 2 * margin), high = 22, low = 62, parts = [];
   const first = Math.max(qmin, Math.ceil(-reach / scale)), last = Math.min(qmax, Math.floor(reach / scale)), apart = x(scale) - x(0);
-  if (apart < 3) parts.push(element('svg:rect', { class: 'band', x: x(first * scale), y: low - 7, width: x(last * scale) - x(first * scale), height: 14 }));
-  else for (let q = first; q <= last; q++) parts.push(element('svg:line', { class: 'tick', x1: x(q * scale), x2: x(q * scale), y1: low - 7, y2: low + 7 }));
+  if (apart < 3) {
+    parts.push(element('svg:rect', { class: 'band', x: x(first * scale), y: low - 7, width: (last - first) * apart, height: 14 }));
+  } else {
+    for (let q = first; q <= last; q++) {
+      parts.push(element('svg:line', { class: 'tick', x1: x(q * scale), x2: x(q * scale), y1: low - 7, y2: low + 7 }));
+    }
+  }
   parts.push(element('svg:line', { class: 'axis', x1: margin, x2: width - margin, y1: low, y2: low }));
   for (const { w, becomes } of weights) {
     const [a, b] = [x(w), x(becomes)], r = 4;
@@ -89,7 +94,8 @@ function errorBars(weights, size, width, says) {
   errors.forEach((error, k) => {
     const tall = error / end * (middle - 1);
     parts.push(element('svg:rect', {
-      class: 'error', x: left + 4 + k * each, width: Math.max(Math.min(each * 0.8, 40), 0.6), y: tall > 0 ? middle - tall : middle, height: Math.abs(tall),
+      class: 'error', x: left + 4 + k * each, width: Math.max(Math.min(each * 0.8, 40), 0.6), height: Math.abs(tall),
+      y: tall > 0 ? middle - tall : middle,
     }));
   });
   return element('svg:svg', { role: 'img', 'aria-label': says, viewBox: `0 -6 ${width} ${height + 12}`, height: height + 12 }, ...parts);

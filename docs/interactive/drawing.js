@@ -75,7 +75,9 @@ function pixelsOf(strokes) {
   const canvas = Object.assign(document.createElement('canvas'), { width: size, height: size }), context = canvas.getContext('2d');
   stroked(context, strokes.map((points) => points.map(fitted)), size * PEN);
   const { data } = context.getImageData(0, 0, size, size), part = size / 8, counts = new Float64Array(64);
-  for (let y = 0; y < size; y++) for (let x = 0; x < size; x++) if (data[4 * (y * size + x) + 3] > 127) counts[8 * Math.floor(y / part) + Math.floor(x / part)]++;
+  for (let y = 0; y < size; y++) {
+    for (let x = 0; x < size; x++) if (data[4 * (y * size + x) + 3] > 127) counts[8 * Math.floor(y / part) + Math.floor(x / part)]++;
+  }
   return counts.map((n) => Math.round(16 * n / part ** 2) / 16);
 }
 

@@ -122,7 +122,9 @@ function layerOnGrid({ kind, parameters: p }, input, bits) {
   const rows = p.weight.shape[0], flat = { ...p.weight, shape: [rows, p.weight.data.length / rows] };
   const coded = {
     weight: eqfact.encodeArray(flat), bias: p.bias && eqfact.encodeArray(p.bias), weights: { bits },
-    input: { ...input, scale: eqfact.encodeArray(filled([1], input.scale)), zero_point: eqfact.encodeArray(filled([1], input.zero, 'int64')) },
+    input: {
+      ...input, scale: eqfact.encodeArray(filled([1], input.scale)), zero_point: eqfact.encodeArray(filled([1], input.zero, 'int64')),
+    },
   };
   const answer = eqfact.asks.quantize_layer(coded), [scale] = eqfact.decodeArray(answer.scale).data;
   const q = eqfact.decodeArray(answer.q_w).data, qBias = eqfact.decodeArray(answer.q_b).data, step = Math.fround(input.scale * scale);
@@ -130,7 +132,8 @@ function layerOnGrid({ kind, parameters: p }, input, bits) {
   return {
     step, q, scale,
     op: { kind, parameters: {
-      ...p, weight: { ...p.weight, data: q.map((n) => Math.fround(n * scale)) }, bias: p.bias && { ...p.bias, data: qBias.map((n) => Math.fround(n * step)) },
+      ...p, weight: { ...p.weight, data: q.map((n) => Math.fround(n * scale)) },
+      bias: p.bias && { ...p.bias, data: qBias.map((n) => Math.fround(n * step)) },
       grid: asGrid({ scale, zero: 0, qmin, qmax }, p.weight.shape.length),
     } },
   };
@@ -138,9 +141,11 @@ function layerOnGrid({ kind, parameters: p }, input, bits) {
 
 /* A ReLU or Clip after rounding: its bounds on the grid; null where the grid ends as early. */
 function clipOnGrid({ kind, parameters: p }, { scale, zero, qmin, qmax }) {
-  const round = (x) => Math.fround(scale * (Math.min(Math.max(eqfact.rounded(Math.fround(Math.fround(x) / scale), 'half_even') + zero, qmin), qmax) - zero));
+  const place = (x) => eqfact.rounded(Math.fround(Math.fround(x) / scale), 'half_even') + zero;
+  const round = (x) => Math.fround(scale * (Math.min(Math.max(place(x), qmin), qmax) - zero));
   const ends = kind === 'ReLU' ? [0, Infinity] : [p.low, p.high];
-  const [low, high] = ends.map((end) => (typeof end === 'number' ? filled([1], end) : end)).map((end) => ({ ...end, data: end.data.map(round) }));
+  const arrays = ends.map((end) => (typeof end === 'number' ? filled([1], end) : end));
+  const [low, high] = arrays.map((end) => ({ ...end, data: end.data.map(round) }));
   const cuts = low.data.some((x) => x > round(-Infinity)) || high.data.some((x) => x < round(Infinity));
   return cuts ? { kind: 'Clip', parameters: { low, high } } : null;
 }

@@ -7,7 +7,9 @@
 
 const CODED = JSON.parse(document.getElementById('networks').textContent);
 const models = {};
-const state = { model: null, value: '', channel: 0, factors: [], method: 'none', input: 0, drawn: null, side: 0, bits: { weights: 8, activations: 8 } };
+const state = {
+  model: null, value: '', channel: 0, factors: [], method: 'none', input: 0, drawn: null, side: 0, bits: { weights: 8, activations: 8 },
+};
 let turn = 0; // of the slow computations: a newer one ends the older
 let quantized = null; // the whole network on grids, when it is computed
 let overall = null; // the comparison over all inputs, when it is computed
@@ -24,7 +26,10 @@ const METHOD_SAYS = {
 function snapped(factor) { return $('snap').checked ? powerOfTwo(factor) : factor; }
 function number() { return state.model.numbers[state.value][state.channel]; }
 function isDrawn() { return state.input === 'drawn'; }
-function chosenInput() { return isDrawn() ? { ...sample(state.model.samples, 0), data: state.drawn } : sample(state.model.samples, state.input); }
+function chosenInput() {
+  const { model: { samples }, input, drawn: data } = state;
+  return isDrawn() ? { ...sample(samples, 0), data } : sample(samples, input);
+}
 function plural(n, word) { return `${n} ${word}${n === 1 ? '' : 's'}`; }
 function channelName(c) { return c + 1; }
 function pause() { return new Promise((resolve) => { setTimeout(resolve); }); }
@@ -66,8 +71,9 @@ function chooseChannel(c) {
   $(`channel-${c}`).scrollIntoView({ block: 'nearest', inline: 'nearest' });
   $('factor').disabled = k === 0;
   const around = layersAround();
+  const does = { made: 'make', read: 'read' };
   fill('layer', ...around.map(({ layer, side, channel }, n) => (
-    element('option', { value: n }, `${side === 'made' ? 'make' : 'read'} the channel: ${nameOf(layer)}, channel ${channelName(channel)}`))));
+    element('option', { value: n }, `${does[side]} the channel: ${nameOf(layer)}, channel ${channelName(channel)}`))));
   state.side = 0;
   sayChannel();
 }
@@ -103,7 +109,8 @@ function sayChannel() {
   }
   const mates = Object.entries(numbers).flatMap(([value, list]) => list.flatMap((of, c) => (
     of === k && !(value === state.value && c === state.channel) ? [{ value, c }] : [])));
-  const own = mates.every(({ c }) => c === state.channel) ? [...new Set(mates.map(({ value }) => value))] : mates.map(({ value, c }) => `${value}[${channelName(c)}]`);
+  const alike = mates.every(({ c }) => c === state.channel); // channels of one place need no number
+  const own = alike ? mates.map(({ value }) => value) : mates.map(({ value, c }) => `${value}[${channelName(c)}]`);
   fill('channel-says', mates.length ? `Moves together with: ${own.join(', ')}.` : 'Moves alone.');
 }
 
@@ -134,106 +141,6 @@ function changed(isFinal) {
   for (const button of $('methods').children) button.setAttribute('aria-pressed', button.value === state.method);
   fill('method-says', state.method ? METHOD_SAYS[state.method] : 'Changed by hand.');
   if (isFinal) finish(network);
-}
-
-/* Another channel of the same network. */
-function showChannel(network = rescale(state.model, state.factors)) {
-  showFactor();
-  showRanges();
-  showLine(network);
-}
-
-function showFactor() {
-  const factor = state.factors[number()], slider = $('factor'), isSnapped = $('snap').checked;
-  slider.step = isSnapped ? 1 : 'any';
-  slider.value = Math.log2(factor);
-  slider.setAttribute('aria-valuetext', `times ${timesWords(factor)}`);
-  fill('factor-says', `× ${timesWords(factor)}`);
-}
-
-function showRanges() {
-  const { model, factors, value } = state, ones = model.chosen.none, k = number(), list = model.numbers[value];
-  const now = weightRanges(model, factors), before = weightRanges(model, ones);
-  const most = { made: {}, read: {} }; // by number, the largest share of a tensor's range
-  for (const side of ['made', 'read']) {
-    for (const of of now) of.layer[side].forEach((n, c) => { most[side][n] = Math.max(most[side][n] || 0, share(of[side][c], of.whole)); });
-  }
-  [...$('channels').children].forEach((option, c) => {
-    const n = list[c], [made, read] = n === 0 ? [0, 0] : [most.made[n] || 0, most.read[n] || 0];
-    option.children[0].style.height = `${100 * made}%`;
-    option.children[1].style.height = `${100 * read}%`;
-    option.setAttribute('aria-label', n === 0 ? `Channel ${channelName(c)}, pinned` : (
-      `Channel ${channelName(c)}, times ${timesWords(factors[n])}, made with ${short(100 * made)} %, read with ${short(100 * read)} % of the range`));
-  });
-  const bits = (x, whole, of) => (x > 0 ? `${short(Math.max(of + Math.log2(x / whole), 0))} of ${of} bits` : 'no range');
-  const bars = layersAround().map(({ layer, side, channel }) => {
-    const n = model.layers.indexOf(layer), [a, b] = [now[n], before[n]], x = a[side][channel];
-    return {
-      name: side === 'made' ? `Weights of “${nameOf(layer)}” that make it` : `Weights of “${nameOf(layer)}” that read it`,
-      says: `${short(x)} of ${short(a.whole)} · ${bits(x, a.whole, state.bits.weights)}`,
-      now: share(x, a.whole), before: share(b[side][channel], b.whole),
-    };
-  });
-  const a = valueRange(model, value, factors), b = valueRange(model, value, ones), x = a.channels[state.channel];
-  bars.push({
-    name: `The values of “${value}” on data`, says: `${short(x)} of ${short(a.whole)} · ${bits(x, a.whole, state.bits.activations)}`,
-    now: share(x, a.whole), before: share(b.channels[state.channel], b.whole),
-  });
-  showBars('bars', bars);
-}
-
-/* Over all inputs, as soon as they are computed; of the one that is shown until then, and of a drawing. */
-function showVerdict(one) {
-  const { same, count, equal, largest, inputs } = isDrawn() || !overall ? one : overall;
-  const whole = plural(count, 'output') + (inputs > 1 ? ` for ${inputs} inputs` : '');
-  fill('verdict', equal ? `All ${whole}: equal to the bit` : `${same} of ${whole} equal to the bit; largest difference ${short(largest)}`);
-  $('verdict').className = `verdict ${equal ? 'equal' : isRounding(largest) ? '' : 'apart'}`;
-}
-
-/* Differences that roundings of float32 explain in networks of so few layers. */
-function isRounding(difference) { return difference <= 1e-5 * largestOf(state.model.truth.data); }
-
-function showOutputs(network) {
-  const { model, factors } = state, x = chosenInput();
-  const before = isDrawn() ? outputsOf(model, model.network, x).data : sample(model.truth, state.input).data, after = outputsOf(model, network, x).data;
-  const found = compare(before, after), grids = quantized && runOnGrids(model, quantized, x).output.data;
-  const cell = (v) => element('td', {}, full(v), element('code', {}, hexadecimal(v)));
-  const rows = model.coded.outputs.map((name, k) => [name, cell(before[k]), cell(after[k]), grids ? short(grids[k]) : '…']);
-  table('outputs', 'Outputs for this input', ['Output', 'Original', 'With factors', 'On grids'], rows);
-  showVerdict({ ...found, inputs: 1 });
-  const exact = factors.every((f) => powerOfTwo(f) === f);
-  fill('verdict-why', exact ? 'A factor that is a power of two changes the exponent of a floating-point number and no other bit. So nothing is rounded.'
-    : 'Factors that are no powers of two round a little, as every multiplication does in floating point. In exact numbers nothing would change.');
-  if (model.input === 'image') showAnswer(before, grids, x.data);
-}
-
-function showLine(network) {
-  const around = layersAround()[state.side], { model, bits } = state, width = Math.max($('line').clientWidth, 240);
-  if (!around) {
-    for (const id of ['line', 'errors', 'weights']) fill(id);
-    fill('line-says', 'No layer with weights makes or reads this channel by itself.');
-    return;
-  }
-  const { layer, side, channel } = around, { op, inputs: [source], name } = network.nodes.find((node) => node.name === nameOf(layer));
-  const { scale, q } = layerOnGrid(op, valueGrid(model, source, state.factors, bits.activations), bits.weights), { qmin, qmax } = eqfact.bounds({ bits: bits.weights });
-  const weights = weightsOf({ op }, side, channel).map((of) => ({ ...of, q: q[of.k], becomes: scale * q[of.k] }));
-  const root = (f) => Math.sqrt(weights.reduce((sum, of) => sum + f(of) ** 2, 0) / weights.length);
-  const error = root(({ w, becomes }) => w - becomes), size = root(({ w }) => w);
-  const most = largestOf(weights.map(({ w }) => w)), reach = scale * -qmin;
-  const lines = [numberLine(weights, { scale, qmin, qmax }, reach, width, `${plural(weights.length, 'weight')} on the grid of “${name}”, from ${short(-reach)} to ${short(reach)}`)];
-  if (most > 0 && most < reach / 8) { // too small to be told apart: once more, larger
-    const times = 2 ** Math.floor(Math.log2(reach / Math.max(most, scale * 2)));
-    if (times > 1) {
-      lines.push(element('p', { class: 'note' }, `The same, ${times} times as large:`));
-      lines.push(numberLine(weights, { scale, qmin, qmax }, reach / times, width, `The same weights, ${times} times as large`));
-    }
-  }
-  fill('line', ...lines);
-  fill('line-says', `The grid of “${name}” has steps of ${short(scale)}. ${weights.length === 1 ? 'This weight is' : `These ${weights.length} weights are`} off by ${short(error)}${
-    weights.length === 1 ? '' : ' (root mean square)'}: ${size > 0 ? `${short(100 * error / size)} % of their size` : 'all are 0'}.`);
-  fill('errors', errorBars(weights, most || 1, width, `Errors of ${plural(weights.length, 'weight')}, the largest ${short(100 * largestOf(weights.map(({ w, becomes }) => (becomes - w) / (most || 1))))} %`));
-  table('weights', `Weights of “${name}”`, ['To, from, tap', 'Weight', 'Whole number', 'Becomes', 'Error'], weights.map(({ o, i, tap, w, q: n, becomes }) => (
-    [`${channelName(o)}, ${channelName(i)}, ${channelName(tap)}`, short(w), short(n), short(becomes), short(becomes - w)])));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------
@@ -285,28 +192,20 @@ async function finish(network) {
   if (mine === turn) delete document.body.dataset.busy;
 }
 
-const FULL_BAR = 50; // dB
-
-function showQuality(now, none) {
-  fill('quality', `${short(now)} dB`);
-  const said = { name: 'With your factors', says: `${short(now)} dB`, now: now / FULL_BAR, before: none / FULL_BAR };
-  showBars('quality-bars', [said, { name: 'All factors 1', says: `${short(none)} dB`, now: none / FULL_BAR, before: none / FULL_BAR }]);
-  fill('quality-says', `${state.model.samples.shape[0]} inputs, weights in ${state.bits.weights} bits, values in ${state.bits.activations}: ${short(now)} dB with your factors, ${
-    short(none)} dB without. The full bar is ${FULL_BAR} dB.`);
-}
-
 /* All methods, with the bits and the snapping that are set. */
 async function compareMethods() {
   turn += 1;
   const mine = turn, { model, bits } = state, rows = [];
   document.body.dataset.busy = 'yes';
   $('comparison').hidden = false;
+  const caption = `Weights in ${bits.weights} bits, values in ${bits.activations}${$('snap').checked ? ', factors are powers of two' : ''}`;
   for (const [method, title] of Object.entries(METHODS)) {
     const factors = factorsOf(model, method).map(snapped);
-    const found = await measured(model, rescale(model, factors), factors, bits, (k, n) => fill('quality-says', `${title}: input ${k + 1} of ${n} …`));
+    const found = await measured(model, rescale(model, factors), factors, bits,
+      (k, n) => fill('quality-says', `${title}: input ${k + 1} of ${n} …`));
     if (!found) return;
     rows.push([title, `${short(found.decibels)} dB`]);
-    table('comparison', `Weights in ${bits.weights} bits, values in ${bits.activations}${$('snap').checked ? ', factors are powers of two' : ''}`, ['Method', 'SQNR'], rows);
+    table('comparison', caption, ['Method', 'SQNR'], rows);
   }
   fill('quality-says', 'Five methods compared.');
   if (mine === turn) finish(rescale(model, state.factors));
@@ -315,17 +214,6 @@ async function compareMethods() {
 // ---------------------------------------------------------------------------------------------------------------------------------------
 // Digits
 // ---------------------------------------------------------------------------------------------------------------------------------------
-
-function showAnswer(before, grids, pixels) {
-  showPixels($('preview'), pixels);
-  const float = softmax(before), whole = grids && softmax(grids), percent = (p) => `${(100 * p).toFixed(1)} %`;
-  const says = (p) => `${largestAt(p)} (${percent(Math.max(...p))})`;
-  fill('answer', element('strong', {}, `The float network says ${says(float)}${whole ? `, the one on grids ${says(whole)}` : ''}.`));
-  const cell = (p, kind) => element('td', { class: 'wide' }, element('span', {
-    class: `probability ${kind}`, style: `width: ${(50 * p).toFixed(1)}%`, 'aria-hidden': 'true' }), percent(p));
-  table('probabilities', 'How sure they are', ['Digit', 'Float', 'On grids'], [...float.keys()].map((d) => (
-    [String(d), cell(float[d], ''), whole ? cell(whole[d], 'quantized') : '…'])));
-}
 
 /* A drawing becomes one of the inputs that can be chosen. */
 function drawn() {
@@ -379,7 +267,8 @@ function setUp() {
     if (option) { chooseChannel([...$('channels').children].indexOf(option)); showChannel(); }
   });
   $('channels').addEventListener('keydown', (event) => {
-    const last = $('channels').children.length - 1, step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity }[event.key];
+    const last = $('channels').children.length - 1;
+    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity }[event.key];
     if (step === undefined) return;
     event.preventDefault();
     chooseChannel(Math.min(Math.max(state.channel + step, 0), last));
@@ -392,7 +281,10 @@ function setUp() {
     changed(true);
   });
   for (const which of ['weight', 'activation']) {
-    const slider = $(`${which}-bits`), says = () => { fill(`${which}-bits-says`, slider.value); state.bits[`${which}s`] = Number(slider.value); };
+    const slider = $(`${which}-bits`), says = () => {
+      fill(`${which}-bits-says`, slider.value);
+      state.bits[`${which}s`] = Number(slider.value);
+    };
     slider.addEventListener('input', () => { says(); dragged(); });
     slider.addEventListener('change', () => { cancelAnimationFrame(frame); changed(true); });
     says();

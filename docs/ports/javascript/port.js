@@ -1315,7 +1315,7 @@ function answer(question) {
 }
 
 root.eqfact = {
-  answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, channelsOf, layersOf, rescaled, run, runQuantized, ofRange, bounds, rounded,
+  answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, run, channelsOf, rescaled, layersOf, ofRange, bounds, rounded, runQuantized,
 };
 
 if (typeof module !== 'undefined' && typeof require === 'function' && require.main === module) {
