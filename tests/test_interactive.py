@@ -24,7 +24,7 @@ def page(tmp_path_factory):
 
 def test_it_is_one_small_file_that_loads_nothing(page):
     assert len(page.encode()) < 1_500_000
-    assert re.search(r"Content-Security-Policy\" content=\"default-src 'none';", page)
+    assert re.search(r"Content-Security-Policy\"\s+content=\"default-src 'none';", page)
     assert not re.search(r"<(script|img|iframe|source|object|embed)[^>]*\bsrc=|@import|url\(|\bfetch\(|XMLHttpRequest|\bimport\(", page)
     assert set(re.findall(r'<link[^>]*href="([^"]*)"', page)) == {"data:,"}
     without_links = re.sub(r'<a href="https://[^"]*">', "", page).replace("http://www.w3.org/2000/svg", "")
