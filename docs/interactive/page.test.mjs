@@ -16,6 +16,17 @@ const AXE = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.mi
 const METHODS = ['none', 'one_step', 'two_step', 'cross_layer', 'optimal'];
 const DRAGGED_IN = 200; // ms, on the network that reads digits
 
+/* The ten digits, each drawn without lifting the pen, in hundredths of the drawing area. */
+const STROKES = {
+  0: [[50, 10], [35, 30], [33, 60], [50, 90], [65, 65], [64, 30], [50, 10]], 1: [[40, 25], [52, 10], [52, 90]],
+  2: [[30, 25], [50, 10], [70, 25], [60, 50], [30, 88], [75, 88]],
+  3: [[30, 20], [50, 10], [70, 20], [65, 40], [45, 48], [70, 60], [70, 80], [50, 90], [30, 80]],
+  4: [[60, 90], [60, 10], [25, 60], [80, 60]], 5: [[70, 12], [35, 12], [33, 45], [60, 42], [72, 65], [60, 88], [30, 85]],
+  6: [[60, 10], [40, 35], [33, 65], [45, 90], [65, 80], [62, 60], [38, 62]], 7: [[30, 15], [75, 15], [60, 45], [45, 90]],
+  8: [[60, 20], [40, 15], [38, 35], [62, 60], [60, 85], [40, 85], [38, 60], [62, 35], [60, 18]],
+  9: [[65, 30], [45, 12], [35, 30], [50, 48], [66, 30], [62, 60], [50, 90]],
+};
+
 let browser;
 before(async () => {
   browser = await playwright.launch({ args: ['--no-sandbox'], executablePath: await chromium.executablePath(), headless: true });
@@ -293,6 +304,8 @@ test('the five methods are compared, and as eqfact would', async () => {
   await page.click('#compare');
   await idle(page);
   const shown = await page.locator('#comparison tbody td').allTextContents();
+  await method(page, 'optimal');
+  assert.match(await page.textContent('#quality-says'), /1384 factors .* by more than [\d.]+ dB”$/);
   shown.forEach((text, k) => assert.ok(Math.abs(parseFloat(text) - EXPECTED.digits.methods[METHODS[k]].quality['8,8'].sqnr) < 0.06, text));
   assert.equal(shown.length, 5);
   await done();
@@ -313,6 +326,15 @@ test('inputs can be chosen, digits drawn, with mouse and keyboard, and are answe
   assert.equal(await page.inputValue('#sample'), 'drawn');
   assert.match(await page.textContent('#answer'), /^The float network says 1 /);
   await page.screenshot({ path: AT('drawn.png').pathname });
+  for (const [digit, points] of Object.entries(STROKES)) {
+    await page.click('#clear');
+    const at = await canvas.boundingBox(), there = ([a, b]) => [at.x + a / 100 * at.width, at.y + b / 100 * at.height];
+    await page.mouse.move(...there(points[0]));
+    await page.mouse.down();
+    for (const point of points.slice(1)) await page.mouse.move(...there(point), { steps: 6 });
+    await page.mouse.up();
+    assert.match(await page.textContent('#answer'), new RegExp(`^The float network says ${digit} .* the one on grids ${digit} `));
+  }
   await page.click('#clear');
   assert.equal(await page.inputValue('#sample'), '0');
   await canvas.focus();
@@ -382,6 +404,9 @@ for (const [shown, options] of Object.entries({
       await network(page, name);
       await method(page, 'two_step');
       await page.click('summary');
+      for (const id of ['outputs', 'probabilities', 'weights']) {
+        assert.ok(await page.evaluate((of) => $(of).offsetWidth <= $(of).parentElement.clientWidth, id), id);
+      }
       assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= window.innerWidth));
       await page.screenshot({ path: AT(`${shown}-${name}.png`).pathname, fullPage: true });
       await page.evaluate(AXE);

@@ -117,9 +117,10 @@ function showQuality(now, none) {
   fill('quality', `${short(now)} dB`);
   const said = { name: 'With your factors', says: `${short(now)} dB`, now: now / FULL_BAR, before: none / FULL_BAR };
   showBars('quality-bars', [said, { name: 'All factors 1', says: `${short(none)} dB`, now: none / FULL_BAR, before: none / FULL_BAR }]);
-  const { model: { samples }, bits: { weights, activations } } = state;
+  const { model: { samples, coded }, bits: { weights, activations }, method } = state;
   fill('quality-says', `${samples.shape[0]} inputs, weights in ${weights} bits, values in ${activations}: ${short(now)} dB with your `
-    + `factors, ${short(none)} dB without. The full bar is ${FULL_BAR} dB.`);
+    + `factors, ${short(none)} dB without. The full bar is ${FULL_BAR} dB.`
+    + (method === 'optimal' ? ` When this page was made, eqfact said: “${coded.optimalSays}”` : ''));
 }
 
 function showAnswer(before, grids, pixels) {
