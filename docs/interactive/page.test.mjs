@@ -348,6 +348,24 @@ test('inputs can be chosen, digits drawn, with mouse and keyboard, and are answe
   await done();
 });
 
+test('a finger draws, and does not scroll the page', async () => {
+  const context = await browser.newContext({ viewport: { width: 360, height: 740 }, hasTouch: true, isMobile: true });
+  const page = await context.newPage();
+  await page.goto(AT('index.html').href);
+  await network(page, 'digits');
+  await page.locator('#canvas').evaluate((canvas) => canvas.scrollIntoView({ behavior: 'instant', block: 'center' }));
+  const { x, y, width } = await page.locator('#canvas').boundingBox(), top = await page.evaluate(() => window.scrollY);
+  const finger = await context.newCDPSession(page), to = ([a, b]) => [{ x: x + a / 100 * width, y: y + b / 100 * width }];
+  const send = (type, touchPoints) => finger.send('Input.dispatchTouchEvent', { type, touchPoints });
+  const [first, ...rest] = STROKES[7];
+  await send('touchStart', to(first));
+  for (const point of rest) await send('touchMove', to(point));
+  await send('touchEnd', []);
+  assert.match(await page.textContent('#answer'), /^The float network says 7 /);
+  assert.equal(await page.evaluate(() => window.scrollY), top);
+  await context.close();
+});
+
 test('the keyboard alone reaches and moves everything', async () => {
   const { page, done } = await opened();
   const reached = new Set(), name = () => page.evaluate(() => document.activeElement.id || document.activeElement.value);
