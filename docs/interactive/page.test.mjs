@@ -354,7 +354,7 @@ test('a finger draws, and does not scroll the page', async () => {
   await page.goto(AT('index.html').href);
   await network(page, 'digits');
   await page.locator('#canvas').evaluate((canvas) => canvas.scrollIntoView({ behavior: 'instant', block: 'center' }));
-  const { x, y, width } = await page.locator('#canvas').boundingBox(), top = await page.evaluate(() => window.scrollY);
+  const { x, y, width } = await page.locator('#canvas').boundingBox();
   const finger = await context.newCDPSession(page), to = ([a, b]) => [{ x: x + a / 100 * width, y: y + b / 100 * width }];
   const send = (type, touchPoints) => finger.send('Input.dispatchTouchEvent', { type, touchPoints });
   const [first, ...rest] = STROKES[7];
@@ -362,7 +362,7 @@ test('a finger draws, and does not scroll the page', async () => {
   for (const point of rest) await send('touchMove', to(point));
   await send('touchEnd', []);
   assert.match(await page.textContent('#answer'), /^The float network says 7 /);
-  assert.equal(await page.evaluate(() => window.scrollY), top);
+  assert.ok(Math.abs((await page.locator('#canvas').boundingBox()).y - y) < 1); // what is above may have grown: the browser makes up for it
   await context.close();
 });
 
