@@ -5,6 +5,7 @@ it changes; an error in a cell, a broken reference or any warning fails the buil
 """
 
 import os
+import runpy
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -20,7 +21,7 @@ html_title = f"eqfact {version}"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx-mathjax-offline", "sphinx_copybutton"]
 html_theme = "furo"
-exclude_patterns = ["_build", "jupyter_execute", "ports"]
+exclude_patterns = ["_build", "jupyter_execute", "ports", "interactive"]
 nitpicky = False
 
 myst_enable_extensions = ["dollarmath", "deflist"]
@@ -44,6 +45,13 @@ def every_public_name_is_there(app: Sphinx, env: BuildEnvironment) -> None:
         raise ExtensionError(f"docs/reference.md lacks {', '.join(missing)}")
 
 
+def interactive_page(app: Sphinx, error: Exception | None) -> None:
+    """The page that computes in the browser is no page of Sphinx: it is one file, beside the others."""
+    if error is None and app.builder.format == "html":
+        runpy.run_path(str(Path(__file__).parent / "interactive" / "build.py"))["build"](Path(app.outdir) / "interactive" / "index.html")
+
+
 def setup(app: Sphinx) -> None:
-    """Checks of our own."""
+    """Checks and pages of our own."""
     app.connect("env-check-consistency", every_public_name_is_there)
+    app.connect("build-finished", interactive_page)

@@ -218,14 +218,14 @@ function bias(p, o) { return p.bias === null ? 0 : p.bias.data[o]; }
 /* y[o, p] = b[o] + sum_{i, t} w[o, i, t] x[i, stride p + dilation t - before]; group g reads channels from g in/groups onwards. */
 function convolved(p, x) {
   const spatial = x.shape.slice(2), { out, perGroup, groups } = checkLayer(p, x, p.weight.shape.length - 2);
-  const { size, taps, place } = windows(p, p.weight.shape.slice(2), spatial);
-  return make(x.dtype, [x.shape[0], out, ...size], ([n, o, ...q]) => {
-    const first = Math.floor(o / (out / groups)) * perGroup;
+  const { size, taps, place } = windows(p, p.weight.shape.slice(2), spatial), area = product(spatial), channels = x.shape[1];
+  const reached = indices(size).map((q) => taps.map((tap, t) => ({ t, from: place(q, tap) })).filter(({ from }) => inside(from, spatial)));
+  const places = reached.map((reads) => reads.map(({ t, from }) => [t, ravel(from, spatial)])); // for each place, its taps and what they read
+  return make(x.dtype, [x.shape[0], out, ...size], ([n, o], k) => {
+    const first = Math.floor(o / (out / groups)) * perGroup, row = o * perGroup, column = n * channels + first;
     let sum = bias(p, o);
-    for (const tap of taps) {
-      const from = place(q, tap);
-      if (!inside(from, spatial)) continue;
-      for (let i = 0; i < perGroup; i++) sum += at(p.weight, [o, i, ...tap]) * at(x, [n, first + i, ...from]);
+    for (const [t, from] of places[k % places.length]) {
+      for (let i = 0; i < perGroup; i++) sum += p.weight.data[(row + i) * taps.length + t] * x.data[(column + i) * area + from];
     }
     return sum;
   });
@@ -996,17 +996,17 @@ function stepped(network, statistics, maxFactor, two) {
     const standing = layers.filter((layer) => layer.made.some((k) => k !== 0 && numbers[name].includes(k)));
     return { standing, largest: Math.max(...standing.flatMap(reach)) };
   });
-  const attenuation = (k) => { // m_i
-    if (!two) return 1;
-    let most = 1 / MOST;
-    for (const layer of layers) {
-      const weights = scaled(layer), own = weights.filter(({ i }) => layer.read[i] === k).map(({ w }) => w);
-      if (own.length) most = Math.max(most, Math.max(...own) / Math.max(...weights.map(({ w }) => w)));
+  const attenuations = (block) => { // m_i, by number
+    const m = new Map([[0, 1], ...[...block.numbers].map((k) => [k, two ? 1 / MOST : 1])]);
+    for (const layer of two ? layers : []) {
+      if (!layer.read.some((k) => block.numbers.has(k))) continue;
+      const weights = scaled(layer), most = weights.reduce((largest, { w }) => Math.max(largest, w), 0);
+      for (const { i, w } of weights) if (block.numbers.has(layer.read[i])) m.set(layer.read[i], Math.max(m.get(layer.read[i]), w / most));
     }
-    return most;
+    return m;
   };
   for (const block of blocks) {
-    const chosen = new Map([...block.numbers].map((k) => [k, Infinity])), m = new Map([[0, 1], ...[...block.numbers].map((k) => [k, attenuation(k)])]);
+    const chosen = new Map([...block.numbers].map((k) => [k, Infinity])), m = attenuations(block);
     for (const layer of block.layers) {
       const K = layer.made.map(() => 0), A = reach(layer).map((a, c) => a * f[layer.made[c]]);
       for (const { o, w } of scaled(layer)) K[o] = Math.max(K[o], w);
@@ -1035,13 +1035,19 @@ function stepped(network, statistics, maxFactor, two) {
 function balanced(network, maxFactor) {
   const { numbers, forms, free } = channelsOf(network), layers = layersOf(network, numbers), limit = Math.log(maxFactor);
   const u = forms.map(() => 0); // logarithms of factors, by number
-  const entries = layers.flatMap((layer) => layer.weights.map(({ o, i, w }) => ({ made: layer.made[o], read: layer.read[i], w: Math.log(w) })));
-  const moves = free.map((t) => {
-    const power = (k) => forms[k].get(t) || 0;
-    const touched = entries.map((entry) => ({ ...entry, power: power(entry.made) - power(entry.read) })).filter((entry) => entry.power !== 0);
-    const carried = forms.map((_, k) => ({ k, power: power(k) })).filter((one) => one.power !== 0);
-    return { touched, carried, most: Math.max(...touched.map((entry) => Math.abs(entry.power))) };
-  });
+  const byFree = new Map(free.map((t) => [t, { touched: [], carried: [], most: 0 }]));
+  forms.forEach((form, k) => form.forEach((power, t) => byFree.get(t).carried.push({ k, power })));
+  for (const layer of layers) {
+    for (const { o, i, w } of layer.weights) {
+      const made = layer.made[o], read = layer.read[i];
+      for (const t of new Set([...forms[made].keys(), ...forms[read].keys()])) {
+        const power = (forms[made].get(t) || 0) - (forms[read].get(t) || 0), move = byFree.get(t);
+        if (power !== 0) move.touched.push({ made, read, w: Math.log(w), power });
+        move.most = Math.max(move.most, Math.abs(power));
+      }
+    }
+  }
+  const moves = [...byFree.values()];
   for (let sweep = 0, largest = 1; sweep < 10000 && largest > 1e-13; sweep++) {
     largest = 0;
     for (const { touched, carried, most } of moves) {
@@ -1257,10 +1263,11 @@ function computed({ op }, values, float, dtype) {
   return { x: OPS[kind].forward(p, values.map(float)) };
 }
 
-function quantizedForward({ network: code, inputs, stored }) {
-  const network = decodeNetwork(code), values = {};
+/* All values of a quantized network, and a function that gives what one of them stands for. */
+function runQuantized(network, inputs) {
+  const values = {};
   let dtype = 'float64';
-  for (const [name, x] of Object.entries(readInputs(network, inputs))) { values[name] = { x }; dtype = x.dtype; }
+  for (const [name, x] of Object.entries(inputs)) { values[name] = { x }; dtype = x.dtype; }
   const float = (value) => { // each value is s (q - z) in float64, rounded; sums are s_x s_w n + b
     if (value.x) return value.x;
     if (value.q) return dequantized(value.q, value.grid, dtype);
@@ -1271,6 +1278,11 @@ function quantizedForward({ network: code, inputs, stored }) {
     });
   };
   for (const node of network.nodes) values[node.name] = computed(node, node.inputs.map((name) => values[name]), float, dtype);
+  return { values, float };
+}
+
+function quantizedForward({ network: code, inputs, stored }) {
+  const network = decodeNetwork(code), { values } = runQuantized(network, readInputs(network, inputs));
   return {
     integers: Object.fromEntries(stored.map((name) => {
       require_(name in values && values[name].q, `${name} lies on no grid`);
@@ -1302,7 +1314,9 @@ function answer(question) {
   }
 }
 
-root.eqfact = { answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, channelsOf, rescaled, run };
+root.eqfact = {
+  answer, asks: ASKS, decodeArray, encodeArray, decodeNetwork, encodeNetwork, run, channelsOf, rescaled, layersOf, ofRange, bounds, rounded, runQuantized,
+};
 
 if (typeof module !== 'undefined' && typeof require === 'function' && require.main === module) {
   require('readline').createInterface({ input: process.stdin }).on('line', (line) => {
