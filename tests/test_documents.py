@@ -77,7 +77,7 @@ def test_every_fault_names_the_test_that_keeps_it_out():
     assert {test for test in tests if test.startswith("test_fault_")} <= set(named)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*DOCUMENTS, *LESSONS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert "://" in target or (path.parent / target).exists(), target
