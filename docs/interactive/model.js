@@ -15,7 +15,7 @@ function loadNetwork(coded) {
     [value, { min: eqfact.decodeArray(min).data, max: eqfact.decodeArray(max).data }])));
   return {
     coded, network, numbers, count: forms.length, layers: eqfact.layersOf(network, numbers), statistics, input, output, samples,
-    truth: eqfact.run(network, { [input]: samples })[output], chosen: { none: forms.map(() => 1) },
+    truth: eqfact.run(network, { [input]: samples })[output], chosen: { none: forms.map(() => 1) }, quality: {},
   };
 }
 
