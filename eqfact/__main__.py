@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from eqfact import __version__, commands
+from eqfact.asked import Args
 from eqfact.clips import RANGES
-from eqfact.commands import Args, Facts
+from eqfact.commands import Facts
 from eqfact.methods import METHODS
 from eqfact.quantization import GRANULARITIES
 from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES

@@ -6,38 +6,34 @@ is not the same function as the one given is never written. :mod:`eqfact.__main_
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from eqfact import demo, files, plotting, report
+from eqfact import asked, demo, figures, files, plotting, report
+from eqfact.asked import Args
 from eqfact.calibration import Statistics, calibrate, likely_ranges
 from eqfact.channels import channels
 from eqfact.correction import batchnorm_gaussians
-from eqfact.equalization import SENSED, EqualizeResult, equalize
+from eqfact.equalization import EqualizeResult, equalize
 from eqfact.folding import fold_batchnorm, folding_obstacles
 from eqfact.freeing import add_scales, slope_gates
 from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, forward
 from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
-from eqfact.noise import measured_sensitivities, predict_noise
 from eqfact.ops import BatchNorm, Weighted
-from eqfact.quantization import UniformQuantizer, clips, quantize
+from eqfact.quantization import clips, quantize
 from eqfact.training import mean_loss, shuffled, train
 
-Args = argparse.Namespace
 Facts = dict[str, Any]
-Item = TypeVar("Item")
 
 #: The methods that do without ``--data``.
 DATA_FREE = ("cross_layer",)
@@ -48,16 +44,16 @@ VERIFIED = 4
 def run_demo(args: Args) -> Facts:
     _check_outputs(args)
     bundle = demo.load_bundle()
-    rows = list(_progress(demo.rows(bundle), "methods", len(demo.ROWS)))
+    rows = list(asked.progress(demo.rows(bundle), "methods", len(demo.ROWS)))
     before, after, best = (next(row for row in rows if row.name == name) for name in ("none", "cross-layer", "optimal"))
-    files.write_all(_figures(args, {
+    files.write_all(figures.writers(args, {
         "ranges": partial(plotting.plot_ranges, before.graph, after.graph, title="cross-layer equalization of the bundled network"),
-        **_of_result(best.result, "optimal equalization of the bundled network", "W8A8")}))
+        **figures.of_result(best.result, "optimal equalization of the bundled network", "W8A8")}))
     return {
         "ok": all(row.verification for row in rows if row.verification is not None),
         "parameters": _parameters(bundle.network), "images": len(bundle.labels), "calibration_images": len(bundle.calibration),
         "verified_images": demo.VERIFIED, "top1": demo.top1(demo.logits(bundle.network, bundle.images), bundle.labels),
-        "degrees_of_freedom": channels(before.graph).degrees_of_freedom, "plots": _drawn(args),
+        "degrees_of_freedom": channels(before.graph).degrees_of_freedom, "plots": figures.drawn(args),
         "rows": [{"name": r.name, "quality": [asdict(q) for q in r.quality], "weight_ratio": r.weight_ratio, "value_ratio": r.value_ratio,
                   "verification": r.verification and asdict(r.verification), "seconds": r.seconds} for r in rows],
     }
@@ -95,14 +91,14 @@ def run_equalize(args: Args) -> Facts:
     graph = network.graph
     if args.harmless and not (args.data or args.apply):
         args.refuse("--harmless compares the noise to be expected, which takes the ranges of activations: give --data FILE.npz")
-    _check_plots(args)
+    figures.check(args)
     _proven(network, images)
     folded = _folded(args, graph)
     start = slope_gates(folded) if args.slopes else folded
     start = add_scales(start) if args.scales else start
     stats = _calibrated(args, start, images)
     result = _equalized(args, graph, start, stats, images, network.partly is not None)
-    facts = {**_file(network), "method": _method(args), "success": result.success,
+    facts = {**_file(network), "method": asked.method(args), "success": result.success,
              "message": result.message, "iterations": result.iterations, "residual": result.residual[-1] if result.residual else None,
              "degrees_of_freedom": result.factorization.channels.degrees_of_freedom, "pinned": result.pinned, "gap_db": result.gap_db,
              "predicted_sqnr": result.predicted, **_batchnorms(folded, graph),
@@ -112,9 +108,9 @@ def run_equalize(args: Args) -> Facts:
     title = f"{os.path.basename(args.network)}: {facts['method']}"
     return _written(facts, args, {
         args.factors: partial(files.save_factors, factorization=result.factorization),
-        **_figures(args, {"ranges": partial(plotting.plot_ranges, start, result.graph, title=title),
-                          **_of_result(result, title, facts["quantizer"]),
-                          "weights": partial(_plot_weights, args, start, result, stats, images, f"{title}, {facts['quantizer']}")}),
+        **figures.writers(args, {"ranges": partial(plotting.plot_ranges, start, result.graph, title=title),
+                          **figures.of_result(result, title, facts["quantizer"]),
+                          "weights": partial(figures.draw_weights, args, start, result, stats, images, f"{title}, {facts['quantizer']}")}),
         args.report: lambda path: _write_json(path, facts | {"tensors": tensors}),
         args.output: partial(_save, network=network, graph=result.graph, images=images)})
 
@@ -125,18 +121,18 @@ def run_quantize(args: Args) -> Facts:
     graph = network.graph
     if args.activation_bits is not None and not args.data:
         args.refuse("the ranges of activations come from images: give --data FILE.npz, or --activation-bits float")
-    _check_plots(args)
+    figures.check(args)
     _proven(network, images)
     start = _folded(args, graph)
     stats = _calibrated(args, start, images)
-    sensitivities = _sensitivities(args, start, stats, images)
+    sensitivities = asked.sensitivities(args, start, stats, images)
     quantized = _quantized(args, start, stats, sensitivities)
     noise = _noise(start, quantized, images)
-    facts = {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source,
+    facts = {"ok": True, **_file(network), "quantizer": asked.quantizer_name(args), "data": images.source,
              "sqnr": {name: noise[name] for name in graph.outputs}, **_batchnorms(start, graph)}
     written = _written(facts, args, {
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise, sensitivities)}),
-        **_figures_of_noise(args, start, quantized, stats, images, sensitivities),
+        **figures.of_quantized(args, start, quantized, stats, images, sensitivities),
         args.output: partial(network.save, graph=quantized, quantized=True)})
     return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
 
@@ -146,21 +142,21 @@ def run_train(args: Args) -> Facts:
     network, images = _given(args)
     if not args.data:
         args.refuse("training takes images, and ranges come from them, too: give --data FILE.npz")
-    weights, activations = _quantizers(args)
+    weights, activations = asked.quantizers(args)
     if weights is None and activations is None:
         args.refuse("nothing is quantized: leave out --weight-bits float or --activation-bits float")
     labels = None if args.labels is None else files.load_labels(args.labels, len(images))
     state = None if args.resume is None else files.load_state(args.resume)
     _proven(network, images)
     start = _folded(args, network.graph)
-    stats = calibrate(start, _progress(images.batches(), "calibrating"))
+    stats = calibrate(start, asked.progress(images.batches(), "calibrating"))
     loss = "squared_error" if labels is None else "cross_entropy"
-    bar = iter(_progress(range(args.steps), "training", args.steps))
+    bar = iter(asked.progress(range(args.steps), "training", args.steps))
     training = train(start, shuffled(images.arrays, labels, size=min(args.batch_size, len(images)), seed=args.seed), stats=stats,
                      weights=weights, activations=activations, steps=args.steps, parameters=args.parameters, ranges=args.ranges, loss=loss,
                      learning_rate=args.learning_rate, schedule=args.schedule, state=state, stop=args.stop,
                      progress=lambda *_: next(bar, None))
-    facts: Facts = {**_file(network), "quantizer": _quantizer_name(args), "data": images.source, "parameters": args.parameters,
+    facts: Facts = {**_file(network), "quantizer": asked.quantizer_name(args), "data": images.source, "parameters": args.parameters,
                     "ranges": args.ranges, "loss": loss, "steps": training.state.step, **_batchnorms(start, network.graph)}
     for side, graph in (("before", _quantized(args, start, stats, None)), ("after", training.graph)):
         noise = _noise(start, graph, images)
@@ -189,9 +185,9 @@ def run_report(args: Args) -> Facts:
     network, images = _given(args)
     graph = network.graph
     stats = _calibrated(args, graph, images)
-    sensitivities = _sensitivities(args, graph, stats, images)
+    sensitivities = asked.sensitivities(args, graph, stats, images)
     noise = _noise(graph, _quantized(args, graph, stats, sensitivities), images) if stats else {}
-    return {"ok": True, **_file(network), "quantizer": _quantizer_name(args), "data": images.source if stats else None,
+    return {"ok": True, **_file(network), "quantizer": asked.quantizer_name(args), "data": images.source if stats else None,
             **_batchnorms(graph), "tensors": _tensors(args, graph, stats, noise, sensitivities)}
 
 
@@ -203,7 +199,7 @@ def run_conform(args: Args) -> Facts:
     if not chosen:
         raise ValueError(f"'{args.cases}' holds no cases of these levels")
     timeout = runner.TIMEOUT if args.timeout is None else args.timeout
-    run = runner.run(args.cmd, _progress(chosen, "cases"), timeout=timeout)
+    run = runner.run(args.cmd, asked.progress(chosen, "cases"), timeout=timeout)
     files.write_all({args.junit: partial(reporting.write_junit, run=run), args.html: partial(reporting.write_html, run=run)})
     return {**reporting.facts(run), "junit": args.junit, "html": args.html}
 
@@ -214,9 +210,9 @@ def run_conform(args: Args) -> Facts:
 def _check_outputs(args: Args) -> None:
     if "output" in args:
         files.network_kind(args.output)
-    figures = [path for _, path in getattr(args, "plot", ())]
-    files.check_outputs([*(getattr(args, name) for name in ("output", "factors", "state", "report") if name in args), *figures])
-    for path in figures:
+    plots = [path for _, path in getattr(args, "plot", ())]
+    files.check_outputs([*(getattr(args, name) for name in ("output", "factors", "state", "report") if name in args), *plots])
+    for path in plots:
         plotting.check_path(path)
 
 
@@ -276,18 +272,15 @@ def _batchnorms(graph: Graph, unfolded: Graph | None = None) -> Facts:
 
 def _calibrated(args: Args, graph: Graph, images: files.Images) -> Statistics | None:
     """Statistics over the images that the user gave; random numbers would say nothing about ranges."""
-    return calibrate(graph, _progress(images.batches(), "calibrating"), histograms=clips(*_quantizers(args))) if args.data else None
+    if not args.data:
+        return None
+    return calibrate(graph, asked.progress(images.batches(), "calibrating"), histograms=clips(*asked.quantizers(args)))
 
 
 def _folded(args: Args, graph: Graph) -> Graph:
     """Without BatchNorms, as engines run it; where outputs must stay bit for bit the same only if asked, because folding rounds."""
     fold = not getattr(args, "exact", False) if args.fold is None else args.fold
     return fold_batchnorm(graph) if fold else graph
-
-
-def _method(args: Args) -> str:
-    """What factors come from: the method named, or else the best for what is given."""
-    return "apply" if args.apply else args.method or ("optimal" if args.data else "cross_layer")
 
 
 def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | None, images: files.Images, partly: bool) -> EqualizeResult:
@@ -300,16 +293,16 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
         factorization = factorization.power_of_two() if args.exact else factorization
         return EqualizeResult(factorization.apply(graph), factorization, True, f"factors of '{args.apply}' applied", 0, (),
                               factorization.channels.pinned)
-    name = _method(args)
+    name = asked.method(args)
     if stats is None and name not in DATA_FREE:
         args.refuse(f"--method {name} needs the ranges of activations: give --data FILE.npz")
     kind = METHODS[name]
     for option in of_method:
         if option not in {of.name for of in fields(kind)}:
             args.refuse(f"--{option.replace('_', '-')} is not for method {name}")
-    weights, activations = _quantizers(args)
+    weights, activations = asked.quantizers(args)
     if stats is not None:
-        options["data"] = _progress(images.batches(), "looking at images")
+        options["data"] = asked.progress(images.batches(), "looking at images")
         if name == "optimal":
             of_method["ranges"] = likely_ranges(graph, stats, batchnorm_gaussians(unfolded))
     result = equalize(graph, kind(**of_method), stats=stats, weights=weights, activations=activations, exact=args.exact, **options)
@@ -322,8 +315,8 @@ def _equalized(args: Args, unfolded: Graph, graph: Graph, stats: Statistics | No
 
 def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images) -> Facts:
     """What equalization changed: range ratios and, on images, the noise of the quantized network."""
-    facts: Facts = {"quantizer": _quantizer_name(args), "data": images.source if stats else None, "tensors": {}}
-    sensitivities = _sensitivities(args, start, stats, images)
+    facts: Facts = {"quantizer": asked.quantizer_name(args), "data": images.source if stats else None, "tensors": {}}
+    sensitivities = asked.sensitivities(args, start, stats, images)
     for side, graph in (("before", start), ("after", result.graph)):
         if sensitivities is not None and side == "after":
             sensitivities = sensitivities.rescaled(start, result.factorization)
@@ -341,7 +334,7 @@ def _before_and_after(args: Args, start: Graph, result: EqualizeResult, stats: S
 
 def _verification(graph: Graph, other: Graph, images: files.Images, count: int = VERIFIED) -> Facts:
     images = images.first(count)
-    verdict = report.verify_batches(graph, other, _progress(images.batches(), "verifying"))
+    verdict = report.verify_batches(graph, other, asked.progress(images.batches(), "verifying"))
     return {"ok": verdict.equal, "verification": {**asdict(verdict), "data": images.source}}
 
 
@@ -403,137 +396,30 @@ def _written(facts: Facts, args: Args, writers: Mapping[str | None, Callable[[st
     forbidden = "verification" in facts and not facts["verification"]["equal"]
     facts["output"] = None if forbidden else args.output
     if "plot" in args:
-        facts["plots"] = [] if forbidden else _drawn(args)
+        facts["plots"] = [] if forbidden else figures.drawn(args)
     if forbidden:
         return facts
     files.write_all(writers)
     return facts
 
 
-def _quantizers(args: Args) -> tuple[UniformQuantizer | None, UniformQuantizer | None]:
-    """For weights and for activations; None leaves them in float."""
-    weights = activations = None
-    rules = (args.weight_range, args.activation_range)
-    if args.percentile is not None and "percentile" not in rules:
-        args.refuse("--percentile goes with --weight-range percentile or --activation-range percentile")
-    percentile = {} if args.percentile is None else {"percentile": args.percentile}
-    if args.weight_bits is not None:
-        weights = UniformQuantizer(bits=args.weight_bits, symmetric=not args.affine_weights, granularity=args.weight_granularity,
-                                   group_size=args.group_size, range=args.weight_range, **percentile)
-    if args.activation_bits is not None:
-        activations = UniformQuantizer(bits=args.activation_bits, symmetric=args.symmetric_activations,
-                                       granularity=args.activation_granularity, range=args.activation_range, **percentile)
-    return weights, activations
-
-
-def _sensitivities(args: Args, graph: Graph, stats: Statistics | None, images: files.Images) -> Sensitivities | None:
-    """For quantizers that end their grids by them: of at most ``SENSED`` of the images, or else of the statistics; None for others."""
-    if all(q is None or q.range != "noise" for q in _quantizers(args)):
-        return None
-    if stats is None:
-        args.refuse("the range 'noise' is weighed by sensitivities, which come from images: give --data FILE.npz")
-        return None
-    return measured_sensitivities(graph, stats, images.first(SENSED).batches())
-
-
 def _quantized(args: Args, graph: Graph, stats: Statistics | None, sensitivities: Sensitivities | None) -> Graph:
-    weights, activations = _quantizers(args)
+    weights, activations = asked.quantizers(args)
     return quantize(graph, weights=weights, activations=activations, stats=stats, sensitivities=sensitivities)
 
 
-def _quantizer_name(args: Args) -> str:
-    """For instance ``W8A8``, or ``W4A32, weights per_channel, activations mse``."""
-    ways = [f"{what} {way}" for what, *ways in (("weights", args.weight_granularity, args.weight_range),
-                                                 ("activations", args.activation_granularity, args.activation_range))
-            for way in ways if way not in ("per_tensor", "minmax")]
-    return ", ".join([f"W{args.weight_bits or 32}A{args.activation_bits or 32}", *ways])
-
-
 def _noise(graph: Graph, quantized: Graph, images: files.Images) -> dict[str, float]:
-    return report.local_sqnr(graph, quantized, _progress(images.batches(), "measuring"))
+    return report.local_sqnr(graph, quantized, asked.progress(images.batches(), "measuring"))
 
 
 def _tensors(args: Args, graph: Graph, stats: Statistics | None, noise: Mapping[str, float],
              sensitivities: Sensitivities | None) -> list[Facts]:
     """The rows of the report on what is quantized: weights and, with images, values."""
-    weights, activations = _quantizers(args)
+    weights, activations = asked.quantizers(args)
     rows = report.weight_report(graph, weights, sensitivities) if weights else []
     if activations and stats:
         rows += report.value_report(graph, stats, noise, activations.bits)
     return [asdict(row) for row in rows]
-
-
-def _check_plots(args: Args) -> None:
-    """Refuse figures that this run has nothing to draw in, before any work is done for them."""
-    weights, activations = _quantizers(args)
-    for kind, path in args.plot:
-        why = None
-        if kind in ("noise", "predicted"):
-            if not args.data:
-                why = "shows the noise at the output, which takes images: give --data FILE.npz"
-            elif getattr(args, "apply", None):
-                why = "shows the noise that a method expects: give --method in the place of --apply"
-            elif weights is None and activations is None:
-                why = "has nothing to show, nothing is quantized: leave out --weight-bits float or --activation-bits float"
-            elif weights is not None and weights.granularity == "per_group":
-                why = "takes the noise model, which has no grids per group: give --weight-granularity per_channel, which is nearest"
-        elif kind == "weights" and weights is None:
-            why = "has nothing to show, weights stay in float: leave out --weight-bits float"
-        elif kind == "convergence" and _method(args) not in ("cross_layer", "optimal"):
-            why = f"has nothing to show, '{_method(args)}' is one pass: give --method optimal, or cross_layer"
-        if why is not None:
-            args.refuse(f"--plot {kind}={path} {why}")
-
-
-def _figures(args: Args, draw: Mapping[str, Callable[..., object]]) -> dict[str | None, Callable[[str], object]]:
-    """The figures asked for, by file."""
-    return {path: partial(_draw, draw[kind]) for kind, path in args.plot}
-
-
-def _draw(draw: Callable[..., object], path: str) -> None:
-    draw(path=path)
-
-
-def _drawn(args: Args) -> list[Facts]:
-    return [{"kind": kind, "file": path} for kind, path in args.plot]
-
-
-def _of_result(result: EqualizeResult | None, title: str, quantizer: str) -> dict[str, Callable[..., object]]:
-    """The figures that a result is enough for."""
-    assert result is not None
-    before, after = result.noise or ({}, {})
-    return {"noise": partial(plotting.plot_noise, before, after, title=f"{title}, {quantizer}"),
-            "convergence": partial(plotting.plot_convergence, result, title=title)}
-
-
-def _plot_weights(args: Args, start: Graph, result: EqualizeResult, stats: Statistics | None, images: files.Images, title: str, *,
-                  path: str) -> None:
-    """Those on their grid before and after; of a quantizer that weighs noise, with its grids."""
-    weights, _ = _quantizers(args)
-    before = _sensitivities(args, start, stats, images)
-    after = None if before is None else before.rescaled(start, result.factorization)
-    first, second = (quantize(graph, weights=weights, sensitivities=of) for graph, of in ((start, before), (result.graph, after)))
-    plotting.plot_weights(first, second, path, noise=result.noise and result.noise[0], title=title)
-
-
-def _figures_of_noise(args: Args, start: Graph, quantized: Graph, stats: Statistics | None, images: files.Images,
-                      sensitivities: Sensitivities | None) -> dict[str | None, Callable[[str], object]]:
-    """Those of a network that is quantized; gradients are taken only if one is asked for, measures on as many images as these."""
-    if not args.plot:
-        return {}
-    (weights, activations), few = _quantizers(args), images.first(SENSED)
-    expected: dict[str, float] | None = None
-    rows: list[report.TensorNoise] = []
-    if stats is not None and (weights is None or weights.granularity != "per_group"):
-        sensitivities = sensitivities or measured_sensitivities(start, stats, few.batches())
-        expected = predict_noise(start, stats, weights=weights, activations=activations, sensitivities=sensitivities)
-        if any(kind == "predicted" for kind, _ in args.plot):
-            rows = report.noise_report(start, _progress(few.batches(), "measuring tensors"), weights=weights, activations=activations,
-                                       sensitivities=sensitivities, stats=stats)
-    title = f"{os.path.basename(args.network)}, {_quantizer_name(args)}"
-    return _figures(args, {"weights": partial(plotting.plot_weights, quantized, noise=expected, title=title),
-                           "noise": partial(plotting.plot_noise, expected or {}, title=title),
-                           "predicted": partial(plotting.plot_predicted, rows, title=f"{title}, on {few.source}")})
 
 
 def _write_json(path: str, facts: Facts) -> None:
@@ -555,13 +441,3 @@ def as_json(facts: Facts, indent: int | None = None) -> str:
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(facts), allow_nan=False, indent=indent)
-
-
-def _progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
-    """A bar on stderr, if that is a terminal, tqdm is installed, and it takes longer than a second."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    bar: Iterable[Item] = tqdm(items, what, total, leave=False, delay=1, disable=not sys.stderr.isatty(), file=sys.stderr)
-    return bar

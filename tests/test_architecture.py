@@ -28,14 +28,15 @@ ROWS = [
     ["serialization"],
     ["onnx"],
     ["files", "testing"],
-    ["demo", "plotting", "report"],
+    ["asked", "demo", "plotting", "report"],
+    ["figures"],
     ["commands"],
     ["__main__"],
 ]
 LEVEL = {module: level for level, row in enumerate(ROWS) for module in row}
 #: Modules that may need more than numpy, scipy and the standard library, and what. All of it is imported late or by choice.
 EXTRAS = {"onnx": {"onnx", "onnxruntime", "google"}, "files": {"onnx"}, "testing": {"hypothesis", "onnx", "pytest", "torch"},
-          "plotting": {"matplotlib"}, "demo": {"tqdm"}, "commands": {"tqdm"}, "__main__": {"tqdm"}}
+          "plotting": {"matplotlib"}, "demo": {"tqdm"}, "asked": {"tqdm"}, "__main__": {"tqdm"}}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import eqfact as eq
-from eqfact import commands, demo, files, methods, serialization
+from eqfact import asked, commands, demo, files, methods, serialization
 from eqfact.__main__ import COMMANDS, main, table
 
 RNG = np.random.default_rng(11)
@@ -780,9 +780,9 @@ def test_options_for_onnx_files_help_where_one_of_two_is_native(run):
 
 def test_progress_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert list(commands._progress([1, 2], "counting")) == [1, 2]
+    assert list(asked.progress([1, 2], "counting")) == [1, 2]
     monkeypatch.delitem(sys.modules, "tqdm")
-    assert list(commands._progress([1, 2], "counting")) == [1, 2]
+    assert list(asked.progress([1, 2], "counting")) == [1, 2]
 
 
 def test_table_aligns():
