@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import eqfact as eq
-from eqfact import asked, commands, demo, files, methods, serialization
+from eqfact import asked, commands, demo, files, methods, plotting, serialization
 from eqfact.__main__ import COMMANDS, main, table
 
 RNG = np.random.default_rng(11)
@@ -580,6 +580,22 @@ def test_every_kind_of_figure_is_drawn_and_named(run, small_demo, line):
     drawn = {kind: Path(f"{kind}.svg").read_text() for kind in kinds}
     assert all("<svg" in text for text in drawn.values()) and len(set(drawn.values())) == len(kinds)
     assert Path("bare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", FIGURES)
+def test_every_kind_of_figure_is_drawn_by_the_function_of_its_name(run, small_demo, monkeypatch, line):
+    pytest.importorskip("matplotlib")
+
+    def drawing(name):
+        def draw(*args, path, **options):
+            Path(path).write_text(name)
+        return draw
+
+    for kind in {kind for kinds in FIGURES.values() for kind in kinds}:
+        monkeypatch.setattr(plotting, f"plot_{kind}", drawing(kind))
+    monkeypatch.setattr("eqfact.figures.draw_weights", drawing("weights"))
+    assert facts_of(run, f"{line} " + " ".join(f"--plot {kind}={kind}.png" for kind in FIGURES[line]))["ok"]
+    assert {kind: Path(f"{kind}.png").read_text() for kind in FIGURES[line]} == {kind: kind for kind in FIGURES[line]}
 
 
 def test_figures_without_data_and_of_quantizers_that_clip(run):
