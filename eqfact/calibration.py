@@ -25,6 +25,11 @@ class ValueStatistics:
     """Per-channel statistics ``(C,)`` of one value over ``count`` entries a channel (images times pixels).
 
     ``histogram`` may be missing where they are made by hand: ranges by other rules than ``"minmax"`` need one.
+
+    >>> net = Graph.chain((2,), act=ReLU())
+    >>> of = calibrate(net, np.array([[1.0, -2.0], [3.0, 4.0]]))["act"]
+    >>> of.count, of.mean, of.mean_square
+    (2, array([2., 2.]), array([5., 8.]))
     """
 
     count: int
@@ -70,6 +75,11 @@ class Statistics(Mapping[str, ValueStatistics]):
 
     ``graph`` is the network that was calibrated and ``factors`` ``(C,)``, by value, what its values were multiplied by since, where that is
     known: passes refuse statistics of a network whose channels had other sizes. Those made by hand need not know.
+
+    >>> net = Graph.chain((2,), act=ReLU())
+    >>> one, two = (calibrate(net, np.array([row])) for row in ([1.0, -2.0], [3.0, 4.0]))
+    >>> (one + two)["act"].max, (one + two)["x"].min
+    (array([3., 4.]), array([ 1., -2.]))
     """
 
     __eq__ = object.__eq__  # see Factorization

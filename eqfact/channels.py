@@ -44,6 +44,11 @@ class Channels:
     ``labels[value]`` is ``(C,)``: 0 where pinned, ``1 ... degrees_of_freedom`` for the free number that is the logarithm of the channel's
     factor, and beyond that the place of the channel's form in ``forms``. ``reasons[value]`` gives for each channel why it is pinned, or
     None; ``pinned`` sums that up for every value that has a pinned channel.
+
+    >>> net = Graph.chain((2,), fc1=Dense(np.eye(2)), act=ReLU(), fc2=Dense(np.eye(2)))
+    >>> found = channels(net)
+    >>> found.labels["act"], found.degrees_of_freedom, sorted(found.pinned)
+    (array([1, 2]), 2, ['fc2', 'x'])
     """
 
     labels: Mapping[str, Labels]

@@ -43,7 +43,14 @@ HALF_PRECISION = 2.0**-10
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """A corrected network, and what was changed: by how much the bias ``(C,)`` of every treated layer went up."""
+    """A corrected network, and what was changed: by how much the bias ``(C,)`` of every treated layer went up.
+
+    >>> net = Graph.chain((2,), fc1=Dense([[1.0, 0.3]]), act=ReLU(), fc2=Dense([[1.0]]))
+    >>> x = np.array([[1.0, 2.0], [3.0, 1.0]])
+    >>> done = correct_bias(net, quantize(net, weights=UniformQuantizer(bits=3)), x)
+    >>> {name: shift.round(3) for name, shift in done.shifts.items()}
+    {'fc1': array([-0.04]), 'fc2': array([-0.01])}
+    """
 
     graph: Graph
     shifts: Mapping[str, Vector]
@@ -132,6 +139,10 @@ def batchnorm_gaussians(graph: Graph, factorization: Factorization | None = None
 
     The deviation is ``|gamma| sqrt(var / (var + eps))``, the paper's ``|gamma|`` but for channels that hardly vary. Folding keeps the
     names of these values, so the result describes the folded network too; those that a factorization does not know are gone there.
+
+    >>> net = Graph.chain((1,), fc=Dense([[2.0]]), norm=BatchNorm([3.0], [0.5], [0.0], [1.0], eps=0.0))
+    >>> batchnorm_gaussians(net)["norm"]
+    (array([0.5]), array([3.]))
     """
     found: dict[str, tuple[Vector, Vector]] = {}
     for node in graph.nodes:

@@ -27,7 +27,13 @@ SENSED = 16
 
 @dataclass(frozen=True, eq=False)
 class EqualizeResult:
-    """What :func:`equalize` found. Field names follow ``scipy.optimize.OptimizeResult``."""
+    """What :func:`equalize` found. Field names follow ``scipy.optimize.OptimizeResult``.
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> result = equalize(net, "cross_layer")
+    >>> result.success, result.factorization["act"], sorted(result.pinned)
+    (True, array([0.5, 2. ]), ['fc2', 'x'])
+    """
 
     graph: Graph
     factorization: Factorization

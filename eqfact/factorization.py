@@ -26,6 +26,11 @@ class Factorization(Mapping[str, Array]):
     """Positive factors ``(C,)`` for every value of a network, equal where channels are tied, 1 where they are pinned.
 
     Make one with :meth:`of` (from factors by value name), :meth:`identity`, or :func:`eqfact.equalize`.
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> f = Factorization.of(net, {"act": [0.5, 2.0]})
+    >>> f.apply(net)["fc1"].op.weight.ravel(), (f @ f.inverse())["act"]
+    (array([2., 2.]), array([1., 1.]))
     """
 
     channels: Channels

@@ -22,7 +22,13 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Cotangents of every value ``(N, C, *spatial)`` by name, and of the weights of every weighted node, summed over the batch."""
+    """Cotangents of every value ``(N, C, *spatial)`` by name, and of the weights of every weighted node, summed over the batch.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> found = backward(net, np.array([[1.0, 2.0]]), {"fc": np.array([[1.0]])})
+    >>> found.values["x"], found.weights["fc"]
+    (array([[3., 1.]]), array([[1., 2.]]))
+    """
 
     values: Mapping[str, Array]
     weights: Mapping[str, Array]
@@ -35,6 +41,11 @@ class Sensitivities:
     ``weights[node]`` is ``(groups, out // groups, in // groups)``, summed over taps; ``activations[value]`` is ``(C,)``, summed over
     pixels. ``signal`` is the power of the output in the same measure, so that ``noise / signal`` is the inverse SQNR. ``rough``: what would
     do better, where they come from statistics alone; empty for those of gradients.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> found = gradient_sensitivities(net, np.array([[1.0, 2.0]]))
+    >>> found.weights["fc"].shape, found.activations["x"]
+    ((1, 1, 2), array([9., 1.]))
     """
 
     weights: Mapping[str, Vector]

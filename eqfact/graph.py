@@ -27,6 +27,11 @@ class Node:
     """One use of an op: the value ``name`` is ``op`` of the values ``inputs``. One op object may serve several nodes.
 
     ``origin`` is what an importer wants to remember of the file that the node came from; nothing else looks at it.
+
+    >>> relu = ReLU()
+    >>> net = Graph({"x": (2,)}, [Node("a", relu, ["x"]), Node("y", relu, ["a"])], ["y"])
+    >>> net["y"].inputs
+    ('a',)
     """
 
     name: str

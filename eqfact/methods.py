@@ -160,6 +160,10 @@ class OneStep:
 
     A concat lift and a residual stream's own minimum come on top of the bound. ``preactivation`` adds the paper's optional limit,
     ``max(A / P_i, 1)``. :class:`ValueError` for a bound below 1.
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> equalize(net, OneStep(max_factor=2), data=np.array([[1.0]])).factorization["act"]
+    array([1., 2.])
     """
 
     max_factor: float = MAX_FACTOR
@@ -183,7 +187,12 @@ class OneStep:
 
 @dataclass(frozen=True)
 class TwoStep(OneStep):
-    """As :class:`OneStep`, after every channel is attenuated until its readers just reach their own range (PAPER 3)."""
+    """As :class:`OneStep`, after every channel is attenuated until its readers just reach their own range (PAPER 3).
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> equalize(net, TwoStep(), data=np.array([[1.0]])).factorization["act"]
+    array([0.25, 1.  ])
+    """
 
     def _rule(self) -> tuple[str, Callable[..., Vector]]:
         return "two_step", two_step
@@ -225,6 +234,10 @@ class CrossLayer:
     biases are all that is known without data. So where balance takes a bias beyond ``max_bias`` times the largest of its layer, as the
     layer's median factor moves that, its factor ends there, and the sweeps go on: the paper's promise that no range grows (PAPER 2), but
     for one bit. Infinity takes the guard away. What no factor moves does not stand out, either (:func:`eqfact.rules.cross_layer`).
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> equalize(net, CrossLayer(max_factor=16)).factorization["act"]
+    array([0.5, 2. ])
     """
 
     max_factor: float = CROSS_LAYER_MAX_FACTOR
@@ -261,6 +274,11 @@ class Optimal:
     is 0.01 if not given, and none where noise is weighed by statistics alone (:attr:`Sensitivities.rough`), too rough for a price in dB.
     ``objective="range"`` minimises the product of all ranges instead, without a ridge, and needs no data. At most ``max_iter`` Newton
     steps. :class:`ValueError` for unusable options.
+
+    >>> net = Graph.chain((1,), fc1=Dense([[4.0], [1.0]]), act=ReLU(), fc2=Dense([[1.0, 4.0]]))
+    >>> result = equalize(net, Optimal(tol=0.1), data=np.array([[1.0], [2.0]]))
+    >>> result.gap_db <= 0.1
+    True
     """
 
     sensitivities: Sensitivities | None = None

@@ -43,6 +43,11 @@ def gradient_sensitivities(graph: Graph, batches: Data | Iterable[Data], *, proj
     ``means`` (statistics of the same graph) weights are measured against inputs with their channel mean taken off: that is the noise
     which is left when a bias correction removes its mean. With ``relative_to`` (likewise) each output counts relative to its own power
     there: for networks whose outputs go on into something else, where none is worth more for being larger.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> found = gradient_sensitivities(net, np.array([[1.0, 2.0]]))
+    >>> found.weights["fc"], found.activations["x"]
+    (array([[[1., 4.]]]), array([9., 1.]))
     """
     if projections < 1:
         raise ValueError(f"projections must be at least 1, got {projections}")
@@ -94,6 +99,11 @@ def forward_sensitivities(graph: Graph, stats: Statistics) -> Sensitivities:
     Nothing is divided by a power but that of the outputs, which keep the factor 1: so nearly dead channels count for as little as the
     outputs see of them, and it does not matter which equivalent network this is taken of. Channels that are 0 on the data count for
     nothing. :class:`ValueError` if the statistics are of another graph.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> found = forward_sensitivities(net, calibrate(net, np.array([[1.0, 2.0], [-1.0, 0.0]])))
+    >>> found.activations["x"].round(3)
+    array([0.529, 0.059])
     """
     check_statistics(graph, stats)
     size = {value: np.sqrt(stats[value].mean_square) for value in graph.shapes}
@@ -226,7 +236,14 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NoiseModel:
-    """All quantized tensors of a network, as functions of the factors."""
+    """All quantized tensors of a network, as functions of the factors.
+
+    >>> net = Graph.chain((2,), fc=Dense([[4.0, 1.0]]))
+    >>> felt = gradient_sensitivities(net, np.array([[1.0, -1.0]]))
+    >>> model = noise_model(net, None, weights=UniformQuantizer(), activations=None, sensitivities=felt)
+    >>> [tensor.name for tensor in model.tensors]
+    ['fc.weight']
+    """
 
     channels: Channels
     tensors: tuple[Tensor, ...]
@@ -269,6 +286,12 @@ def noise_model(graph: Graph, stats: Statistics | None, *, weights: UniformQuant
     end as they would after the factorization ``at`` (identity if None), and there the noise is theirs. An end ``c`` of the grid caps a
     channel of factor ``f`` at ``c / f``. For other factors these caps stay: a grid that goes as far as the largest of them saturates no
     more than that, so that the model bounds its noise from above (and is convex, as without clips).
+
+    >>> net, x = Graph.chain((2,), fc=Dense([[4.0, 1.0]])), np.array([[1.0, -1.0], [0.5, 2.0]])
+    >>> felt, W8, A8 = gradient_sensitivities(net, x), UniformQuantizer(), UniformQuantizer(symmetric=False)
+    >>> model = noise_model(net, calibrate(net, x), weights=W8, activations=A8, sensitivities=felt)
+    >>> sorted(tensor.name for tensor in model.tensors)
+    ['fc.weight', 'x']
     """
     check_quantizers(weights, activations)
     resolved = channels(graph) if resolved is None else resolved

@@ -220,7 +220,10 @@ def plot_convergence(result: EqualizeResult, path: str | None = None, *, title: 
 
 
 def check_path(path: str) -> None:
-    """:class:`ValueError` if no figure could be written there: matplotlib is not installed, or the suffix is none that it knows."""
+    """:class:`ValueError` if no figure could be written there: matplotlib is not installed, or the suffix is none that it knows.
+
+    >>> check_path("figure.svg")
+    """
     figure, _ = _figure(1.0, 1.0)
     kinds = figure.canvas.get_supported_filetypes()
     suffix = os.path.splitext(path)[1].lstrip(".").lower()

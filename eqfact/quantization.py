@@ -313,6 +313,10 @@ def quantize(graph: Graph, *, weights: UniformQuantizer | None = None, activatio
     Fold BatchNorm first: one that is left is computed in float. :class:`TypeError` if ``weights`` or ``activations`` is no quantizer,
     :class:`ValueError` if the network has quantized activations already, the statistics are of another one, or a range is of nothing
     that is quantized here, empty, not finite or of another shape.
+
+    >>> net = Graph.chain((2,), fc=Dense([[1.0, 0.3]]))
+    >>> quantize(net, weights=UniformQuantizer(bits=3))["fc"].op.weight.round(3)
+    array([[1.   , 0.333]])
     """
     check_quantizers(weights, activations)
     for node in graph.nodes:  # weights alone may be quantized again

@@ -61,6 +61,12 @@ class TrainingState:
 
     ``parameters`` are the steps ``p`` by name: ``"NODE.weight"``, ``"NODE.bias"``, and ``"TENSOR.range"``, whose first axis holds
     ``low`` and ``high`` (one for both where symmetric); ``mean`` and ``mean_square`` are Adam's of their gradients; ``losses`` ``(step,)``.
+
+    >>> net, x = Graph.chain((2,), fc=Dense([[1.0, 0.3]])), np.array([[1.0, 2.0], [3.0, 1.0]])
+    >>> W3, A8 = UniformQuantizer(bits=3), UniformQuantizer(symmetric=False)
+    >>> done = train(net, x, stats=calibrate(net, x), weights=W3, activations=A8, steps=2)
+    >>> sorted(done.state.parameters)
+    ['fc.bias']
     """
 
     step: int
@@ -102,6 +108,12 @@ class TrainingState:
 class Training:
     """What training made: ``graph`` is ``quantize(masters, ranges=ranges)`` with the quantizers given; ``losses`` ``(steps,)``, of each
     batch before its step; and the ``state``, to go on.
+
+    >>> net, x = Graph.chain((2,), fc=Dense([[1.0, 0.3]])), np.array([[1.0, 2.0], [3.0, 1.0]])
+    >>> W3, A8 = UniformQuantizer(bits=3), UniformQuantizer(symmetric=False)
+    >>> done = train(net, x, stats=calibrate(net, x), weights=W3, activations=A8, steps=2)
+    >>> done.losses.shape, done.state.step
+    ((2,), 2)
     """
 
     graph: Graph

@@ -26,7 +26,13 @@ DOUBT = 2.0**10
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict of :func:`verify`. True in a condition if the networks are equal."""
+    """The verdict of :func:`verify`. True in a condition if the networks are equal.
+
+    >>> net = Graph.chain((2,), fc1=Dense(np.eye(2)), act=ReLU(), fc2=Dense(np.eye(2)))
+    >>> verdict = verify(net, net, np.ones((1, 2)))
+    >>> bool(verdict), verdict.max_error
+    (True, 0.0)
+    """
 
     equal: bool
     #: Largest error at the worst value, and the bound on it; the worst value is the one whose error is largest against its bound.

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import numpy as np
@@ -25,3 +26,14 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder()
     count = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
     assert count > 50
+
+
+@pytest.mark.parametrize("name", ["eqfact", "eqfact.onnx", "eqfact.plotting", "eqfact.testing"])
+def test_every_public_function_and_class_has_an_example(name):
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [key for key, value in vars(module).items() if getattr(value, "__module__", "") == name])
+    described = {key: value for key in public if not key.startswith("_") and getattr(value := getattr(module, key), "__doc__", None)
+                 and getattr(value, "__module__", "").startswith("eqfact") and callable(value)}
+    without = [key for key, value in described.items() if ">>>" not in value.__doc__ and "::\n" not in value.__doc__
+               and not (inspect.isclass(value) and issubclass(value, Exception))]
+    assert len(described) > 4 and without == []

@@ -34,6 +34,11 @@ def check(path: str | os.PathLike[str], graph: Graph, data: Mapping[str, npt.Arr
     to it. The message names the first value where they part. Run by onnxruntime if it is installed, else by onnx's reference evaluator.
 
     Raises :class:`OnnxError` if the file cannot be read or run, or has none of the graph's values.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> eq.onnx.save("net.onnx", net)
+    >>> eq.onnx.check("net.onnx", net, {"x": np.ones((1, 2))}).equal
+    True
     """
     return checked(open(path, data), graph, data)
 

@@ -38,6 +38,11 @@ def load(path: Path_, *, input_shapes: Mapping[str, Sequence[int]] | None = None
     Raises :class:`OnnxError` (a :class:`ValueError`), which starts with the path and names node, op type and remedy, for
     files that are not ONNX, truncated, quantized already, of an unknown opset, with missing or outlying external data,
     with weights that are not finite floats, and for nodes that are not supported; :class:`OSError` if there is no file.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> eq.onnx.save("net.onnx", net)
+    >>> eq.onnx.load("net.onnx")["fc"].op.weight
+    array([[3., 1.]])
     """
     path = Path(path)
     with errors_of(path):

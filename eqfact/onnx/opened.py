@@ -48,7 +48,11 @@ STAND_INS = 4
 
 @dataclass(frozen=True)
 class Kept:
-    """A node that stays in the file as it is, and why."""
+    """A node that stays in the file as it is, and why.
+
+    >>> eq.onnx.Kept("top", "ArgMax", "no layer computes it").reason
+    'no layer computes it'
+    """
 
     name: str
     op_type: str
@@ -60,6 +64,12 @@ class Opened:
     """A file of which eqfact understands parts. Made by :func:`eqfact.onnx.open`.
 
     ``graph`` holds the parts that are understood; ``kept`` says of every other node why it is not.
+
+    >>> eq.onnx.save("net.onnx", Graph.chain((2,), fc=Dense([[3.0, 1.0]])))
+    >>> opened = eq.onnx.open("net.onnx")
+    >>> opened.save("same.onnx", opened.graph)
+    >>> eq.onnx.load("same.onnx")["fc"].op.weight
+    array([[3., 1.]])
     """
 
     path: Path
@@ -159,6 +169,11 @@ def open(path: str | os.PathLike[str], data: Feeds | None = None, *,  # eqfact.o
     infinity, as masks do; where it enters the graph it is the lowest number.
 
     Raises :class:`OnnxError` as :func:`eqfact.onnx.load`, but for nodes that are not supported, or if nothing is understood.
+
+    >>> eq.onnx.save("net.onnx", Graph.chain((2,), fc=Dense([[3.0, 1.0]])))
+    >>> opened = eq.onnx.open("net.onnx")
+    >>> opened.graph.outputs, opened.kept, opened.run({"x": np.ones((1, 2))})["fc"]
+    (('fc',), (), array([[4.]]))
     """
     path = Path(path)
     with errors_of(path):

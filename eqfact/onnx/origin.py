@@ -124,7 +124,12 @@ def sizes(info: onnx.ValueInfoProto) -> list[int | None]:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a node was called in its file: the ONNX node's name, and the initializers' by the op's parameter names."""
+    """What a node was called in its file: the ONNX node's name, and the initializers' by the op's parameter names.
+
+    >>> eq.onnx.save("net.onnx", Graph.chain((2,), fc=Dense([[3.0, 1.0]])))
+    >>> eq.onnx.load("net.onnx")["fc"].origin.initializers
+    {'weight': 'fc.weight'}
+    """
 
     node: str
     initializers: Mapping[str, str] = field(default_factory=dict)

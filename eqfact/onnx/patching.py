@@ -42,6 +42,11 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     every op: convert the weights to float32 for deployment.
 
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node whose op has no ONNX counterpart; no file is left then.
+
+    >>> net = Graph.chain((2,), fc=Dense([[3.0, 1.0]]))
+    >>> eq.onnx.save("net.onnx", net)
+    >>> eq.onnx.load("net.onnx").outputs
+    ('fc',)
     """
     sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
     source = sources.popitem()[1] if len(sources) == 1 else None

@@ -55,6 +55,13 @@ def save_qdq(path: Path_, graph: Graph) -> None:
 
     Raises :class:`OnnxError` (a :class:`ValueError`) that names the node, for a rounding other than half to even in
     activations, for layers changed after they were quantized, and for all that :func:`eqfact.onnx.save` refuses; no file is left then.
+
+    >>> net, x = Graph.chain((2,), fc=Dense(np.float32([[3.0, 1.0]]))), np.ones((1, 2), np.float32)
+    >>> W8, A8 = UniformQuantizer(), UniformQuantizer(symmetric=False)
+    >>> eq.onnx.save_qdq("small.onnx", quantize(net, weights=W8, activations=A8, stats=calibrate(net, x)))
+    >>> import onnx
+    >>> sorted({node.op_type for node in onnx.load("small.onnx").graph.node})
+    ['DequantizeLinear', 'Gemm', 'QuantizeLinear']
     """
     write_model(path, QdqWriter(path, graph).model())
 

@@ -36,6 +36,10 @@ class Op(ABC):
 
     Subclass a family (:class:`Weighted`, :class:`Commuting`, :class:`Blocking`) rather than this class; there is no
     registry, a subclass is all that a new layer needs.
+
+    >>> op = Dense([[1.0, 2.0]])
+    >>> op.rescale(np.array([4.0]), np.array([2.0, 1.0])).weight
+    array([[2., 8.]])
     """
 
     #: What the op makes are sums of products of values, which engines take on as they are into an ``exponential`` op.
@@ -116,6 +120,12 @@ class Trace:
     A *label* stands for one unknown factor. An op asks for fresh labels and states what factors must obey: ties, of labels whose factors
     must be equal; pins, of labels whose factor must be 1, each with its reason; relations between logarithms of factors, of which ties and
     pins are the commonest. :mod:`eqfact.channels` solves them afterwards.
+
+    >>> trace = Trace()
+    >>> a, b = trace.fresh((2,)), trace.fresh((2,))
+    >>> trace.tie(a, b)
+    >>> a, b, trace.size
+    (array([0, 1]), array([2, 3]), 4)
     """
 
     def __init__(self) -> None:
@@ -170,6 +180,9 @@ class Weighted(Op):
 
     ``weight`` is ``(out, in // groups, *kernel)``. :meth:`taps` shows every weighted op in one form, so that rules and
     solvers never see axes or groups.
+
+    >>> [(type(op).__name__, op.taps().shape) for op in (Dense(np.ones((4, 3))), Conv(np.ones((4, 1, 3, 3)), groups=2))]
+    [('Dense', (1, 4, 3, 1)), ('Conv', (2, 2, 1, 9))]
     """
 
     weight: Array
@@ -244,6 +257,12 @@ class Commuting(Op):
     """Ops through which a positive factor passes unchanged: ``op(f * x) == f * op(x)``.
 
     A new one writes ``forward`` and, if channels or sizes change, ``carry`` and ``output_shape``.
+
+    >>> class Halve(Commuting):
+    ...     def forward(self, x): return x / 2
+    >>> net = Graph.chain((2,), fc=Dense(np.eye(2)), half=Halve(), out=Dense(np.eye(2)))
+    >>> degrees_of_freedom(net)
+    2
     """
 
     @property
@@ -292,6 +311,12 @@ class Blocking(Op):
     ``lipschitz`` bounds the slope everywhere, so that the rounding bound of :func:`eqfact.verify` passes through. Where an op is less steep
     or its output much smaller than ``|forward(0)|``, that bound is loose, and differences below it are not seen: override :meth:`passes`
     and :meth:`rounds` to see them.
+
+    >>> class Sine(Blocking):
+    ...     def forward(self, x): return np.sin(x)
+    >>> net = Graph.chain((2,), fc=Dense(np.eye(2)), sine=Sine(), out=Dense(np.eye(2)))
+    >>> degrees_of_freedom(net)
+    0
     """
 
     lipschitz: float = 1.0

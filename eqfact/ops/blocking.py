@@ -71,7 +71,11 @@ def _density(x: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Sigmoid(_Step):
-    """``y = 1 / (1 + exp(-x))``."""
+    """``y = 1 / (1 + exp(-x))``.
+
+    >>> Sigmoid().forward(np.array([[0.0, 2.0]])).round(3)
+    array([[0.5  , 0.881]])
+    """
 
     span = 1.0
 
@@ -86,7 +90,11 @@ class Sigmoid(_Step):
 
 @dataclass(frozen=True, eq=False)
 class Tanh(_Step):
-    """``y = tanh(x)``."""
+    """``y = tanh(x)``.
+
+    >>> Tanh().forward(np.array([[0.0, 2.0]])).round(3)
+    array([[0.   , 0.964]])
+    """
 
     span = 2.0
 
@@ -99,7 +107,11 @@ class Tanh(_Step):
 
 @dataclass(frozen=True, eq=False)
 class SiLU(_Curve):
-    """``y = x / (1 + exp(-x))`` (swish)."""
+    """``y = x / (1 + exp(-x))`` (swish).
+
+    >>> SiLU().forward(np.array([[0.0, 2.0]])).round(3)
+    array([[0.   , 1.762]])
+    """
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
@@ -117,7 +129,11 @@ class SiLU(_Curve):
 
 @dataclass(frozen=True, eq=False)
 class HardSwish(_Curve):
-    """``y = x * min(max(x / 6 + 1/2, 0), 1)``."""
+    """``y = x * min(max(x / 6 + 1/2, 0), 1)``.
+
+    >>> HardSwish().forward(np.array([[-4.0, 0.0, 3.0]]))
+    array([[-0.,  0.,  3.]])
+    """
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
@@ -181,7 +197,11 @@ class HardSigmoid(_Curve):
 
 @dataclass(frozen=True, eq=False)
 class Erf(_Step):
-    """``y = erf(x)``, out of which exporters build GELU."""
+    """``y = erf(x)``, out of which exporters build GELU.
+
+    >>> Erf().forward(np.array([[0.0, 2.0]])).round(3)
+    array([[0.   , 0.995]])
+    """
 
     span = 2.0
 
@@ -198,6 +218,9 @@ class GELU(_Curve):
     """``y = x Phi(x)`` with the normal distribution function, or its approximation by ``tanh`` if ``approximate``.
 
     The approximation of ``Phi(x)``, ``(1 + tanh(z / 2)) / 2``, is computed as the logistic function of ``z``, exact in its tail.
+
+    >>> GELU().forward(np.array([[0.0, 2.0]])).round(3)
+    array([[0.   , 1.954]])
     """
 
     approximate: bool = False

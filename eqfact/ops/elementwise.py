@@ -26,7 +26,11 @@ from eqfact.ops.base import (
 
 @dataclass(frozen=True, eq=False)
 class Identity(Commuting):
-    """``y = x`` (also Dropout at inference)."""
+    """``y = x`` (also Dropout at inference).
+
+    >>> Identity().forward(np.array([[-1.0, 2.0]]))
+    array([[-1.,  2.]])
+    """
 
     moves = True
 
@@ -39,7 +43,11 @@ class Identity(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class Abs(Commuting):
-    """``y = |x|``."""
+    """``y = |x|``.
+
+    >>> Abs().forward(np.array([[-1.0, 2.0]]))
+    array([[1., 2.]])
+    """
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = np.abs(inputs[0])
@@ -51,7 +59,11 @@ class Abs(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class ReLU(Commuting):
-    """``y = max(x, 0)``."""
+    """``y = max(x, 0)``.
+
+    >>> ReLU().forward(np.array([[-1.0, 2.0]]))
+    array([[0., 2.]])
+    """
 
     activation = True
     bounds = (0.0, math.inf)

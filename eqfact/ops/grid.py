@@ -26,6 +26,10 @@ class Grid:
     """A uniform grid: the numbers ``scale * (q - zero_point)`` for whole ``q`` from ``qmin`` to ``qmax``.
 
     ``scale`` and ``zero_point`` are float64 arrays that broadcast against the array on the grid.
+
+    >>> grid = Grid(np.array(0.5), np.array(2.0), qmin=0, qmax=7)
+    >>> grid.quantize(np.array([-3.0, 0.6, 1.0])), grid.dequantize([0, 2, 7])
+    (array([0, 3, 4], dtype=int32), array([-1. ,  0. ,  2.5]))
     """
 
     scale: Array

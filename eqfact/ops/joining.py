@@ -83,7 +83,11 @@ class _Joined(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class Add(_Joined):
-    """Sum of two or more values; an axis of size 1 is broadcast. Ties its inputs' factors."""
+    """Sum of two or more values; an axis of size 1 is broadcast. Ties its inputs' factors.
+
+    >>> Add().forward(np.array([[1.0, 2.0]]), np.array([[10.0, 20.0]]))
+    array([[11., 22.]])
+    """
 
     def forward(self, *inputs: Array) -> Array:
         y = inputs[0] + inputs[1]
@@ -150,7 +154,11 @@ class Max(_Joined):
 
 @dataclass(frozen=True, eq=False)
 class Min(_Joined):
-    """Smallest of two or more values, ``-max(-x, -y)``; an axis of size 1 is broadcast. Ties its inputs' factors."""
+    """Smallest of two or more values, ``-max(-x, -y)``; an axis of size 1 is broadcast. Ties its inputs' factors.
+
+    >>> Min().forward(np.array([[1.0, 20.0]]), np.array([[10.0, 2.0]]))
+    array([[1., 2.]])
+    """
 
     def forward(self, *inputs: Array) -> Array:
         y: Array = functools.reduce(np.minimum, inputs)
@@ -278,7 +286,11 @@ class Extend(Commuting):
 
 @dataclass(frozen=True, eq=False)
 class Flatten(Commuting):
-    """``(N, C, *spatial)`` to ``(N, C * pixels)``, channel by channel: each channel's factor is repeated over its pixels."""
+    """``(N, C, *spatial)`` to ``(N, C * pixels)``, channel by channel: each channel's factor is repeated over its pixels.
+
+    >>> Flatten().forward(np.arange(8.0).reshape(1, 2, 2, 2))
+    array([[0., 1., 2., 3., 4., 5., 6., 7.]])
+    """
 
     moves = True
 

@@ -35,7 +35,12 @@ ROUNDINGS = 8
 
 
 class Normalization(Weighted):
-    """What normalisations share. ``gamma`` and ``beta`` ``(C,)``; ``eps`` one number, or one for each group of channels."""
+    """What normalisations share. ``gamma`` and ``beta`` ``(C,)``; ``eps`` one number, or one for each group of channels.
+
+    >>> x = np.array([[3.0, -1.0]])
+    >>> LayerNorm(np.ones(2), np.zeros(2), eps=0.0).forward(x), RMSNorm(np.ones(2), eps=0.0).forward(x).round(3)
+    (array([[ 1., -1.]]), array([[ 1.342, -0.447]]))
+    """
 
     gamma: Array
     beta: Array | None

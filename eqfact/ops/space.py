@@ -242,7 +242,11 @@ class AvgPool(_Pool):
 
 @dataclass(frozen=True, eq=False)
 class GlobalAvgPool(Commuting):
-    """Mean over all of space; keeps the axes: ``(N, C, 1, ...)``."""
+    """Mean over all of space; keeps the axes: ``(N, C, 1, ...)``.
+
+    >>> GlobalAvgPool().forward(np.arange(8.0).reshape(1, 2, 2, 2)).shape
+    (1, 2, 1, 1)
+    """
 
     @property
     def roundings(self) -> int:

@@ -47,7 +47,12 @@ class Declined(AssertionError):
 
 @dataclass(frozen=True)
 class Checked:
-    """What :func:`check` looked at, when nothing was wrong."""
+    """What :func:`check` looked at, when nothing was wrong.
+
+    >>> found = eq.testing.check(fold_batchnorm, kinds=["residual"], examples=0)
+    >>> found.laws[0], found.networks > 0, found.declined
+    ('gives_a_network', True, 0)
+    """
 
     name: str
     framework: str
@@ -457,7 +462,14 @@ def _known(what: str, name: str, among: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """One law on one kind of networks, called with a pass; ``str`` is the name of the test, such as ``keeps_the_function-residual``."""
+    """One law on one kind of networks, called with a pass; ``str`` is the name of the test, such as ``keeps_the_function-residual``.
+
+    >>> chosen = eq.testing.checks(kinds=["residual"], laws=["keeps_the_function"])
+    >>> str(chosen[0])
+    'keeps_the_function-residual'
+    >>> chosen[0](fold_batchnorm)
+    Checked(name='fold_batchnorm', framework='numpy', laws=('keeps_the_function',), networks=2, declined=0, reasons={})
+    """
 
     law: str
     #: One of :data:`eqfact.testing.kinds.KINDS`, or ``"random"``: networks that Hypothesis draws.
@@ -496,6 +508,12 @@ def parametrize_with_checks(framework: str = "numpy", **options: Any) -> Any:
 
     The options are those of :func:`checks`. A test is skipped, with the reason, where the pass declines all networks of a kind; not where
     it declines all random ones, which fails.
+
+    ::
+
+        @parametrize_with_checks("torch")
+        def test_my_pass(check):
+            check(my_pass)
     """
     import pytest
 

@@ -32,6 +32,11 @@ def to_torch(graph: Graph, dtype: str | None = None) -> Any:
     ``forward`` takes tensors ``(N, C, *spatial)``, as many as the network has inputs, under their names as far as Python allows them, and
     returns a tensor, or a tuple in the order of the outputs. It computes what :func:`eqfact.forward` computes, up to rounding. The fx node
     of a value has the value's name in the list ``meta["eqfact"]``. Raises :class:`TypeError` for an op that is none of ``eqfact.ops.ALL``.
+
+    ::
+
+        module = to_torch(net)
+        module(torch.from_numpy(x))
     """
     return _Writer(graph, dtype).module()
 
