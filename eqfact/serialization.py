@@ -213,12 +213,12 @@ def _array(member: str, data: bytes) -> AnyArray:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"graph.json holds {name}, which is not JSON")
+    raise ValueError(f"it holds {name}, which is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"graph.json repeats a key among {reprlib.repr([key for key, _ in pairs])}")
+        raise ValueError(f"it repeats a key among {reprlib.repr([key for key, _ in pairs])}")
     return dict(pairs)
 
 
@@ -230,7 +230,7 @@ def parsed(text: str) -> Any:
 def checked(document: Any) -> dict[str, Any]:
     """The document, if it says that it is an eqfact network, and of which version; else :class:`ValueError`."""
     if _entry(document, "format", str) != FORMAT or _entry(document, "version", int) < 1:
-        raise ValueError(f"graph.json must be of format \"{FORMAT}\", version 1 or later, got {reprlib.repr(document)}")
+        raise ValueError(f"a network must be of format \"{FORMAT}\", version 1 or later, got {reprlib.repr(document)}")
     return dict(document)
 
 
@@ -304,7 +304,7 @@ def _entry(code: object, key: str, kind: type[Kind]) -> Kind:
     """The entry ``key`` of a JSON object, if it has one of this kind."""
     value = code.get(key) if isinstance(code, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"graph.json needs a {kind.__name__} under \"{key}\", got {reprlib.repr(value)} in {reprlib.repr(code)}")
+        raise ValueError(f"a network needs a {kind.__name__} under \"{key}\", got {reprlib.repr(value)} in {reprlib.repr(code)}")
     return value
 
 
@@ -312,5 +312,5 @@ def _names(code: object, key: str) -> tuple[str, ...]:
     """The entry ``key`` of a JSON object, if it is a list of names."""
     names = _entry(code, key, list)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"graph.json needs a list of names under \"{key}\", got {reprlib.repr(names)}")
+        raise ValueError(f"a network needs a list of names under \"{key}\", got {reprlib.repr(names)}")
     return tuple(names)
