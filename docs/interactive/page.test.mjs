@@ -14,7 +14,6 @@ const HTML = readFileSync(AT('index.html'), 'utf8');
 const EXPECTED = JSON.parse(readFileSync(AT('expected.json'), 'utf8'));
 const AXE = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8');
 const METHODS = ['none', 'one_step', 'two_step', 'cross_layer', 'optimal'];
-const DRAGGED_IN = 200; // ms, on the network that reads digits
 
 /* The ten digits, each drawn without lifting the pen, in hundredths of the drawing area. */
 const STROKES = {
@@ -397,19 +396,27 @@ test('the keyboard alone reaches and moves everything', async () => {
   await done();
 });
 
-test('a drag is followed at once', async () => {
+test('a drag runs one input, and all of them only once the factor is let go', async () => {
   const { page, done } = await opened();
   await network(page, 'digits');
-  const times = await page.evaluate(() => [1, 2, 3, 4, 5].map((power) => {
+  const ran = (finished) => page.evaluate((of) => {
+    const { run } = eqfact;
+    let inputs = 0;
+    eqfact.run = (graph, feeds) => { inputs += Object.values(feeds)[0].shape[0]; return run(graph, feeds); };
     const start = performance.now();
-    chooseFactor(2 ** power);
-    changed(false);
+    chooseFactor(4);
+    changed(of);
     document.body.getBoundingClientRect();
-    return performance.now() - start;
-  }));
-  const median = times.sort((a, b) => a - b)[2];
-  console.log(`a drag on the digits network: ${median.toFixed(0)} ms`);
-  assert.ok(median < DRAGGED_IN, `${median} ms`);
+    const took = performance.now() - start;
+    return new Promise((resolve) => {
+      const wait = () => ('busy' in document.body.dataset ? setTimeout(wait, 20) : (eqfact.run = run, resolve({ inputs, took })));
+      setTimeout(wait, 20);
+    });
+  }, finished);
+  const dragged = await ran(false), released = await ran(true);
+  console.log(`a drag on the digits network: ${dragged.took.toFixed(0)} ms`); // said, not asserted: machines differ
+  assert.ok(dragged.inputs <= 1, `${dragged.inputs} inputs`);
+  assert.ok(released.inputs >= 20, `${released.inputs} inputs`);
   await done();
 });
 
