@@ -22,7 +22,7 @@ from eqfact.factorization import Factorization
 from eqfact.graph import Graph, values
 from eqfact.ops import blocking, grid
 from eqfact.ops.base import Trace, along_channels
-from eqfact.quantization import FakeQuantize, UniformQuantizer
+from eqfact.quantizers import FakeQuantize, UniformQuantizer
 from eqfact.testing import adapter
 from eqfact.testing.cases import LEVELS, all_cases
 from eqfact.testing.cases.case import Case

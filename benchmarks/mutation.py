@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 JUDGED = ROOT / "docs" / "mutants.md"
 #: Shares of changes that tests must notice: everywhere, and where wrong factors or wrong files would come from.
 GOAL, STRICT_GOAL = 0.95, 1.0
-STRICT = ("ops/", "channels", "factorization", "quantization", "verification", "onnx/")
+STRICT = ("ops/", "channels", "factorization", "accumulators", "quantization", "quantizers", "verification", "onnx/")
 #: A run may take this many times as long as without the change, and some seconds; then it counts as a failure.
 PATIENCE, SECONDS = 4.0, 5.0
 GIBIBYTES = 8
@@ -64,7 +64,9 @@ NEAR = {
     "noise": "noise optimal certificate equalization main",
     "optimal": "optimal certificate equalization",
     "logsums": "optimal certificate equalization",
+    "accumulators": "quantization training integers onnx_qdq planted_rules noise ops_laws",
     "quantization": "quantization training integers onnx_qdq planted_rules noise ops_laws",
+    "quantizers": "quantization training integers onnx_qdq planted_rules noise ops_laws",
     "correction": "correction main",
     "training": "training main",
     "metrics": "metrics planted_rules certificate",

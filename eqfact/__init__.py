@@ -23,7 +23,8 @@ from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, gradi
 from eqfact.ops import *  # noqa: F403
 from eqfact.ops import __all__ as _ops
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize
+from eqfact.quantization import quantize
+from eqfact.quantizers import FakeQuantize, UniformQuantizer
 from eqfact.serialization import load, save
 from eqfact.training import Training, TrainingState, shuffled, train
 from eqfact.verification import Verification, verify

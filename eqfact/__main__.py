@@ -18,7 +18,7 @@ from eqfact.asked import Args
 from eqfact.clips import RANGES
 from eqfact.commands import Facts
 from eqfact.methods import METHODS
-from eqfact.quantization import GRANULARITIES
+from eqfact.quantizers import GRANULARITIES
 from eqfact.training import LEARNING_RATES, PARAMETERS, SCHEDULES
 
 #: Lines of a list in a text; --json has all.

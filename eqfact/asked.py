@@ -13,7 +13,7 @@ from eqfact.equalization import SENSED
 from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph
 from eqfact.noise import measured_sensitivities
-from eqfact.quantization import UniformQuantizer
+from eqfact.quantizers import UniformQuantizer
 
 Args = argparse.Namespace
 Item = TypeVar("Item")

@@ -30,7 +30,8 @@ from eqfact.graph import Graph, forward
 from eqfact.methods import METHODS
 from eqfact.metrics import sqnr
 from eqfact.ops import BatchNorm, Weighted
-from eqfact.quantization import clips, quantize
+from eqfact.quantization import quantize
+from eqfact.quantizers import clips
 from eqfact.training import mean_loss, shuffled, train
 
 Facts = dict[str, Any]

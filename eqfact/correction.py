@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+from eqfact.accumulators import bias_of
 from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, walk
 from eqfact.ops.base import Array, Commuting, Op, Shape, Weighted, along_channels, spread
@@ -24,7 +25,8 @@ from eqfact.ops.elementwise import Clip, Identity, LeakyReLU, PReLU, ReLU
 from eqfact.ops.joining import Add, Concat, Extend, Flatten, Permute, Slice, Sub, Transpose, Unflatten
 from eqfact.ops.space import AvgPool, Blend, GlobalAvgPool, Pad, Upsample
 from eqfact.ops.weighted import BatchNorm, Conv, Dense
-from eqfact.quantization import FakeQuantize, bias_of, quantized_node, rounded_bias, stored_name, unrounded_names
+from eqfact.quantization import quantized_node, rounded_bias, stored_name, unrounded_names
+from eqfact.quantizers import FakeQuantize
 
 Vector = npt.NDArray[np.float64]
 #: Mean and standard deviation, ``(C,)`` each, of values that are taken to be normal, by name.

@@ -23,7 +23,8 @@ from eqfact.folding import fold_batchnorm
 from eqfact.graph import Graph, forward
 from eqfact.metrics import sqnr
 from eqfact.ops.base import Array
-from eqfact.quantization import UniformQuantizer, quantize
+from eqfact.quantization import quantize
+from eqfact.quantizers import UniformQuantizer
 from eqfact.report import largest_ratio, value_ranges, weight_ranges
 from eqfact.verification import Verification, verify
 

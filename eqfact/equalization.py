@@ -18,7 +18,7 @@ from eqfact.graph import Data, Graph, batches_of, checked_inputs
 from eqfact.methods import Method, Optimal, Task, method_of
 from eqfact.ops.base import Array
 from eqfact.optimal import Stage, decibels_above
-from eqfact.quantization import UniformQuantizer, check_quantizers, clips
+from eqfact.quantizers import UniformQuantizer, check_quantizers, clips
 from eqfact.rules import Rule
 
 #: Gradients are taken on at most so many of the images: with four projections each that is the mean of 64 squares, within a dB or so.

@@ -34,7 +34,7 @@ from eqfact.factorization import Factorization
 from eqfact.graph import Data, Graph
 from eqfact.noise import NoiseModel, Sensitivities, forward_sensitivities, measured_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import Stage, decibels_above, objective_at, optimal
-from eqfact.quantization import UniformQuantizer, clips
+from eqfact.quantizers import UniformQuantizer, clips
 from eqfact.rules import MAX_FACTOR, MAX_RATIO, Rule, Vector, cross_layer, one_step, two_step
 
 #: Cross-layer factors stay within ``[1 / 1024, 1024]``: a nearly dead channel has next to no weight to balance, and unbounded

@@ -28,7 +28,8 @@ from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, Node, batches_of, checked_inputs, values
 from eqfact.metrics import decibels
 from eqfact.ops.base import Array, Commuting, Shape, Weighted, along_channels
-from eqfact.quantization import UniformQuantizer, check_quantizers, stored_values, tensor_ranges, weight_names
+from eqfact.quantization import stored_values, tensor_ranges, weight_names
+from eqfact.quantizers import UniformQuantizer, check_quantizers
 
 Vector = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]

@@ -22,17 +22,8 @@ from eqfact.metrics import decibels, sqnr
 from eqfact.noise import predict_noise
 from eqfact.ops import Weighted
 from eqfact.ops.base import Array, Op
-from eqfact.quantization import (
-    FakeQuantize,
-    UniformQuantizer,
-    effective_bits,
-    quantize,
-    scale_dtype,
-    stored_name,
-    stored_values,
-    tensor_ranges,
-    weight_names,
-)
+from eqfact.quantization import quantize, scale_dtype, stored_name, stored_values, tensor_ranges, weight_names
+from eqfact.quantizers import FakeQuantize, UniformQuantizer, effective_bits
 from eqfact.verification import Verification, verify
 
 Ranges = npt.NDArray[np.float64]

@@ -28,7 +28,7 @@ from eqfact.graph import Graph, Node
 from eqfact.ops import ALL
 from eqfact.ops.base import Op, Shape
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize
+from eqfact.quantizers import FakeQuantize
 
 FORMAT = "eqfact network"
 VERSION = 1

@@ -22,23 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eqfact.accumulators import bias_of
 from eqfact.calibration import Statistics, check_statistics
 from eqfact.gradients import reverse_walk
 from eqfact.graph import Data, Graph, batches_of, forward, values
 from eqfact.ops.base import Array, Weighted
 from eqfact.ops.grid import Grid
-from eqfact.quantization import (
-    FakeQuantize,
-    UniformQuantizer,
-    bias_of,
-    check_quantizers,
-    quantize,
-    quantized_node,
-    scale_dtype,
-    tensor_ranges,
-    unrounded_names,
-    weight_names,
-)
+from eqfact.quantization import quantize, quantized_node, scale_dtype, tensor_ranges, unrounded_names, weight_names
+from eqfact.quantizers import FakeQuantize, UniformQuantizer, check_quantizers
 
 Vector = npt.NDArray[np.float64]
 #: Inputs alone, or inputs and labels ``(N,)``.

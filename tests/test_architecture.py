@@ -15,10 +15,10 @@ ROOT = Path(eqfact.__file__).parent
 #: From the ground up: a module may import from those in earlier rows, and from its own. A row may be absent yet.
 ROWS = [
     ["ops"],
-    ["graph"],
+    ["accumulators", "graph"],
     ["channels", "histograms"],
     ["calibration", "clips"],
-    ["factorization"],
+    ["factorization", "quantizers"],
     ["folding", "freeing", "gradients", "metrics", "quantization", "roundings", "rules"],
     ["noise", "verification"],
     ["blocks", "logsums", "optimal"],

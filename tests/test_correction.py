@@ -17,7 +17,7 @@ from eqfact import correction
 from eqfact.correction import clipped_normal_mean
 from eqfact.ops import Commuting, Weighted
 from eqfact.ops.blocking import Sloped
-from eqfact.quantization import FakeQuantize
+from eqfact.quantizers import FakeQuantize
 from eqfact.testing.strategies import batches, networks
 
 AFFINE = eq.UniformQuantizer(8, symmetric=False)

@@ -9,7 +9,8 @@ from onnx import TensorProto, numpy_helper
 import eqfact as eq
 import eqfact.onnx
 from eqfact.onnx import OnnxError, Origin
-from eqfact.quantization import FakeQuantize, grid_of
+from eqfact.quantization import grid_of
+from eqfact.quantizers import FakeQuantize
 
 NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
 ACTIVATIONS = eq.UniformQuantizer(8, symmetric=False)

@@ -16,7 +16,7 @@ import test_rules
 from handmade import Maker
 
 import eqfact as eq
-from eqfact import blocks, folding, methods, quantization, rules, verification
+from eqfact import accumulators, blocks, folding, methods, quantization, rules, verification
 from eqfact.ops import base, grid
 from eqfact.ops.base import Weighted
 
@@ -270,7 +270,7 @@ def test_a_zero_point_that_is_not_clipped_into_the_grid_is_caught(caught):
         scale = (np.asarray(high) - low) / (quantizer.qmax - quantizer.qmin)
         return grid.Grid(scale, np.rint(quantizer.qmin - low / scale), quantizer.qmin, quantizer.qmax)
 
-    caught(test_quantization.test_grids_by_hand, (quantization.UniformQuantizer, "grid", unwidened))
+    caught(test_quantization.test_grids_by_hand, (eq.UniformQuantizer, "grid", unwidened))
 
 
 def test_values_that_wrap_around_instead_of_saturating_are_caught(caught):
@@ -285,7 +285,7 @@ def test_values_that_wrap_around_instead_of_saturating_are_caught(caught):
 
 
 def test_per_channel_scales_of_input_channels_are_caught(caught):
-    right = quantization.UniformQuantizer.weight_grid
+    right = eq.UniformQuantizer.weight_grid
 
     def by_columns(quantizer, op):
         if quantizer.granularity != "per_channel":
@@ -294,16 +294,16 @@ def test_per_channel_scales_of_input_channels_are_caught(caught):
         return quantizer.grid(-top, top)
 
     caught(lambda: test_quantization.test_weights_that_share_a_scale_are_those_of_the_granularity("per_channel", None, "dense"),
-           (quantization.UniformQuantizer, "weight_grid", by_columns))
+           (eq.UniformQuantizer, "weight_grid", by_columns))
 
 
 def test_biases_on_the_grid_of_the_weights_are_caught(caught):
-    right = quantization._on_accumulator
+    right = accumulators.on_accumulator
 
     def coarse(op, step, input_grid):
         return right(op, op.grid.scale.reshape(-1), input_grid)
 
-    caught(test_quantization.test_a_quantized_layer_computes_what_integers_compute, (quantization, "_on_accumulator", coarse))
+    caught(test_quantization.test_a_quantized_layer_computes_what_integers_compute, (accumulators, "on_accumulator", coarse))
 
 
 def test_sums_that_are_rounded_as_floats_are_caught(caught):
@@ -313,9 +313,9 @@ def test_sums_that_are_rounded_as_floats_are_caught(caught):
 
 
 def test_a_step_of_another_layer_is_caught(caught):
-    right = quantization.accumulator_step
+    right = accumulators.accumulator_step
     caught(lambda: test_quantization.test_layers_store_the_whole_numbers_that_an_integer_engine_stores(
-        handmade.plain, "float32", "per_tensor", False), (quantization, "accumulator_step", lambda *args: 3 * right(*args)))
+        handmade.plain, "float32", "per_tensor", False), (accumulators, "accumulator_step", lambda *args: 3 * right(*args)))
 
 
 def test_bounds_that_are_left_between_two_steps_are_caught(caught):

@@ -16,8 +16,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import eqfact as eq
+from eqfact.accumulators import accumulator_step
 from eqfact.ops.grid import ROUNDINGS, rounded
-from eqfact.quantization import accumulator_step, effective_bits, grid_of, stored_values, tensor_ranges
+from eqfact.quantization import grid_of, stored_values, tensor_ranges
+from eqfact.quantizers import effective_bits
 from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
 

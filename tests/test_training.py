@@ -12,7 +12,8 @@ import pytest
 import eqfact as eq
 from eqfact import training
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, stored_values
+from eqfact.quantization import stored_values
+from eqfact.quantizers import FakeQuantize
 from eqfact.training import Training, TrainingState, mean_loss, shuffled, train
 
 RNG = np.random.default_rng(5)

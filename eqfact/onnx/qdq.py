@@ -1,6 +1,6 @@
 """How is a quantized network written so that an integer engine runs it? With QuantizeLinear and DequantizeLinear (QDQ).
 
-Every grid of the graph becomes a pair of them: activations are rounded where :class:`~eqfact.quantization.FakeQuantize` stands, weights
+Every grid of the graph becomes a pair of them: activations are rounded where :class:`~eqfact.quantizers.FakeQuantize` stands, weights
 are stored as whole numbers, biases as int32 with the scale ``s_x * s_w`` of their accumulator. Engines fuse what stands between
 two pairs into integer kernels; what ops make that keep a value on its grid gets a pair of its own, which changes nothing, for them.
 Where they would compute something else than :func:`eqfact.forward`, the pair is hidden from them, behind a Sum of one (docs/integers.md).
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
+from eqfact.accumulators import accumulator_step, bias_of, bias_room
 from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
@@ -26,7 +27,8 @@ from eqfact.onnx.writers import GraphWriter
 from eqfact.ops import Add, AvgPool, BatchNorm, Blend, GlobalAvgPool, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, accumulator_step, bias_of, bias_room, grid_of, scale_dtype
+from eqfact.quantization import grid_of, scale_dtype
+from eqfact.quantizers import FakeQuantize
 
 #: ONNX's integer types with their ranges, the smallest first.
 TYPES: dict[int, tuple[int, int]] = {

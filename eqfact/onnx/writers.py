@@ -70,7 +70,7 @@ from eqfact.ops import (
     Upsample,
 )
 from eqfact.ops.base import Padding, per_axis, per_side
-from eqfact.quantization import FakeQuantize
+from eqfact.quantizers import FakeQuantize
 
 
 def _plain(kind: str, **attributes: Callable[[Any], Any]) -> Callable[[Writer, Node, Any], None]:

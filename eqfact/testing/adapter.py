@@ -25,7 +25,8 @@ from eqfact.methods import CrossLayer, Method, OneStep, Optimal, TwoStep
 from eqfact.noise import noise_model
 from eqfact.ops import Conv, Dense
 from eqfact.ops.grid import Grid
-from eqfact.quantization import UniformQuantizer, grid_of, quantize
+from eqfact.quantization import grid_of, quantize
+from eqfact.quantizers import UniformQuantizer
 from eqfact.testing.wire import array_json, array_of, arrays_json, arrays_of, network_json, network_of
 from eqfact.verification import verify
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eqfact.accumulators import ACCUMULATOR
 from eqfact.channels import channels
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph, values
 from eqfact.ops import BatchNorm, Weighted
 from eqfact.ops.base import along_channels
-from eqfact.quantization import ACCUMULATOR
 from eqfact.testing.adapter import expected_noise
 from eqfact.testing.cases.case import Case, Json
 from eqfact.testing.laws import rounding_bounds

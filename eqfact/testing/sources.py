@@ -19,7 +19,7 @@ from eqfact import ops
 from eqfact.graph import Graph, Node, fresh_name
 from eqfact.ops import Op
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize
+from eqfact.quantizers import FakeQuantize
 
 #: Where a line ends, if it can.
 WIDTH = 110

@@ -12,7 +12,8 @@ from eqfact.calibration import calibrate
 from eqfact.graph import Graph, Node, values
 from eqfact.ops import Array
 from eqfact.ops.grid import Grid
-from eqfact.quantization import FakeQuantize, UniformQuantizer, quantize, stored_values
+from eqfact.quantization import quantize, stored_values
+from eqfact.quantizers import FakeQuantize, UniformQuantizer
 from eqfact.testing.cases.case import Case, Draw
 from eqfact.testing.cases.networks import IMAGE, cast
 from eqfact.testing.wire import arrays_json, network_json

@@ -15,7 +15,8 @@ from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph
 from eqfact.methods import Optimal
 from eqfact.ops import Array, Weighted
-from eqfact.quantization import UniformQuantizer, stored_values
+from eqfact.quantization import stored_values
+from eqfact.quantizers import UniformQuantizer
 from eqfact.testing.cases.case import Case, Draw, Json
 from eqfact.testing.cases.networks import all_networks
 from eqfact.testing.cases.rescaling import drawn
