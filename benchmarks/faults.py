@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from eqfact import blocks, calibration, folding, methods, noise, ops, quantization, rules
+from eqfact import accumulators, blocks, calibration, folding, methods, noise, ops, rules
 from eqfact.equalization import equalize
 from eqfact.factorization import Factorization
 from eqfact.graph import Graph, values
@@ -669,9 +669,9 @@ LEVEL_5 = [
     Fault(5, "bias scale without s_x", "b / s_w", _layer(_bias_without_input_scale)),
     Fault(5, "bias in 16 bits", "the accelerator's registers",
           _layer(lambda scale, q_w, q_b, question: {"q_b": np.clip(q_b, -2**15, 2**15 - 1)})),
-    Fault(5, "int32 wraps", "no room for sums beside the bias", patched(quantization, "_roomy", lambda original, of, *_: of)),
+    Fault(5, "int32 wraps", "no room for sums beside the bias", patched(accumulators, "_roomy", lambda original, of, *_: of)),
     Fault(5, "scales raised for no reason", "room for what never comes",
-          patched(quantization, "_roomy", lambda original, of, *_: replace(of, scale=of.scale * 4))),
+          patched(accumulators, "_roomy", lambda original, of, *_: replace(of, scale=of.scale * 4))),
 ]
 
 
