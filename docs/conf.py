@@ -38,6 +38,7 @@ os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent / "matplotlibrc")
 
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 
 
 def every_public_name_is_there(app: Sphinx, env: BuildEnvironment) -> None:

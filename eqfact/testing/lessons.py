@@ -27,7 +27,7 @@ Floats = npt.NDArray[Any]
 #: What the first exercise of each lesson asks for: the answers, and a hint for whoever has another.
 FIRST: Mapping[int, Mapping[str, tuple[object, str]]] = {
     1: {"step": (12.7 / 127, "127 steps lead from 0 to the end"),
-        "becomes": ([0.0, 0.1, 12.7], "round to the nearest step, and stay on the grid")},
+        "becomes": ([0.0, 0.1, 12.7], "round to the nearest step, stay on the grid, and give the real number that it stands for")},
     2: {"multiplier": (2.0 / 4.0**0.5, "gamma over the root of var + eps"), "offset": (1.0 - 1.0 * 3.0, "beta less multiplier * mean")},
     3: {"homogeneous": ({"identity", "relu", "leaky relu", "max pooling", "absolute value"},
                         "multiply the input by 2: is the output twice what it was, for every input?")},
@@ -53,7 +53,7 @@ def check_first(lesson: int, **answers: object) -> None:
     assert set(answers) == set(asked), f"lesson {lesson} asks for {', '.join(asked)}, got {', '.join(answers) or 'nothing'}"
     for name, (right, hint) in asked.items():
         given = answers[name]
-        same = given == right if isinstance(right, set) else _close(given, right)
+        same = set(given) == right if isinstance(right, set) and isinstance(given, Iterable) else _close(given, right)
         assert same, f"lesson {lesson}: {name} is not {given}; {hint}"
 
 
@@ -63,7 +63,7 @@ def check_quantize(quantize: Callable[..., Any]) -> None:
     >>> check_quantize(lambda x, s, z, low, high: np.clip(np.rint(x / s) + z, low, high))
     >>> check_quantize(lambda x, s, z, low, high: np.clip(np.floor(x / s + 0.5) + z, low, high))
     Traceback (most recent call last):
-    AssertionError: quantize(-1.5, scale=1, zero_point=0, qmin=-128, qmax=127) must be -2, got -1.0: another way to round halves
+    AssertionError: quantize(-1.5, scale=1, zero_point=0, qmin=-128, qmax=127) must be -2, got -1.0: a half goes to the even neighbour
     """
     for case in all_cases([5]):
         if case.ask != "quantize":
@@ -76,7 +76,8 @@ def check_quantize(quantize: Callable[..., Any]) -> None:
         got = np.asarray(quantize(x, scale[0], zero[0], grid["qmin"], grid["qmax"]))
         for value, wanted, made in zip(x.ravel(), expected.ravel(), got.ravel(), strict=True):
             assert made == wanted, (f"quantize({value:g}, scale={scale[0]:g}, zero_point={zero[0]}, qmin={grid['qmin']}, "
-                                    f"qmax={grid['qmax']}) must be {wanted}, got {made}: {case.why}")
+                                    f"qmax={grid['qmax']}) must be {wanted}, got {made}"
+                                    f"{_slip(value / scale[0], int(zero[0]), grid['qmin'], grid['qmax'], made)}")
 
 
 def check_affine_grid(affine_grid: Callable[..., Any]) -> None:
@@ -84,7 +85,7 @@ def check_affine_grid(affine_grid: Callable[..., Any]) -> None:
 
     >>> check_affine_grid(lambda low, high, bits: ((high - low) / 2**bits, 0))
     Traceback (most recent call last):
-    AssertionError: affine_grid(-1, 2.5, 8): the scale must be 0.0137255, got 0.0136719: scale by 2**8 steps in the place of 2**8 - 1
+    AssertionError: affine_grid(-1, 2.5, 8): the scale must be 0.0137255, got 0.0136719: a range that holds 0, cut into 2**8 - 1 steps
     """
     for case in all_cases([5]):
         quantizer = case.request.get("quantizer", {})
@@ -95,9 +96,10 @@ def check_affine_grid(affine_grid: Callable[..., Any]) -> None:
         low, high, scale, zero = map(array_of, parts)
         for a, b, s, z in zip(low.tolist(), high.tolist(), scale.tolist(), zero.tolist(), strict=True):
             call = f"affine_grid({a:g}, {b:g}, {quantizer['bits']})"
+            why = "a range of 0 gets scale 1" if a == b else f"a range that holds 0, cut into 2**{quantizer['bits']} - 1 steps"
             made_scale, made_zero = affine_grid(a, b, quantizer["bits"])
-            assert abs(made_scale - s) <= CLOSE * s, f"{call}: the scale must be {s:g}, got {made_scale:g}: {case.why}"
-            assert made_zero == z, f"{call}: the zero point must be {z}, got {made_zero}: {case.why}"
+            assert abs(made_scale - s) <= CLOSE * s, f"{call}: the scale must be {s:g}, got {made_scale:g}: {why}"
+            assert made_zero == z, f"{call}: the zero point must be {z}, got {made_zero:g}: the whole number nearest to -low / scale"
 
 
 def check_fold(fold: Callable[..., Any]) -> None:
@@ -105,12 +107,13 @@ def check_fold(fold: Callable[..., Any]) -> None:
 
     >>> check_fold(lambda w, b, gamma, beta, mean, var, eps: (w * gamma, b))
     Traceback (most recent call last):
-    AssertionError: weight (2, 2): output channel 0 must be -0.4584, got -3.812 (a gain belongs to an output channel: rows, not columns)
+    AssertionError: weight (2, 2): the bias of output channel 0 must be 0.8037, got -0.75 (gain * bias + offset)
     """
     for weight, bias, norm, patch in _folding(of_outputs=True):
         w, b = fold(weight, bias, *norm)
-        _same_layer(weight, w, _apply(w, b, patch), _normalized(_apply(weight, bias, patch), *norm),
-                    "output", "a gain belongs to an output channel: rows, not columns")
+        _same_layer(weight, w, _apply(w, b, 0 * patch), _normalized(bias, *norm), "the bias of", "gain * bias + offset")
+        _same_layer(weight, w, _apply(w, b, patch), _normalized(_apply(weight, bias, patch), *norm), "what the weight makes of",
+                    "a gain is gamma / sqrt(var + eps), and belongs to an output channel: a row, not a column")
 
 
 def check_fold_before(fold_before: Callable[..., Any]) -> None:
@@ -118,12 +121,14 @@ def check_fold_before(fold_before: Callable[..., Any]) -> None:
 
     >>> check_fold_before(lambda w, b, gamma, beta, mean, var, eps: (w * gamma / np.sqrt(var + eps), b))
     Traceback (most recent call last):
-    AssertionError: weight (2, 2): output channel 0 must be -1.342, got -3.064 (columns, and the offset joins the bias)
+    AssertionError: weight (2, 2): the bias of output channel 0 must be 0.9722, got -0.75 (bias + each old weight * its column's offset)
     """
     for weight, bias, norm, patch in _folding(of_outputs=False):
         w, b = fold_before(weight, bias, *norm)
-        _same_layer(weight, w, _apply(w, b, patch), _apply(weight, bias, _normalized(patch, *norm)),
-                    "output", "columns, and the offset joins the bias")
+        _same_layer(weight, w, _apply(w, b, 0 * patch), _apply(weight, bias, _normalized(0 * patch, *norm)), "the bias of",
+                    "bias + each old weight * its column's offset")
+        _same_layer(weight, w, _apply(w, b, patch), _apply(weight, bias, _normalized(patch, *norm)), "what the weight makes of",
+                    "a gain is gamma / sqrt(var + eps), and belongs to an input channel: a column, not a row")
 
 
 def check_rescale(rescale: Callable[..., Any]) -> None:
@@ -141,7 +146,7 @@ def check_rescale(rescale: Callable[..., Any]) -> None:
             n = int(np.argmax(after[:, i] != f[i] * before[:, i]))
             raise AssertionError(f"hidden channel {i} must be {f[i]:g} times what it was, relu({f[i]:g} * {before[n, i]:.3g}) = "
                                  f"{f[i] * before[n, i]:.3g}, got {after[n, i]:.3g}")
-        assert np.array_equal(after @ new[2].T, before @ w2.T), "the output is the same to the bit where readers are divided by f[i]"
+        assert np.array_equal(after @ new[2].T, before @ w2.T), "the output must be the same to the bit: divide column i of w2 by f[i]"
 
 
 def check_canonical(canonical: Callable[..., Any]) -> None:
@@ -160,7 +165,8 @@ def check_canonical(canonical: Callable[..., Any]) -> None:
                 i = tuple(at.tolist())
                 raise AssertionError(f"two networks of one orbit must give the same {name}, entry {i}: got {a[i]:.4g} and {b[i]:.4g}")
         y, made = _hidden(w1, b1, x) @ w2.T, _hidden(one[0], one[1], x) @ one[2].T
-        assert (np.abs(y - made) <= _slack(y)).all(), "the network that is given back must be one of the orbit: the same function"
+        assert (np.abs(y - made) <= _slack(y)).all(), ("the network that is given back must be one of the orbit and compute the same: "
+                                                       "factors above 0, and readers divided")
         other = _arrays("w1, b1 and w2", canonical(w1 * 2, b1, w2), (w1, b1, w2))
         assert any((a != b).any() for a, b in zip(one, other,
                                                   strict=True)), "w1 doubled and nothing else is another orbit: it must stay another"
@@ -169,9 +175,9 @@ def check_canonical(canonical: Callable[..., Any]) -> None:
 def check_labels(labels: Callable[..., Any]) -> None:
     """Lesson 4: ``labels(graph)`` gives every value's list of numbers, 0 where pinned, equal where tied; Dense, Conv, ReLU, Add, Concat.
 
-    >>> check_labels(lambda graph: {name: [0] for name in [*graph.inputs, *(node.name for node in graph.nodes)]})
+    >>> check_labels(lambda graph: {name: [0] for name in graph.inputs})
     Traceback (most recent call last):
-    AssertionError: network 'chain': degrees_of_freedom: expected 9, got 0
+    AssertionError: network 'chain': a = Dense(x), r = ReLU(a), b = Dense(r), s = ReLU(b), y = Dense(s); output y: labels of a, b, r, s, y?
     """
     for case in all_cases([2]):
         graph = network_of(case.request["network"])
@@ -179,12 +185,16 @@ def check_labels(labels: Callable[..., Any]) -> None:
         if not kinds <= {"Dense", "Conv", "ReLU", "Add", "Concat"} or case.name in ("shared", "recurrent", "add-one-channel",
                                                                                     "concat-space"):
             continue
+        drawn = ", ".join(f"{node.name} = {type(node.op).__name__}({', '.join(node.inputs)})" for node in graph.nodes)
+        told = f"network '{case.name}': {drawn}; output {', '.join(graph.outputs)}"
         channels = {name: [int(n) for n in of] for name, of in labels(graph).items()}
+        missing = {*graph.inputs, *(node.name for node in graph.nodes)} - set(channels)
+        assert not missing, f"{told}: labels of {', '.join(sorted(missing))}?"
         found = len({n for of in channels.values() for n in of} - {0})
         try:
             judge(case, {"channels": channels, "degrees_of_freedom": found})
         except Wrong as wrong:
-            raise AssertionError(f"network '{case.name}': {wrong}") from None
+            raise AssertionError(f"{told}: {wrong}") from None
 
 
 def check_free_numbers(free_numbers: Callable[..., Any]) -> None:
@@ -208,12 +218,12 @@ def check_one_step(one_step: Callable[..., Any]) -> None:
     Traceback (most recent call last):
     AssertionError: one_step([1, 0.5, 0.015625], [4, 1, 0.125]): factor 2 must be 16, got 32
     """
-    for k, a in (([1, 0.5, 1 / 64], [4, 1, 1 / 8]), ([2, 1, 0.25], [1, 1, 1]), ([0, 1, 0.5], [0, 2, 1]), ([1, 0.5, 0.25], [0, 3, 1]),
+    for k, a in (([1, 0.5, 1 / 64], [4, 1, 1 / 8]), ([2, 1, 0.25], [1, 1, 1]), ([0, 1, 0.5], [0, 2, 1]), ([0.5, 1, 0.25], [0, 3, 1]),
                  ([0.75], [0.1])):
         right = _amplified(k, a, [1] * len(k))
         with np.errstate(divide="ignore", invalid="ignore"):
             got = one_step(np.array(k, float), np.array(a, float))
-        _factors(f"one_step({_shown(k)}, {_shown(a)})", got, right)
+        _factors(f"one_step({_shown(k)}, {_shown(a)})", got, right, (k, a))
 
 
 def check_two_step(two_step: Callable[..., Any]) -> None:
@@ -230,7 +240,7 @@ def check_two_step(two_step: Callable[..., Any]) -> None:
         m = [max(Fraction(np.abs(w[:, i]).max()) / Fraction(np.abs(w).max()) for w in readers) for i in range(len(k))]
         with np.errstate(divide="ignore", invalid="ignore"):
             got = two_step(np.array(k, float), np.array(a, float), [w.copy() for w in readers])
-        _factors(f"two_step({_shown(k)}, {_shown(a)}, {len(readers)} readers)", got, _amplified(k, a, m))
+        _factors(f"two_step({_shown(k)}, {_shown(a)}, {len(readers)} readers)", got, _amplified(k, a, m), (k, a, m))
 
 
 def check_cross_layer(cross_layer: Callable[..., Any]) -> None:
@@ -253,7 +263,7 @@ def check_balance(balance: Callable[..., Any]) -> None:
 
     >>> check_balance(lambda weights: [np.ones(len(w)) for w in weights[:-1]])
     Traceback (most recent call last):
-    AssertionError: channel 0 is made with weights up to 2.91 and read with weights up to 1.86
+    AssertionError: channel 0 is made with weights up to 2.905896 and read with weights up to 1.863629
     """
     rng = np.random.default_rng(6)
     for widths in ((2, 3, 2), (3, 4, 4, 2), (2, 5, 4, 3, 4, 1)):
@@ -290,12 +300,12 @@ def check_lower_bound(lower_bound: Callable[..., Any]) -> None:
 
     >>> check_lower_bound(lambda value, gradient, point, low, high: value - 1.0)
     Traceback (most recent call last):
-    AssertionError: the function value + gradient . (u - point) falls to -12.75 in the box, below the bound -2.75
+    AssertionError: the function value + gradient . (u - point) falls to -15.5 in the box, below the bound -2.75
     """
     rng = np.random.default_rng(7)
     for size in (1, 2, 5):
         rates, offsets = rng.normal(size=(6, size)), rng.normal(size=6)
-        point, low, high = np.zeros(size), np.full(size, -2.0), np.arange(1.0, size + 1)
+        point, low, high = np.full(size, 0.5), np.full(size, -2.0), np.arange(1.0, size + 1)
         terms = np.exp(rates @ point + offsets)
         value, gradient = float(terms.sum()), terms @ rates
         if size == 1:
@@ -323,8 +333,9 @@ def check_dense(dense: Callable[..., Any]) -> None:
         for n, x in enumerate(q_x.tolist()):
             for j, w in enumerate(q_w.tolist()):
                 right = int(q_b[j]) + sum(a * (b - z) for a, b in zip(w, x, strict=True))
-                assert got[n, j] == right, (f"input {x} less {z}, weights {w}, bias {q_b[j]} sum up to {right}, got {got[n, j]}: "
-                                            "whole numbers of 8 bits wrap")
+                bare = right + sum(a * z for a in w)
+                why = "the zero point is not subtracted" if got[n, j] == bare else "whole numbers of 8 bits wrap"
+                assert got[n, j] == right, f"input {x} less {z}, weights {w}, bias {q_b[j]} sum up to {right}, got {got[n, j]}: {why}"
 
 
 def check_requantize(requantize: Callable[..., Any]) -> None:
@@ -332,7 +343,7 @@ def check_requantize(requantize: Callable[..., Any]) -> None:
 
     >>> check_requantize(lambda n, m, z, low, high: np.clip((n * m).astype(int) + z, low, high))
     Traceback (most recent call last):
-    AssertionError: requantize(3, 0.5, 10, 0, 255) must be 12, got 11: halves rounded away from zero, or the zero point not clamped
+    AssertionError: requantize(3, 0.5, 10, 0, 255) must be 12, got 11: a half goes to the even neighbour
     """
     for case in all_cases([5]):
         if case.ask != "requantize" or case.request["dtype"] != "float64":
@@ -346,7 +357,10 @@ def check_requantize(requantize: Callable[..., Any]) -> None:
             got = np.asarray(requantize(sums.copy(), float(multiplier), z, grid["qmin"], grid["qmax"]))
             for a, b, made in zip(sums.ravel().tolist(), wanted.ravel().tolist(), got.ravel().tolist(), strict=True):
                 call = f"requantize({a}, {multiplier:g}, {z}, {grid['qmin']}, {grid['qmax']})"
-                assert made == b, f"{call} must be {b}, got {made}: {case.why}"
+                slip = _slip(a * float(multiplier), z, grid["qmin"], grid["qmax"], made)
+                assert made == b, f"{call} must be {b}, got {made}{slip}"
+    odd = np.asarray(requantize(np.array([1, 3]), 0.5, 7, 0, 255)).tolist()
+    assert odd == [7, 9], f"requantize([1, 3], 0.5, 7, 0, 255) must be [7, 9], got {odd}: round first, then add the zero point"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -401,7 +415,8 @@ def _normalized(x: Floats, gamma: Any, beta: Any, mean: Any, var: Any, eps: Any)
 def _same_layer(weight: Floats, made: Any, got: Floats, right: Floats, what: str, hint: str) -> None:
     assert np.shape(made) == weight.shape, f"a folded weight keeps its shape, {weight.shape}, got {np.shape(made)}"
     for i, (a, b) in enumerate(zip(got, right, strict=True)):
-        assert abs(a - b) <= CLOSE * max(abs(b), 1.0), f"weight {weight.shape}: {what} channel {i} must be {b:.4g}, got {a:.4g} ({hint})"
+        call = f"weight {weight.shape}: {what} output channel {i}"
+        assert abs(a - b) <= CLOSE * max(abs(b), 1.0), f"{call} must be {b:.4g}, got {a:.4g} ({hint})"
 
 
 def _two_layers() -> list[tuple[Floats, Floats, Floats, Floats]]:
@@ -440,10 +455,27 @@ def _amplified(k: Sequence[float], a: Sequence[float], m: Sequence[Any]) -> list
             for n, v, f in zip(kernel, activation, m, strict=True)]
 
 
-def _factors(call: str, got: Any, right: Sequence[float]) -> None:
+def _slip(steps: float, zero: int, qmin: int, qmax: int, made: Any) -> str:
+    """The mistake that makes this of ``steps``, a real number of steps, if a common one does."""
+    def clip(n: float) -> float:
+        return min(max(n, qmin), qmax)
+    rounded = float(np.rint(steps))
+    for guess, why in ((rounded + zero, "it is beyond the end of the grid"),
+                       (clip(rounded) + zero, "clip last, when the zero point has been added"),
+                       (clip(float(np.rint(steps + zero))), "round first, then add the zero point"),
+                       (clip(rounded), "the zero point is not added"), (clip(rounded - zero), "the zero point is added, not subtracted")):
+        if made == guess:
+            return f": {why}"
+    if clip(rounded + zero) != rounded + zero:
+        return ": it is beyond the end of the grid"
+    return ": a half goes to the even neighbour" if abs(steps - np.trunc(steps)) == 0.5 else ": round to the nearest"
+
+
+def _factors(call: str, got: Any, right: Sequence[float], ranges: Iterable[Sequence[Any]]) -> None:
+    why = {i: ": a dead channel keeps 1" for i, of in enumerate(zip(*ranges, strict=True)) if not all(of)}
     assert np.shape(got) == np.shape(right), f"{call}: {len(right)} factors are asked for, got {got}"
     for i, (a, b) in enumerate(zip(got, right, strict=True)):
-        assert _close(a, b), f"{call}: factor {i} must be {b:g}, got {a:g}"
+        assert _close(a, b), f"{call}: factor {i} must be {b:g}, got {a:g}{why.get(i, '')}"
 
 
 def _balanced(weights: Sequence[Floats], factors: Sequence[Floats]) -> None:
@@ -453,4 +485,4 @@ def _balanced(weights: Sequence[Floats], factors: Sequence[Floats]) -> None:
     for one, two in pairwise(scaled):
         made, read = np.abs(one).max(axis=1), np.abs(two).max(axis=0)
         for i in np.flatnonzero((made > 0) & (read > 0) & (np.abs(made - read) > 1e-6 * made))[:1]:
-            raise AssertionError(f"channel {i} is made with weights up to {made[i]:.3g} and read with weights up to {read[i]:.3g}")
+            raise AssertionError(f"channel {i} is made with weights up to {made[i]:.7g} and read with weights up to {read[i]:.7g}")
