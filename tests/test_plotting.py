@@ -281,7 +281,7 @@ def test_every_figure_is_returned_written_titled_and_no_business_of_pyplots(draw
     (lambda: plotting.plot_weights(eq.quantize(SMALL, weights=W4), SMALL), "same quantized layers, at least one, got 2 and 0"),
     (lambda: plotting.plot_weights(eq.quantize(SMALL, weights=W4), names=["act"]), "node 'act' has no weights on a grid: give some of fc1"),
     (lambda: plotting.plot_convergence(eq.equalize(SMALL, "one_step", data=X)), "one that ends at once"),
-], ids=str)
+])
 def test_what_cannot_be_drawn_is_refused(draw, said):
     with pytest.raises(ValueError, match=said):
         draw()
