@@ -170,7 +170,7 @@ def _quantile(values: Vector, counts: Vector, percentile: float) -> float:
     order = np.argsort(values)
     share = np.cumsum(counts[order])
     wanted = percentile / 100 * share[-1]
-    return float(values[order][min(int(np.searchsorted(share, wanted * (1 - 1e-12))), len(values) - 1)])
+    return float(values[order][np.searchsorted(share, wanted * (1 - 1e-12))])
 
 
 def least_divergence(entries: Entries, steps: float, symmetric: bool) -> float:
