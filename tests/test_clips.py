@@ -313,15 +313,18 @@ def test_entries_of_bins_are_evenly_spread(bins):
     assert clips._distribution(start + width / 2, width, count, at) == pytest.approx(below, abs=1e-9)
 
 
-def test_the_least_divergence_is_found_among_all_ends_tried():
-    x = np.append(RNG.normal(size=20000), [9.0, -12.0])
-    end = clips.least_divergence(clips.of_numbers(x), 127, True)
+@pytest.mark.parametrize(("signs", "steps", "symmetric", "levels"), [(2, 127, True, 127), (2, 255, False, 128), (1, 127, False, 127)])
+def test_the_least_divergence_is_found_among_all_ends_tried(signs, steps, symmetric, levels):
+    """An affine grid over both signs has half of its numbers for the magnitudes of each."""
+    x = np.append(np.random.default_rng(5).normal(size=20000), [9.0, -12.0])
+    x = x if signs == 2 else np.abs(x)
+    end = clips.least_divergence(clips.of_numbers(x), steps, symmetric)
     counts, edges = np.histogram(np.abs(x), clips.LINEAR_BINS, (0, np.abs(x).max()))
-    tried = [*range(127, clips.LINEAR_BINS, clips.TRIED), clips.LINEAR_BINS]
-    best = min(tried, key=lambda i: (kullback_leibler(counts, i, 127), -i))
+    tried = [*range(levels, clips.LINEAR_BINS, clips.TRIED), clips.LINEAR_BINS]
+    best = min(tried, key=lambda i: (kullback_leibler(counts, i, levels), -i))
     assert end == pytest.approx(edges[best])
     assert end < 0.8 * np.abs(x).max()
-    ((_, low, high),) = ranges_of(eq.UniformQuantizer(8), "entropy", x[None])
+    ((_, low, high),) = ranges_of(eq.UniformQuantizer(8, symmetric=symmetric), "entropy", x[None])
     assert max(-low, high) == pytest.approx(end, rel=0.3)  # by bins of log2, evenly filled: a close relative
 
 
