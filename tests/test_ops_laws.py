@@ -392,6 +392,13 @@ def test_errors_pass_each_side_of_a_leak_by_its_own_slope(op):
     assert op.passes([e], [x], 1e-6).ravel().tolist() == [0.125, 0.5, 0.5, 0.5]
 
 
+def test_between_its_limits_hardswish_rounds_as_its_two_terms_do():
+    x = np.concatenate([np.linspace(-5, 5, 101), [-3.0, 3.0]])[:, None]
+    y = eq.HardSwish().forward(x)
+    expected = eq.HardSwish().roundings * np.where(np.abs(x) < 3, x**2 / 6 + np.abs(x / 2), np.abs(y))
+    assert eq.HardSwish().rounds([x], y) == pytest.approx(expected, rel=1e-14)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_pass_a_grid_as_whole_steps_or_not_at_all(bits):
     rng = np.random.default_rng(1)
