@@ -92,9 +92,10 @@ def test_scales_have_the_type_of_the_network(dtype):
 
 
 def test_channels_that_have_each_a_factor_of_their_own_need_no_scale():
-    rng = np.random.default_rng(2)
+    first, last = (eq.Conv(np.random.default_rng(2).normal(size=size)) for size in ((4, 2, 1), (1, 4, 1)))
+
     def opened(norm):
-        graph = eq.Graph.chain((2, 6), fc=eq.Conv(rng.normal(size=(4, 2, 1))), norm=norm, act=eq.ReLU(), out=eq.Conv(rng.normal(size=(1, 4, 1))))
+        graph = eq.Graph.chain((2, 6), fc=first, norm=norm, act=eq.ReLU(), out=last)
         return [node.name for node in eq.add_scales(graph).nodes if node.name.endswith(".scale")]
     assert opened(eq.InstanceNorm(np.ones(4))) == []
     assert opened(eq.GroupNorm(2, np.ones(4))) == opened(eq.LayerNorm(np.ones(4))) == ["fc.scale"]
@@ -102,7 +103,9 @@ def test_channels_that_have_each_a_factor_of_their_own_need_no_scale():
 
 def test_a_scale_may_be_asked_for_before_layers():
     graph = gated(eq.SiLU())
-    assert eq.degrees_of_freedom(eq.add_scales(graph, ["act"])) == 5
+    opened = eq.add_scales(graph, ["act"])
+    assert eq.degrees_of_freedom(opened) == 5
+    assert {of: [node.name for node in opened.readers[of]] for of in ("act", "act.scale")} == {"act": ["act.scale"], "act.scale": ["fc2"]}
     assert not any(node.name.endswith(".scale") for node in eq.add_scales(graph).nodes)
 
 
