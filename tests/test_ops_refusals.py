@@ -118,6 +118,7 @@ def with_entry(array, value):
      r"Sigmoid is not positively homogeneous: its factors must be 1, got \[2.0, 2.0\]"),
     (lambda: eq.Mul().rescale(5 * one, 2 * one, 2 * one), ValueError,
      "Mul multiplies values, so their factors multiply: channel 0 of its output must have the factor 4, got 5"),
+    (lambda: eq.Mul().rescale(np.array([4.0, 5.0]), 2 * one, 2 * one), ValueError, "channel 1 of its output must have the factor 4, got 5"),
     (lambda: eq.LayerNorm(np.ones(3)).rescale(np.ones(3), np.array([1.0, 2.0, 2.0])), ValueError,
      "LayerNorm divides channels by what they come to together: they must share one factor, got 1 to 2"),
     (lambda: eq.LayerNorm(np.ones(3), np.ones(2)), ValueError, "LayerNorm needs as many betas as gammas, got 2 and 3"),
