@@ -126,6 +126,7 @@ def with_entry(array, value):
     (lambda: eq.LayerNorm(np.ones(3)).output_shape((4, 2)), ValueError, "LayerNorm has 3 channels, got 4"),
     (lambda: eq.GroupNorm(2, np.ones(3)), ValueError, "GroupNorm has 3 channels, which 2 groups do not divide"),
     (lambda: eq.GroupNorm(2, np.ones(4), eps=np.ones(3)), ValueError, "GroupNorm eps must be .* one for each of 2 groups"),
+    (lambda: eq.Scores(0), ValueError, "Scores heads must be at least 1, got 0"),
     (lambda: eq.Scores(4, 3), ValueError, "Scores has 4 heads, which 3 heads of keys and values do not divide"),
     (lambda: eq.Scores(2, scale=np.inf), ValueError, "Scores scale must be finite, got inf"),
     (lambda: eq.Scores(2).output_shape((4, 3)), ValueError, "Scores reads two values, got 1"),
