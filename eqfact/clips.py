@@ -39,7 +39,7 @@ class Entries:
     values: Vector
     counts: Vector
     weights: Vector
-    zeros: float = 0.0
+    zeros: float
     widths: Vector | None = None
 
 
@@ -97,32 +97,7 @@ def clipped(entries: Entries, rule: str, low: float, high: float, *, steps: floa
         below = above = least_divergence(entries, steps, symmetric)
     else:
         below, above = least_error(entries, entries.counts if rule == "mse" else entries.weights, steps, symmetric)
-    return max(low, min(-below, 0.0) if low < 0 else low), min(high, max(above, 0.0) if high > 0 else high)
-
-
-def rounding(weights: Vector, steps: float, below: float, above: float) -> float:
-    """The expected error that a grid's steps make, ``E``'s first term."""
-    return float(((below + above) / steps) ** 2 / 12 * weights.sum())
-
-
-def saturation(values: Vector, weights: Vector, low: float | Vector, high: float | Vector) -> Vector:
-    """The error of each entry beyond its end, ``E``'s second term; all arguments broadcast."""
-    beyond = np.maximum(values - high, 0) + np.maximum(low - values, 0)
-    result: Vector = weights * beyond**2
-    return result
-
-
-def expected_error(entries: Entries, low: float, high: float, *, steps: float, symmetric: bool) -> float:
-    """``E`` of a range, with every entry's error counted once; a mean is this over ``counts.sum()``.
-
-    >>> round(expected_error(of_numbers(np.array([0.0, 1.0, 3.0])), 0.0, 2.0, steps=2, symmetric=False), 3)
-    1.167
-    """
-    below, above = max(-low, 0.0), max(high, 0.0)
-    if symmetric:
-        below, above = 0.0, max(below, above)
-        return rounding(entries.counts, steps, 0.0, above) + float(saturation(np.abs(entries.values), entries.counts, 0.0, above).sum())
-    return rounding(entries.counts, steps, below, above) + float(saturation(entries.values, entries.counts, -below, above).sum())
+    return max(low, min(-below, 0.0)), min(high, max(above, 0.0))
 
 
 def least_error(entries: Entries, weights: Vector, steps: float, symmetric: bool) -> tuple[float, float]:
@@ -170,7 +145,7 @@ def _quantile(values: Vector, counts: Vector, percentile: float) -> float:
     order = np.argsort(values)
     share = np.cumsum(counts[order])
     wanted = percentile / 100 * share[-1]
-    return float(values[order][min(int(np.searchsorted(share, wanted * (1 - 1e-12))), len(values) - 1)])
+    return float(values[order][np.searchsorted(share, wanted * (1 - 1e-12))])
 
 
 def least_divergence(entries: Entries, steps: float, symmetric: bool) -> float:

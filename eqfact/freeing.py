@@ -59,7 +59,7 @@ def add_scales(graph: Graph, values: Collection[str] | None = None) -> Graph:
                   and len(set(of_value.tolist()) - {0}) < len(of_value)]
     names, scaled, instead = set(graph.shapes), list[Node](), dict[tuple[str, str], str]()
     for value in values:
-        one = np.ones(graph.shapes[value][0], graph.dtype or np.float64)
+        one = np.ones(graph.shapes[value][0], graph.dtype)
         name = fresh_name(f"{value}.scale", names)
         names.add(name)
         scaled.append(Node(name, BatchNorm(one, 0 * one, 0 * one, one, eps=0.0), (value,)))

@@ -22,8 +22,11 @@ from eqfact.ops.base import Array
 BINS = 8
 #: Bins that are kept, from the last of the octave of the largest magnitude down.
 KEPT = 16 * BINS
-#: The octave of a channel that has no entry but zeros: below all others.
+#: The octave of a channel that has no entry but zeros, or what counts as such: below all others.
 EMPTY = -(2**20)
+
+#: The least magnitude that a channel's largest must have: all its bins are of normal numbers, whose leading bits tell them apart.
+SMALLEST = 2.0**-1000
 
 #: Entries that are counted at a time: few enough for a processor's cache.
 BLOCK = 2**16
@@ -169,8 +172,9 @@ def histogram_of(entries: Array, largest: Array | None = None) -> Histogram:
     """
     channels, count = entries.shape
     largest = np.abs(entries).max(axis=1) if largest is None else largest
-    live = (largest > 0) & np.isfinite(largest)
-    top = np.where(live, np.frexp(np.where(live, largest, 1.0).astype(np.float64))[1].astype(np.int64) - 1, EMPTY)
+    largest = largest.astype(np.float64)
+    live = (largest >= SMALLEST) & np.isfinite(largest)
+    top = np.where(live, np.frexp(np.where(live, largest, 1.0))[1].astype(np.int64) - 1, EMPTY)
     # a float32 below 2**-126 has fewer leading bits
     dtype = np.dtype(np.float32 if entries.dtype == np.float32 and not (live & (largest < 2.0**-100)).any() else np.float64)
     counts = np.zeros((channels, 2, KEPT), _dtype(count))
@@ -185,9 +189,9 @@ def _counted(entries: Array, top: Indices) -> Indices:
     """The counts of channels ``(C, n)`` of float32 or float64."""
     bias = 127 if entries.dtype == np.float32 else 1023
     leading = (entries.view(np.int32) >> 20 if entries.dtype == np.float32 else entries.view(np.int64) >> 49).astype(np.int16)
-    # how far the bin of a magnitude of 2**-bias is from the highest; without entries, so far that all zeros are in no bin
-    highest = np.where(top != EMPTY, (top + bias + 1) * BINS - 1, KEPT).astype(np.int16)[:, None]
-    place = np.clip(highest - (leading & np.int16(2 * (bias + 1) * BINS - 1)), 0, KEPT)
+    # how far the bin of a magnitude of 2**-bias is from the highest; in an empty channel, so far that nothing is in a bin
+    highest = np.where(top != EMPTY, (top + bias + 1) * BINS - 1, np.iinfo(np.int16).max).astype(np.int16)[:, None]
+    place = np.minimum(highest - (leading & np.int16(2 * (bias + 1) * BINS - 1)), KEPT)
     # channel by channel the counts of both signs, each with a bin more for what is not kept
     place += (leading >= 0) * np.int16(KEPT + 1)
     flat = place + 2 * (KEPT + 1) * np.arange(len(entries))[:, None]

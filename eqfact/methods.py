@@ -227,7 +227,8 @@ class Swept:
 
 @dataclass(frozen=True)
 class CrossLayer:
-    """Makes the weights that make and that read every channel range alike (Nagel et al. 2019, PAPER 7); needs no data and uses none.
+    """Makes the weights that make and that read every channel range alike (Nagel et al. 2019, PAPER 7); needs no data. If there are
+    statistics, it uses those of what normalisations put out, whose weights lie on no grid (docs/algebra.md), and no others.
 
     Swept as :class:`Swept`, until no ``|log f|`` moves by more than ``tol``, at most ``max_iter`` times. A channel of nearly no weights and
     an ordinary bias is nearly constant; balance would amplify it beyond all others, and with it the range of the activations, of which
@@ -416,9 +417,9 @@ def _loop(task: Task, how: _Loop) -> Found:
     """Apply the rule block by block, once or until nothing moves."""
     graph, resolved, stats = task.graph, task.channels, task.stats
     found = layers(graph, resolved, stats)
-    looks = stats is not None and not how.weights_alone
-    plans = blocks(found, resolved, product_values(graph, resolved, stats) if looks and stats is not None else ())
-    activations = activation_ranges(graph, found, stats) if looks and stats is not None else {}
+    seen = None if how.weights_alone else stats
+    plans = blocks(found, resolved, () if seen is None else product_values(graph, resolved, seen))
+    activations = {} if seen is None else activation_ranges(graph, found, seen)
     touched = neighbours(plans)
     most = np.full(resolved.degrees_of_freedom + 1, how.bound)
     f, residual, success = _sweep(plans, touched, resolved, how, most, np.ones(resolved.size), how.max_iter, activations)

@@ -189,7 +189,7 @@ def _compare(a: Graph, b: Graph, truth: dict[str, Array], shared: set[str], x: D
 def _slopes(sizes: Array, known: npt.ArrayLike) -> Vector:
     """Slopes to start from: the largest entries of the channels; where a channel is 0 but its factor known, as little as any other."""
     live = sizes[sizes > 0].astype(np.float64)
-    return np.where((sizes == 0) & known, live.min(initial=1.0), sizes)
+    return np.where((sizes == 0) & known, live.min() if live.size else 1.0, sizes)
 
 
 class _Compared:

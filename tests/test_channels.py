@@ -79,6 +79,20 @@ def test_a_channel_is_pinned_if_and_only_if_there_is_a_reason(graph):
         assert (value in resolved.pinned) == bool((labels == 0).any())
 
 
+@given(networks(), st.data())
+def test_where_some_numbers_are_left_forms_lose_the_others_and_pins_keep_their_reasons(graph, data):
+    resolved = eq.channels(graph)
+    count = resolved.degrees_of_freedom
+    chosen = np.array([False, *data.draw(st.lists(st.booleans(), min_size=count, max_size=count))])
+    left = resolved.restricted(chosen, "not asked for")
+    assert left.degrees_of_freedom == chosen.sum()
+    for value, labels in resolved.labels.items():
+        forms = resolved.forms[labels].toarray()[:, chosen]
+        assert np.array_equal(left.forms[left.labels[value]].toarray()[:, 1:], forms)
+        assert left.reasons[value] == tuple(old if old is not None or form.any() else "not asked for"
+                                            for old, form in zip(resolved.reasons[value], forms, strict=True))
+
+
 @given(networks())
 def test_ends_are_pinned(graph):
     resolved = eq.channels(graph)

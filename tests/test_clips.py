@@ -39,9 +39,11 @@ def statistics(entries):
 
 # ----------------------------------------------------------------------------------------------------------- histograms
 
+@pytest.mark.parametrize("rows", [slice(None), slice(-1)], ids=["all", "none tiny"])  # one that is makes all count in float64
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_histogram_counts_entries_between_its_edges(dtype):
-    x = DATA.astype(dtype)
+def test_a_histogram_counts_entries_between_its_edges(dtype, rows):
+    below_edges = np.nextafter(np.resize(1 + np.arange(BINS, dtype=dtype) / BINS, 4000), dtype(0))
+    x = np.concatenate([DATA[rows].astype(dtype), [below_edges, -below_edges]])
     found = histogram_of(x)
     for c, row in enumerate(x.astype(np.float64)):
         largest = np.abs(row).max()
@@ -52,10 +54,17 @@ def test_a_histogram_counts_entries_between_its_edges(dtype):
         assert found.zeros[c] == (np.abs(row) < edges[0]).sum()
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(-1)], ids=["all", "none tiny"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_float32_and_float64_are_counted_alike(dtype):
-    x = DATA.astype(np.float32)
-    assert same(histogram_of(x), histogram_of(x.astype(np.float64)))
+def test_float32_and_float64_are_counted_alike(dtype, rows):
+    x = DATA[rows].astype(np.float32)
+    assert same(histogram_of(x.astype(dtype)), histogram_of(x.astype(np.float64)))
+
+
+def test_channels_too_small_for_bins_count_as_zeros():
+    """Where the lowest bins would lie among the subnormal numbers, whose leading bits tell no magnitude."""
+    found = histogram_of(np.array([[0.0, 1e-310, -1e-312], [2.0**-1006, 0.0, -2.0**-1010], [2.0**-990, 0.0, -2.0**-1000]]))
+    assert found.zeros.tolist() == [3, 3, 1]
 
 
 shards = st.lists(st.lists(st.sampled_from([0.0, 1.0, -1.5, 2.0**-20, 3e5, -1e-6, 7.0]), min_size=1, max_size=9), min_size=1, max_size=5)
@@ -81,6 +90,13 @@ def shards_merge(parts):
 @given(shards)
 def test_shards_add_up_to_the_whole_in_any_order(parts):
     shards_merge(parts)
+
+
+def test_counts_beyond_32_bits_do_not_overflow():
+    one = histogram_of(np.array([[3.0]]))
+    for many in (2**32 - 2, 2**32 - 1, 2**33 - 1):
+        huge = histograms.Histogram(many, one.top, one.unit, one.counts.astype(np.uint64) * many)
+        assert (huge + one).counts.sum(axis=2).tolist() == (one + huge).counts.sum(axis=2).tolist() == [[0, many + 1]]
 
 
 @given(st.lists(st.integers(-60, 60), min_size=6, max_size=6))
@@ -289,15 +305,26 @@ def test_divergence_is_kullback_and_leiblers(counts, levels, data):
     assert clips.divergence(np.array(counts, float), end, levels) == pytest.approx(kullback_leibler(counts, end, levels), abs=1e-12)
 
 
-def test_the_least_divergence_is_found_among_all_ends_tried():
-    x = np.append(RNG.normal(size=20000), [9.0, -12.0])
-    end = clips.least_divergence(clips.of_numbers(x), 127, True)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=9))
+def test_entries_of_bins_are_evenly_spread(bins):
+    start, width, count = (np.array(column, float) for column in zip(*bins, strict=True))
+    at = np.linspace(-1.0, 31.0, 65)
+    below = sum(n * np.clip((at - a) / w, 0, 1) for a, w, n in zip(start, width, count, strict=True))
+    assert clips._distribution(start + width / 2, width, count, at) == pytest.approx(below, abs=1e-9)
+
+
+@pytest.mark.parametrize(("signs", "steps", "symmetric", "levels"), [(2, 127, True, 127), (2, 255, False, 128), (1, 127, False, 127)])
+def test_the_least_divergence_is_found_among_all_ends_tried(signs, steps, symmetric, levels):
+    """An affine grid over both signs has half of its numbers for the magnitudes of each."""
+    x = np.append(np.random.default_rng(5).normal(size=20000), [9.0, -12.0])
+    x = x if signs == 2 else np.abs(x)
+    end = clips.least_divergence(clips.of_numbers(x), steps, symmetric)
     counts, edges = np.histogram(np.abs(x), clips.LINEAR_BINS, (0, np.abs(x).max()))
-    tried = [*range(127, clips.LINEAR_BINS, clips.TRIED), clips.LINEAR_BINS]
-    best = min(tried, key=lambda i: (kullback_leibler(counts, i, 127), -i))
+    tried = [*range(levels, clips.LINEAR_BINS, clips.TRIED), clips.LINEAR_BINS]
+    best = min(tried, key=lambda i: (kullback_leibler(counts, i, levels), -i))
     assert end == pytest.approx(edges[best])
     assert end < 0.8 * np.abs(x).max()
-    ((_, low, high),) = ranges_of(eq.UniformQuantizer(8), "entropy", x[None])
+    ((_, low, high),) = ranges_of(eq.UniformQuantizer(8, symmetric=symmetric), "entropy", x[None])
     assert max(-low, high) == pytest.approx(end, rel=0.3)  # by bins of log2, evenly filled: a close relative
 
 

@@ -18,6 +18,7 @@ from nets import NETS as TABLE
 
 import eqfact as eq
 from eqfact import demo, equalization, rules
+from eqfact.ops import Weighted
 from eqfact.testing.strategies import batches, factorizations, networks
 
 METHODS = ("one_step", "two_step", "cross_layer")
@@ -650,6 +651,13 @@ def test_grouped_and_transposed_weights_are_read_along_the_right_axes(method):
         for o, i in np.ndindex(*op.weight.shape[:2]):
             expected = op.weight[o, i] * f_out[o] / f_in[o // per_group * op.weight.shape[1] + i]
             np.testing.assert_allclose(result.graph[name].op.weight[o, i], expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("net", [net for net in TABLE if all(
+    node.op.divides for node in net.graph.nodes if isinstance(node.op, Weighted))], ids=str)
+def test_cross_layer_looks_at_no_statistics_where_nothing_normalises(net):
+    alone, beside = (eq.equalize(net.graph, "cross_layer", stats=of).factorization for of in (None, eq.calibrate(net.graph, net.data())))
+    assert all(np.array_equal(alone[value], beside[value]) for value in net.graph.shapes)
 
 
 # ------------------------------------------------------------------------------------------------ include and exclude

@@ -50,15 +50,16 @@ def test_a_gate_used_twice_stays_one_op():
     assert graph["one"].op is graph["two"].op
 
 
-def post_norm():
+def post_norm(dtype=np.float64):
     """A residual stream that runs into a norm, as in BERT, with a channel far larger than all others."""
     rng = np.random.default_rng(3)
 
     def layer(out, channels, large=1.0):
-        return eq.Conv(np.array([large, *[1] * (out - 1)])[:, None, None] * rng.normal(size=(out, channels, 1)), rng.normal(size=out) / 5)
+        weight = np.array([large, *[1] * (out - 1)])[:, None, None] * rng.normal(size=(out, channels, 1))
+        return eq.Conv(weight.astype(dtype), (rng.normal(size=out) / 5).astype(dtype))
 
     def norm():
-        return eq.LayerNorm(np.exp(rng.normal(size=4) / 5), rng.normal(size=4) / 5)
+        return eq.LayerNorm(np.exp(rng.normal(size=4) / 5).astype(dtype), (rng.normal(size=4) / 5).astype(dtype))
     return eq.Graph({"x": (4, 5)}, [
         eq.Node("stem", layer(4, 4), ["x"]), eq.Node("first", norm(), ["stem"]),
         eq.Node("wide", layer(8, 4), ["first"]), eq.Node("act", eq.ReLU(), ["wide"]), eq.Node("narrow", layer(4, 8, 40.0), ["act"]),
@@ -82,9 +83,29 @@ def test_a_scale_is_put_where_a_normalisation_ties_what_it_reads():
     assert quality[1] > quality[0] + 3, quality
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scales_have_the_type_of_the_network(dtype):
+    graph, x = post_norm(dtype), np.random.default_rng(1).normal(size=(6, 4, 5)).astype(dtype)
+    opened = eq.add_scales(graph)
+    assert opened.dtype == opened["add.scale"].op.gamma.dtype == dtype
+    assert np.array_equal(eq.forward(opened, x), eq.forward(graph, x))
+
+
+def test_channels_that_have_each_a_factor_of_their_own_need_no_scale():
+    first, last = (eq.Conv(np.random.default_rng(2).normal(size=size)) for size in ((4, 2, 1), (1, 4, 1)))
+
+    def opened(norm):
+        graph = eq.Graph.chain((2, 6), fc=first, norm=norm, act=eq.ReLU(), out=last)
+        return [node.name for node in eq.add_scales(graph).nodes if node.name.endswith(".scale")]
+    assert opened(eq.InstanceNorm(np.ones(4))) == []
+    assert opened(eq.GroupNorm(2, np.ones(4))) == opened(eq.LayerNorm(np.ones(4))) == ["fc.scale"]
+
+
 def test_a_scale_may_be_asked_for_before_layers():
     graph = gated(eq.SiLU())
-    assert eq.degrees_of_freedom(eq.add_scales(graph, ["act"])) == 5
+    opened = eq.add_scales(graph, ["act"])
+    assert eq.degrees_of_freedom(opened) == 5
+    assert {of: [node.name for node in opened.readers[of]] for of in ("act", "act.scale")} == {"act": ["act.scale"], "act.scale": ["fc2"]}
     assert not any(node.name.endswith(".scale") for node in eq.add_scales(graph).nodes)
 
 

@@ -17,6 +17,7 @@ from nets import NETS as TABLE
 import eqfact as eq
 from eqfact.ops import convolution, weighted
 from eqfact.testing.strategies import batches, factorizations, networks
+from eqfact.verification import _slopes
 
 # ------------------------------------------------------------------------------------------------ sqnr
 
@@ -794,3 +795,11 @@ def test_products_do_not_double_the_doubt_about_factors_for_ever(blocks, dtype):
             found += 1
             assert not eq.verify(graph if side is scaled else scaled, wrong, x)
     assert found >= 2
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1.0, 64.0])
+def test_a_channel_of_zeros_starts_from_as_little_as_any_other(unit):
+    sizes = np.array([0.0, 0.25, 3.0, 0.0])
+    assert _slopes(unit * sizes, True).tolist() == [unit * of for of in (0.25, 0.25, 3.0, 0.25)]
+    assert _slopes(unit * sizes, np.array([True, False, True, False])).tolist() == [unit * of for of in (0.25, 0.25, 3.0, 0.0)]
+    assert _slopes(np.zeros(2), np.array([True, False])).tolist() == [1.0, 0.0]

@@ -39,6 +39,35 @@ def test_factors_in_the_table_are_not_all_one(case):
     assert np.all(np.concatenate([f_out, *f_in]) == 1) == pinned
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bounds_on_errors_follow_the_factors(case):
+    f_out, f_in = case.factors(powers_of_two=True)
+    x, op = case.inputs(), case.op.rescale(f_out, *f_in)
+    y, u = case.op.forward(*x), laws.unit_roundoff(x[0])
+    errors = [np.abs(v) for v in x]
+    scaled = [[laws.times(v, f) for v, f in zip(of, f_in, strict=True)] for of in (errors, x)]
+    expected = laws.times(case.op.errors(errors, x, y, u), f_out)
+    np.testing.assert_allclose(op.errors(*scaled, laws.times(y, f_out), u), expected, rtol=1e-6, atol=1e9 * float(np.finfo(y.dtype).tiny))
+
+
+NORMS = [eq.LayerNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0), eq.RMSNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0),
+         eq.GroupNorm(2, np.ones(4), np.arange(4.0), 0.0), eq.InstanceNorm(np.ones(4), np.arange(4.0), 0.0)]
+
+
+@pytest.mark.parametrize("op", NORMS, ids=lambda op: type(op).__name__)
+def test_where_there_is_nothing_to_divide_by_a_normalisation_puts_out_beta(op):
+    x = np.full((2, 4, 3), 5.0) if op.centred else np.zeros((2, 4, 3))
+    x[1] = np.random.default_rng(0).normal(size=(4, 3))  # beside a sample that is as ever
+    one, u = np.ones_like(x), 1e-6
+    assert np.array_equal(op.forward(x)[0], np.broadcast_to(op.beta[:, None], (4, 3))) and np.isfinite(op.forward(x)).all()
+    assert not op.vjp(one, x)[0][0].any() and not op.weight_vjp(one[:1], x[:1]).any()
+    assert not op.passes([0 * one], [x], u).any()
+    passed = op.passes([one], [x], u)  # any error may turn zeros into the largest that comes out at all
+    count = {"GroupNorm": 6, "InstanceNorm": 3}.get(type(op).__name__, 4)
+    assert passed[0] * u == pytest.approx(np.broadcast_to(2 * np.sqrt(count) * np.abs(op.gamma)[:, None], (4, 3)))
+    assert np.all(passed[1] < passed[0])
+
+
 @pytest.mark.parametrize("case", IN_FLOAT64, ids=str)
 def test_trace_frees_all_the_factors_that_the_law_allows(case):
     laws.degrees_of_freedom_are_maximal(case.framed(), case.data())
@@ -390,6 +419,13 @@ def test_an_op_of_ones_own_bounds_its_errors_by_default(op, reach):
 def test_errors_pass_each_side_of_a_leak_by_its_own_slope(op):
     x, e = np.array([[-3.0], [-1e-9], [1e-9], [2.0]]), np.full((4, 1), 0.5)
     assert op.passes([e], [x], 1e-6).ravel().tolist() == [0.125, 0.5, 0.5, 0.5]
+
+
+def test_between_its_limits_hardswish_rounds_as_its_two_terms_do():
+    x = np.concatenate([np.linspace(-5, 5, 101), [-3.0, 3.0]])[:, None]
+    y = eq.HardSwish().forward(x)
+    expected = eq.HardSwish().roundings * np.where(np.abs(x) < 3, x**2 / 6 + np.abs(x / 2), np.abs(y))
+    assert eq.HardSwish().rounds([x], y) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

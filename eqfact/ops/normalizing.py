@@ -165,10 +165,9 @@ class Normalization(Weighted):
             largest = np.where(top > 0, top, 1)
             d = largest * np.sqrt(((of_group / largest) ** 2).mean(axis=axes, keepdims=True))
             moved = of_group + of_group.mean(axis=axes, keepdims=True) if self.centred else of_group
-            unit = np.divide(np.abs(grouped), root, out=np.zeros_like(grouped), where=root > 0)
-            bound = (moved + unit * d) / np.maximum(root - u * d, 0)
+            bound = (moved + np.abs(grouped) / root * d) / np.maximum(root - u * d, 0)
             most = x.dtype.type(2 * math.sqrt(size) / u)
-            bound = np.where(top > 0, np.fmin(bound, most), 0)
+            bound = np.where(top > 0, np.fmin(bound, most), 0)  # also where there is nothing to divide by, and no number comes out
         passed: Array = bound.reshape(x.shape) * along_channels(np.abs(self.gamma), x.ndim - 1)
         return passed
 
