@@ -24,7 +24,6 @@ BINS = 8
 KEPT = 16 * BINS
 #: The octave of a channel that has no entry but zeros, or what counts as such: below all others.
 EMPTY = -(2**20)
-
 #: The least magnitude that a channel's largest must have: all its bins are of normal numbers, whose leading bits tell them apart.
 SMALLEST = 2.0**-1000
 
