@@ -50,7 +50,8 @@ def test_bounds_on_errors_follow_the_factors(case):
     np.testing.assert_allclose(op.errors(*scaled, laws.times(y, f_out), u), expected, rtol=1e-6, atol=1e9 * float(np.finfo(y.dtype).tiny))
 
 
-NORMS = [eq.LayerNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0), eq.RMSNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0),
+NORMS = [eq.LayerNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0),
+         eq.RMSNorm(np.array([2.0, -1.0, 0.5, 3.0]), np.arange(4.0), 0.0),
          eq.GroupNorm(2, np.ones(4), np.arange(4.0), 0.0), eq.InstanceNorm(np.ones(4), np.arange(4.0), 0.0)]
 
 
