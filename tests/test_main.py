@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import eqfact as eq
-from eqfact import asked, commands, demo, files, methods, plotting, serialization
+from eqfact import asked, commands, demo, figures, files, methods, plotting, serialization
 from eqfact.__main__ import COMMANDS, main, table
 
 RNG = np.random.default_rng(11)
@@ -570,32 +570,31 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("line", FIGURES)
-def test_every_kind_of_figure_is_drawn_and_named(run, small_demo, line):
-    pytest.importorskip("matplotlib")
-    kinds = FIGURES[line]
-    plots = " ".join(f"--plot {kind}={kind}.svg" for kind in kinds)
-    facts = facts_of(run, f"{line} {plots} --plot bare.png")
-    assert facts["ok"]
-    assert facts["plots"] == [{"kind": kind, "file": f"{kind}.svg"} for kind in kinds] + [{"kind": kinds[0], "file": "bare.png"}]
-    drawn = {kind: Path(f"{kind}.svg").read_text() for kind in kinds}
-    assert all("<svg" in text for text in drawn.values()) and len(set(drawn.values())) == len(kinds)
-    assert Path("bare.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("line", FIGURES)
 def test_every_kind_of_figure_is_drawn_by_the_function_of_its_name(run, small_demo, monkeypatch, line):
     pytest.importorskip("matplotlib")
+    kinds, last = FIGURES[line], []
 
-    def drawing(name):
-        def draw(*args, path, **options):
-            Path(path).write_text(name)
-        return draw
+    def recording(kind, draw):
+        def recorded(*args, **options):
+            last[:] = [kind]
+            return draw(*args, **options)
+        return recorded
 
-    for kind in {kind for kinds in FIGURES.values() for kind in kinds}:
-        monkeypatch.setattr(plotting, f"plot_{kind}", drawing(kind))
-    monkeypatch.setattr("eqfact.figures.draw_weights", drawing("weights"))
-    assert facts_of(run, f"{line} " + " ".join(f"--plot {kind}={kind}.png" for kind in FIGURES[line]))["ok"]
-    assert {kind: Path(f"{kind}.png").read_text() for kind in FIGURES[line]} == {kind: kind for kind in FIGURES[line]}
+    def kept(draw, path, right=figures._draw):
+        right(draw, path)
+        drawn[path] = last.pop()
+
+    for kind in kinds:
+        monkeypatch.setattr(plotting, f"plot_{kind}", recording(kind, getattr(plotting, f"plot_{kind}")))
+    drawn = {}
+    monkeypatch.setattr(figures, "_draw", kept)
+    facts = facts_of(run, f"{line} {' '.join(f'--plot {kind}={kind}.svg' for kind in kinds)} --plot bare.png")
+    assert facts["ok"]
+    assert facts["plots"] == [{"kind": kind, "file": f"{kind}.svg"} for kind in kinds] + [{"kind": kinds[0], "file": "bare.png"}]
+    assert len(drawn) == len(kinds) + 1 and all("<svg" in Path(f"{kind}.svg").read_text() for kind in kinds)
+    for path, kind in drawn.items():  # to files that are put into their places together
+        assert kind == kinds[0] if path.endswith(".png") else kind in path
+    assert Path("bare.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_figures_without_data_and_of_quantizers_that_clip(run):
