@@ -7,7 +7,7 @@ In signatures weights are ``(out, in, *kernel)``, factors multiply what a layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -138,8 +138,7 @@ def check_rescale(rescale: Callable[..., Any]) -> None:
     Traceback (most recent call last):
     AssertionError: hidden channel 0 must be 0.5 times what it was, relu(0.5 * 0.591) = 0.296, got 0
     """
-    for w1, b1, w2, x in _two_layers():
-        f = 2.0 ** ((np.arange(len(w1)) % 4) - 1.0)[::-1].astype(w1.dtype)
+    for w1, b1, w2, x, f in _two_layers():
         new = _arrays("w1, b1 and w2", rescale(w1.copy(), b1.copy(), w2.copy(), f.copy()), (w1, b1, w2))
         before, after = _hidden(w1, b1, x), _hidden(new[0], new[1], x)
         for i in np.flatnonzero((after != f * before).any(axis=0))[:1]:
@@ -156,8 +155,7 @@ def check_canonical(canonical: Callable[..., Any]) -> None:
     Traceback (most recent call last):
     AssertionError: two networks of one orbit must give the same w1, entry (0, 0): got 0.1257 and 0.06287
     """
-    for w1, b1, w2, x in _two_layers():
-        f = 2.0 ** ((np.arange(len(w1)) % 4) - 1.0)[::-1].astype(w1.dtype)
+    for w1, b1, w2, x, f in _two_layers():
         one = _arrays("w1, b1 and w2", canonical(w1.copy(), b1.copy(), w2.copy()), (w1, b1, w2))
         two = _arrays("w1, b1 and w2", canonical(w1 * f[:, None], b1 * f, w2 / f), (w1, b1, w2))
         for name, a, b in zip(("w1", "b1", "w2"), one, two, strict=True):
@@ -419,14 +417,12 @@ def _same_layer(weight: Floats, made: Any, got: Floats, right: Floats, what: str
         assert abs(a - b) <= CLOSE * max(abs(b), 1.0), f"{call} must be {b:.4g}, got {a:.4g} ({hint})"
 
 
-def _two_layers() -> list[tuple[Floats, Floats, Floats, Floats]]:
-    """Weights and biases of two dense layers, whose hidden channels are all of use, and samples."""
-    rows = []
+def _two_layers() -> Iterator[tuple[Floats, Floats, Floats, Floats, Floats]]:
+    """Weights and biases of two dense layers, whose hidden channels are all of use; samples; and powers of two for the hidden channels."""
     for seed, dtype in enumerate((np.float64, np.float32)):
         rng = np.random.default_rng(seed)
-        sizes = (5, 3), (5,), (2, 5), (16, 3)
-        rows.append(tuple(rng.normal(size=size).astype(dtype) for size in sizes))
-    return rows  # type: ignore[return-value]
+        w1, b1, w2, x = (rng.normal(size=size).astype(dtype) for size in ((5, 3), (5,), (2, 5), (16, 3)))
+        yield w1, b1, w2, x, 2.0 ** ((np.arange(len(w1)) % 4) - 1.0)[::-1].astype(dtype)
 
 
 def _hidden(w1: Floats, b1: Floats, x: Floats) -> Floats:
@@ -480,8 +476,8 @@ def _factors(call: str, got: Any, right: Sequence[float], ranges: Iterable[Seque
 
 def _balanced(weights: Sequence[Floats], factors: Sequence[Floats]) -> None:
     """Weights that make a channel and that read it range alike, wherever both are there."""
-    ones = [np.ones(weights[0].shape[1])], [np.ones(len(weights[-1]))]
-    scaled = [w * out[:, None] / into for w, into, out in zip(weights, [*ones[0], *factors], [*factors, *ones[1]], strict=True)]
+    first, last = np.ones(weights[0].shape[1]), np.ones(len(weights[-1]))
+    scaled = [w * out[:, None] / into for w, into, out in zip(weights, [first, *factors], [*factors, last], strict=True)]
     for one, two in pairwise(scaled):
         made, read = np.abs(one).max(axis=1), np.abs(two).max(axis=0)
         for i in np.flatnonzero((made > 0) & (read > 0) & (np.abs(made - read) > 1e-6 * made))[:1]:
