@@ -315,9 +315,9 @@ class Tests:
             order.append((rank, self.took[item.nodeid], item))
         left, chosen = self.budget, list[pytest.Item]()
         for *_, item in sorted(order, key=lambda entry: entry[:2]):
-            left -= self.took[item.nodeid]
-            if left < 0 and chosen:
+            if left < 0:
                 break
+            left -= self.took[item.nodeid]
             chosen.append(item)
         return chosen
 
