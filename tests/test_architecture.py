@@ -1,6 +1,7 @@
 """The shape of the house (DESIGN section 3): modules import downwards only, the library does not print, pickle or drag in extras."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -45,17 +46,25 @@ def module_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes(path):
+    """All nodes of a file's syntax tree; the first is the module itself."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports(path):
     """Full names of all modules that a file imports, wherever in it."""
-    package = ("eqfact", *path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    package, found = ("eqfact", *path.relative_to(ROOT).parts[:-1]), []
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[:len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
             # "from eqfact import x" may mean the module x
-            yield from (f"eqfact.{alias.name}" for alias in node.names) if module == "eqfact" else [module]
+            found += [f"eqfact.{alias.name}" for alias in node.names] if module == "eqfact" else [module]
+    return found
 
 
 def own_imports(path):
@@ -129,7 +138,7 @@ def test_onnxruntime_is_asked_in_one_module_only():
 @any_source
 def test_nothing_is_pickled(path):
     assert not {name.partition(".")[0] for name in imports(path)} & {"pickle", "dill", "joblib", "shelve", "marshal"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             assert isinstance(node.value, ast.Constant) and node.value.value is False
 
@@ -138,14 +147,14 @@ def test_nothing_is_pickled(path):
 def test_library_code_never_prints(path):
     if module_of(path) in ("__main__", "commands"):
         pytest.skip("the command line is there to print")
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
     names = {func.id for func in calls if isinstance(func, ast.Name)}
     assert not names & {"print", "input", "breakpoint"}
 
 
 @any_source
 def test_every_module_says_what_it_is_for(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(nodes(path)[0])
 
 
 @pytest.mark.parametrize("statement", ["import eqfact", "import eqfact.testing.laws", "from eqfact.testing import *"])
@@ -154,6 +163,8 @@ def test_importing_the_library_drags_in_no_extra(statement):
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpy" in found
     assert not {"onnx", "onnxruntime", "matplotlib", "hypothesis", "tqdm", "torch", "sklearn", "pytest"} & set(found)
+
+
 def test_commands_do_not_load_what_tests_other_implementations():
     code = "import sys, eqfact.__main__; sys.exit(any(name.startswith('eqfact.testing') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
