@@ -357,9 +357,9 @@ def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, imag
     if not running.runtime().startswith("onnxruntime"):
         return None
     facts: Facts = {"with": running.runtime(), "data": images.source}
-    if network.partly:
+    if network.file is not None and not network.file.alone:
         feeds = network.file.parts(images.feeds, VERIFIED)
-        ours = {}
+        ours = {} if network.partly else _joined([network.file.shown(_outputs(quantized, network.file.boundary(feed))) for feed in feeds])
         truth = _joined([running.run(network.path, feed) for feed in feeds])
     else:
         feeds = running.fed(path, {name: array.astype(np.float32) for name, array in images.arrays.items()})

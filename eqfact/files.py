@@ -48,7 +48,7 @@ class Network:
     @property
     def partly(self) -> str | None:
         """What is understood and what is kept, in a line; None if all of it is understood."""
-        return str(self.file) if self.file is not None and not self.file.whole else None
+        return str(self.file) if self.file is not None and self.file.kept else None
 
     def prove(self, graph: Graph, feeds: Mapping[str, npt.ArrayLike], path: str | None = None) -> Verification | None:
         """Does the file (or that at ``path``, written with its names) compute what ``graph`` does, by another runtime's account?"""
@@ -60,9 +60,9 @@ class Network:
     def save(self, path: str, graph: Graph, *, quantized: bool = False) -> None:
         """Write the network as ``graph`` is now, in its file if it came from one; a ``quantized`` one to ONNX with QuantizeLinear."""
         if network_kind(path) == ".npz":
-            if self.partly:
-                raise ValueError(f"'{path}': only parts of '{self.path}' are understood, and the rest stands in its file: "
-                                 "give the output a name that ends in .onnx")
+            if self.file is not None and not self.file.whole:
+                raise ValueError(f"only parts of '{self.path}' are understood, or its outputs are moved at the end; the rest stands in its "
+                                 "file: give the output a name that ends in .onnx")
             serialization.save(path, graph)
         elif self.file is not None:
             self.file.save_qdq(path, graph) if quantized else self.file.save(path, graph)

@@ -726,6 +726,33 @@ def test_quantize_runs_files_of_a_fixed_batch(run):
     assert [len(feed["x"]) for feed in running.fed("q.onnx", {"x": IMAGES[:4]})] == [3, 3]
 
 
+@pytest.mark.parametrize("nodes, x, y", [
+    ("c = Conv(x, w) y = Transpose<perm=[0, 2, 3, 1]>(c)", (0, 2, 6, 6), (0, 6, 6, 3)),
+    ("c = Conv(x, w) y = Reshape(c, s)", (0, 2, 6, 6), (0, 3, 36)),
+    ("c = MatMul(x, m) y = Relu(c)", (0, 6, 2), (0, 6, 3)),
+    ("t = Transpose<perm=[1, 0, 2]>(x) c = MatMul(t, m) y = Transpose<perm=[1, 0, 2]>(c)", (6, 0, 2), (6, 0, 3)),
+])
+def test_quantized_files_take_and_make_what_the_file_did(run, nodes, x, y):
+    """In its order of axes, whichever the network has; and that is how they are compared with eqfact."""
+    pytest.importorskip("onnxruntime")
+    import onnx
+    import onnx_models as small
+    dims = ["float[" + ", ".join(str(n or "n") for n in shape) + "]" for shape in (x, y)]
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g ({dims[0]} x) => ({dims[1]} y) {{{nodes}}}')
+    constants = {"w": RNG.normal(size=(3, 2, 1, 1)).astype(np.float32), "m": RNG.normal(size=(2, 3)).astype(np.float32),
+                 "s": small.ints(0, 3, -1)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants.items() if f"{name})" in nodes)
+    onnx.save(model, "moved.onnx")
+    feeds = {"x": RNG.normal(size=[n or 5 for n in x]).astype(np.float32)}
+    np.savez("moved.npz", **feeds)
+    facts = facts_of(run, "quantize moved.onnx -o q.onnx --data moved.npz")
+    assert facts["kept"] == [] and facts["run"]["difference"]["y"] < 1e-5 and facts["run"]["sqnr"]["y"] > 30
+    truth, made = (small.run_ort(path, feeds)["y"] for path in ("moved.onnx", "q.onnx"))
+    assert made.shape == truth.shape and eq.sqnr(truth, made) > 30
+    assert facts_of(run, "equalize moved.onnx -o out.onnx --strict --data moved.npz")["ok"]
+    small.close(small.run_ort("out.onnx", feeds), {"y": truth})
+
+
 VERBS = {"inspect": "", "fold": "-o out.onnx", "equalize": "-o out.onnx", "quantize": "-o out.onnx", "train": "--steps 2 -o out.onnx",
          "verify": "hard.onnx", "report": ""}
 

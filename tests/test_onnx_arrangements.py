@@ -136,3 +136,37 @@ def test_nodes_do_the_same_in_every_arrangement(arrangement, kind, tmp_path):
     proto.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in views)
     onnx.save(proto, tmp_path / "net.onnx")
     small.close({name: view.tensor_of(held[view.value]) for name, view in views.items()}, small.run_ort(tmp_path / "net.onnx", feeds))
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["as it stands", "turned back"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_what_is_folded_across_moves_is_written_in_the_order_of_the_file(arrangement, back, tmp_path):
+    """A layer, a move and two scalings become one layer. Files take and make what they took and made, float and quantized."""
+    before, shape, behind, constants = ARRANGEMENTS[arrangement]
+    rng = np.random.default_rng(3)
+    moving = small.model(before, {"x": ["N", *X]}, ["t"], constants)
+    onnx.save(moving, tmp_path / "moving.onnx")
+    gain, shift = (small.run_ort(tmp_path / "moving.onnx", {"x": np.broadcast_to(
+        rng.uniform(0.5, 2.0, 4).astype(np.float32)[:, None, None], (1, *X)).copy()})["t"].take([0], axis=shape.index(0)) for _ in range(2))
+    turned = [helper.make_node(n.op_type, ["c" if i == "x" else i for i in n.input], n.output, **{a.name: a.ints for a in n.attribute})
+              for n in before]
+    nodes = [node("Conv", ["x", "w"], ["c"]), *turned, node("Mul", ["t", "gain"], ["m"]), node("Add", ["m", "shift"], ["u"])]
+    proto = small.model([*nodes, *behind] if back else nodes, {"x": ["N", *X]}, ["y" if back else "u"],
+                        {**constants, "w": floats(4, 4, 1, 1), "gain": gain, "shift": shift})
+    onnx.save(proto, tmp_path / "net.onnx")
+    feeds = {"x": floats(5, *X)}
+    truth = small.run_ort(tmp_path / "net.onnx", feeds)
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    writers = [(opened.graph, opened.save, opened.save_qdq)]
+    if back or (shape[0] == 0 and "samples" not in arrangement):  # outputs of a Graph have their batch in front
+        writers.append((eqfact.onnx.load(tmp_path / "net.onnx"), eqfact.onnx.save, eqfact.onnx.save_qdq))
+    for graph, save, save_qdq in writers:
+        folded = eq.fold_batchnorm(graph)
+        assert not any(isinstance(n.op, eq.BatchNorm) for n in folded.nodes)
+        save(tmp_path / "float.onnx", folded)
+        small.close(small.run_ort(tmp_path / "float.onnx", feeds), truth)
+        save_qdq(tmp_path / "small.onnx", eq.quantize(
+            folded, weights=eq.UniformQuantizer(), activations=eq.UniformQuantizer(symmetric=False), stats=eq.calibrate(folded, feeds)))
+        small_ones = small.run_ort(tmp_path / "small.onnx", feeds)
+        assert {name: value.shape for name, value in small_ones.items()} == {name: value.shape for name, value in truth.items()}
+        assert eq.sqnr(truth, small_ones) > 25

@@ -32,6 +32,7 @@ from eqfact.onnx.reading import read_model
 from eqfact.onnx.running import Arrays, Running
 from eqfact.onnx.splicing import spliced
 from eqfact.onnx.views import View
+from eqfact.onnx.writers import GraphWriter
 from eqfact.ops import BatchNorm, Shape, Weighted
 
 Feeds = Mapping[str, npt.ArrayLike]
@@ -120,6 +121,12 @@ class Opened:
                 arrays[value].append(finite(np.ascontiguousarray(view.value_of(found[name]))))
         return {value: np.concatenate(several) if len(several) > 1 else several[0] for value, several in arrays.items()}
 
+    def shown(self, values: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """The file's outputs by name and in their own order of axes, of the graph's by name; those alone that the graph makes."""
+        tensors = {str(info.name): self.source.tensors.get(info.name) for info in self.source.model.graph.output}
+        return {name: tensor.tensor_of(values[tensor.value]) for name, tensor in tensors.items()
+                if isinstance(tensor, View) and tensor.value in values}
+
     def parts(self, feeds: Feeds, first: int | None = None) -> list[Arrays]:
         """Data as the file takes it, a few samples at a time, in its own types, or an error that names the input and the rule.
 
@@ -129,7 +136,7 @@ class Opened:
 
     @property
     def whole(self) -> bool:
-        """Whether every node is understood, and inputs and outputs are values as they are."""
+        """Whether every node is understood, and inputs and outputs are values, in whatever order of axes."""
         return not self.kept and set(self.inputs) == set(self.graph.inputs) and set(self.graph.outputs) == {
             info.name for info in self.source.model.graph.output}
 
@@ -138,19 +145,33 @@ class Opened:
 
         ``graph`` is this one, equalized, or with BatchNorms folded. Every node that is kept or unchanged is written as it was read.
         Where a file that is understood whole has no place for a node of ``graph`` (BatchNorms folded across moves), the whole network is
-        written anew, as :func:`eqfact.onnx.save` does. :class:`OnnxError` that names the node for any other graph of another structure.
+        written anew. :class:`OnnxError` that names the node for any other graph of another structure.
         """
-        if self.whole:
+        if self.alone:
             save(path, graph)
-        else:
+            return
+        try:
             patch(path, graph, self.graph, self.source)
+        except OnnxError:
+            if not self.whole:
+                raise
+            write_model(path, spliced(path, graph, self.graph, self.source, GraphWriter))
 
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
-        """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is."""
-        if self.whole:
+        """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is.
+
+        The file written takes and makes the tensors of the file read, in their order of axes.
+        """
+        if self.alone:
             write_model(path, QdqWriter(path, graph).model())
         else:
             write_model(path, spliced(path, graph, self.graph, self.source, QdqWriter), full=False)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the graph, written without the file around it, takes and makes the file's own tensors."""
+        tensors = [self.source.tensors.get(name) for name in (*self.graph.inputs, *self.graph.outputs)]
+        return self.whole and all(isinstance(tensor, View) and tensor.plain for tensor in tensors)
 
 
 def finite(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

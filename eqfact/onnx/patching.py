@@ -94,11 +94,14 @@ class Patcher(GraphWriter):
                 else:
                     new = self._placed(node)
                     placed[made[new.name]] = new
-                makes = self._makes(node.name)
-                if makes != new.name:  # folded across moves: what was folded passes its input on
+                value, own = node.name, self._own(node).name
+                while new.name != self._makes(node.name) and value != own:  # folded across moves: what was folded passes its input on
+                    if not (makes := self._makes(value)):
+                        raise self._refused(node)
                     proto = protos[made[makes]]
-                    (value,) = (name for name in proto.input if isinstance(self.source.tensors.get(name), View))
-                    protos[made[makes]] = helper.make_node("Identity", [value], [makes], name=proto.name)
+                    (tensor,) = (name for name in proto.input if isinstance(self.source.tensors.get(name), View))
+                    protos[made[makes]] = helper.make_node("Identity", [tensor], [makes], name=proto.name)
+                    (value,) = self.before[value].inputs
         alive = _alive([(placed[i].inputs if i in placed else names_read(proto), proto.output) for i, proto in enumerate(protos)], outputs)
         as_read = [proto for i, proto in enumerate(protos) if i in alive and i not in placed]
         self.names = {name for proto in protos for name in proto.output} | {name for proto in as_read for name in names_read(proto)} | {
