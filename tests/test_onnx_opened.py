@@ -555,3 +555,16 @@ def test_graphs_of_another_structure_find_no_place(tmp_path):
     other = eq.Graph.chain((3, 8, 9), conv=eq.Conv(floats(2, 3, 1, 1)))
     refused(lambda: opened.save(tmp_path / "out.onnx", other), "node 'conv'", "another structure")
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("read", [eqfact.onnx.load, lambda path: eqfact.onnx.open(path, {"x": floats(4, 3, 3)}).graph], ids=["load", "open"])
+def test_a_graph_is_checked_in_its_own_order_of_axes(read, tmp_path):
+    """Tokens by features, as many of either, so that no shape tells them apart; what is loaded has its outputs as the file has them."""
+    nodes = [node("MatMul", ["x", "w"], ["a"]), node("Relu", ["a"], ["b"]), node("MatMul", ["b", "v"], ["y"])]
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 3, 3])}, {"y": (FLOAT, ["N", 3, 3])}, {"w": floats(3, 3), "v": floats(3, 3)}),
+              tmp_path / "net.onnx")
+    graph, feeds = read(tmp_path / "net.onnx"), {"x": floats(4, 3, 3)}
+    assert eqfact.onnx.check(tmp_path / "net.onnx", graph, feeds)
+    moved = eq.equalize(graph, "cross_layer").graph
+    eqfact.onnx.save(tmp_path / "out.onnx", moved)
+    assert eqfact.onnx.check(tmp_path / "out.onnx", moved, feeds) and not eqfact.onnx.check(tmp_path / "net.onnx", moved, feeds)

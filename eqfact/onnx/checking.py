@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from eqfact.graph import Graph, Node, forward
 from eqfact.onnx.opened import AT_ONCE, Opened, finite, open
-from eqfact.onnx.origin import OnnxError
+from eqfact.onnx.origin import OnnxError, source_of
 from eqfact.onnx.running import Arrays, Running, runtime
 from eqfact.onnx.views import View
 from eqfact.ops import Blocking, Weighted
@@ -89,9 +89,13 @@ def _boundary(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLi
 
 
 def _views(opened: Opened, graph: Graph) -> dict[str, tuple[str, View]]:
-    """A tensor of the file for every value that has one, and how it is a view of it."""
+    """A tensor of the file for every value that has one, and how it is a view of it.
+
+    A graph that was read from a file says itself what its values are: :func:`eqfact.onnx.load` puts outputs in the file's order of axes,
+    under names that stand for other values in what is opened.
+    """
     found: dict[str, tuple[str, View]] = {}
-    for name, view in opened.source.tensors.items():
+    for name, view in (source_of(graph) or opened.source).tensors.items():
         if name in opened.source.shown and isinstance(view, View) and graph.shapes.get(view.value) == view.shape and (
                 view.value not in found or name == view.value):
             found[view.value] = name, view

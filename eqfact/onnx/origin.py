@@ -141,3 +141,9 @@ class Origin:
     places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     #: What the nodes make that are the op together; a factor or shift behind it that went into its parameters is none of them.
     span: tuple[str, ...] = ()
+
+
+def source_of(graph: Graph) -> Source | None:
+    """The one file that nodes of a graph were read from; None if there is none, or several."""
+    sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
+    return sources.popitem()[1] if len(sources) == 1 else None

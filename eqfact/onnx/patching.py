@@ -21,7 +21,7 @@ from eqfact.onnx.building import names_read, same_op
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import write_model
 from eqfact.onnx.layers import Einsum
-from eqfact.onnx.origin import Constant, OnnxError, Origin, Source
+from eqfact.onnx.origin import Constant, OnnxError, Origin, Source, source_of
 from eqfact.onnx.views import View
 from eqfact.onnx.writers import GraphWriter, one_eps
 from eqfact.ops import BatchNorm, Conv, ConvTranspose, Dense, Extend, Normalization
@@ -48,8 +48,7 @@ def save(path: str | os.PathLike[str], graph: Graph) -> None:
     >>> eq.onnx.load("net.onnx").outputs
     ('fc',)
     """
-    sources = {id(node.origin.source): node.origin.source for node in graph.nodes if isinstance(node.origin, Origin)}
-    source = sources.popitem()[1] if len(sources) == 1 else None
+    source = source_of(graph)
     if source is not None and source.read is not None and source.read.outputs == graph.outputs and source.read.inputs == graph.inputs:
         with contextlib.suppress(OnnxError):
             patch(path, graph, source.read, source)
