@@ -568,3 +568,16 @@ def test_a_graph_is_checked_in_its_own_order_of_axes(read, tmp_path):
     moved = eq.equalize(graph, "cross_layer").graph
     eqfact.onnx.save(tmp_path / "out.onnx", moved)
     assert eqfact.onnx.check(tmp_path / "out.onnx", moved, feeds) and not eqfact.onnx.check(tmp_path / "net.onnx", moved, feeds)
+
+
+def test_a_mean_that_cancels_the_shift_of_a_dead_channel_is_no_misreading(tmp_path):
+    """Of 1 - 1.0001 any runtime may make what it likes from the eighth digit on."""
+    gamma, mean, var = floats(64), floats(64), np.abs(floats(64)) + np.float32(0.1)
+    constants = {"w": floats(64, 3, 1, 1), "b": np.full(64, -100, np.float32), "gamma": gamma, "mean": mean, "var": var,
+                 "beta": (mean * gamma / np.sqrt(var + 1e-5) * (1 + 1e-6 * floats(64))).astype(np.float32)}
+    nodes = [node("Conv", ["x", "w", "b"], ["a"]), node("Relu", ["a"], ["r"]),
+             node("BatchNormalization", ["r", "gamma", "beta", "mean", "var"], ["y"])]
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 3, 2, 2])}, {"y": (FLOAT, None)}, constants), tmp_path / "net.onnx")
+    feeds = {"x": floats(2, 3, 2, 2)}
+    assert not eqfact.onnx.running.run(tmp_path / "net.onnx", feeds, ["r"])["r"].any()
+    assert eqfact.onnx.check(tmp_path / "net.onnx", eqfact.onnx.load(tmp_path / "net.onnx"), feeds)

@@ -276,6 +276,12 @@ class BatchNorm(Weighted):
         y *= along_channels(self.weight, x.ndim - 1)
         return _add_bias(y, self.beta)
 
+    def magnitude(self, *inputs: Array) -> Array:
+        """``|weight| (m + |mean|) + |beta|``: what is rounded, even where mean and beta cancel out."""
+        (m,) = inputs
+        moved = m + along_channels(np.abs(self.mean).astype(m.dtype, copy=False), m.ndim - 1)
+        return _add_bias(self.absolute.forward(moved), np.abs(self.beta))
+
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         return (cotangent * along_channels(self.weight, cotangent.ndim - 1),)
 
