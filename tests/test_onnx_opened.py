@@ -15,6 +15,7 @@ from eqfact.onnx import OnnxError
 
 node = helper.make_node
 ints = small.ints
+EIGHT = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
 INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16
 
 
@@ -246,8 +247,7 @@ def test_quantized_graphs_go_into_the_file(net, tmp_path):
     path, feeds, kept = net
     opened = eqfact.onnx.open(path, feeds)
     boundary = opened.boundary(feeds)
-    eight = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
-    quantized = eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, boundary), **eight)
+    quantized = eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, boundary), **EIGHT)
     opened.save_qdq(tmp_path / "q.onnx", quantized)
     types = [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node]
     assert "QuantizeLinear" in types and all(types.count(kind) >= kept.count(kind) for kind in kept)
@@ -581,3 +581,15 @@ def test_a_mean_that_cancels_the_shift_of_a_dead_channel_is_no_misreading(tmp_pa
     feeds = {"x": floats(2, 3, 2, 2)}
     assert not eqfact.onnx.running.run(tmp_path / "net.onnx", feeds, ["r"])["r"].any()
     assert eqfact.onnx.check(tmp_path / "net.onnx", eqfact.onnx.load(tmp_path / "net.onnx"), feeds)
+
+
+def test_every_output_of_a_split_is_written_in_its_order_of_axes(tmp_path):
+    nodes = [node("MatMul", ["x", "w"], ["c"]), node("Split", ["c", "s"], ["a", "b"], axis=-1), node("Relu", ["a"], ["y"])]
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 5, 3])}, {"y": (FLOAT, None), "b": (FLOAT, None), "a": (FLOAT, None)},
+                    {"w": floats(3, 6), "s": ints(2, 4)}), tmp_path / "net.onnx")
+    feeds = {"x": floats(4, 5, 3)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    opened.save_qdq(tmp_path / "q.onnx", eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, feeds), **EIGHT))
+    truth, made = (small.run_ort(tmp_path / name, feeds) for name in ("net.onnx", "q.onnx"))
+    assert {name: value.shape for name, value in made.items()} == {"y": (4, 5, 2), "b": (4, 5, 4), "a": (4, 5, 2)}
+    assert eq.sqnr(truth, made) > 30

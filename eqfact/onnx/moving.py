@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -296,7 +297,7 @@ def split(call: Call) -> list[View]:
     if sum(sizes) != n or len(sizes) != count or min(sizes) < 1:
         raise ValueError(f"it splits {n} entries into {sizes}")
     edges = [0, *itertools.accumulate(sizes)]
-    return [call.building.choose(view, axis, range(a, b), name, call.origin()) for name, (a, b) in zip(
+    return [call.building.choose(view, axis, range(a, b), name, replace(call.origin(), makes=name)) for name, (a, b) in zip(
         call.node.output, itertools.pairwise(edges), strict=True)]
 
 
