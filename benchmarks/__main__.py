@@ -7,8 +7,9 @@ scikit-learn) and matplotlib.
 
 `files` measures ONNX files that people ship, and writes `docs/files.md` (onnx, onnxruntime and pillow); `operators` writes
 `docs/operators.md` (the extra `onnx`); `clipping` measures ranges that clip; `transformers` trains and measures transformers, and writes
-`docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Three write nothing,
-and need the extra `test`: `fuzz` reads broken ONNX files, `mutation` changes eqfact, `modules` proves `eqfact.testing` on PyTorch modules.
+`docs/transformers.md`; `training` trains the bundled network in few bits, and writes `docs/training.md` (matplotlib). Four write nothing,
+and need the extra `test`: `fuzz` reads broken ONNX files, `foreign` proves random valid ones, `mutation` changes eqfact, `modules` proves
+`eqfact.testing` on PyTorch modules.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ APART = {"ports": "the port within PyTorch on the conformance cases",
          "faults": "planted faults: which cases of the conformance kit find them",
          "clipping": "clipping and equalization, alone and together",
          "files": "ONNX files that people ship: read, written and quantized", "fuzz": "broken ONNX files: one error each, or a network",
+         "foreign": "random ONNX files: the same function after all that eqfact does?",
          "modules": "networks as PyTorch modules, and what breaks passes over them",
          "mutation": "small changes to eqfact: does a test fail?", "operators": "what eqfact makes of every operator of ONNX",
          "training": "the bundled network, trained in few bits from several starts",

@@ -155,7 +155,7 @@ class Opened:
         except OnnxError:
             if not self.whole:
                 raise
-            write_model(path, spliced(path, graph, self.graph, self.source, GraphWriter))
+            write_model(path, spliced(path, graph, self.graph, self.source, GraphWriter), full=False)
 
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
         """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is.
