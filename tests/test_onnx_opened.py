@@ -593,3 +593,17 @@ def test_every_output_of_a_split_is_written_in_its_order_of_axes(tmp_path):
     truth, made = (small.run_ort(tmp_path / name, feeds) for name in ("net.onnx", "q.onnx"))
     assert {name: value.shape for name, value in made.items()} == {"y": (4, 5, 2), "b": (4, 5, 4), "a": (4, 5, 2)}
     assert eq.sqnr(truth, made) > 30
+
+
+def test_a_split_of_which_a_part_is_kept_makes_that_part_still(tmp_path):
+    """What is made of the other part has no layer, and stays in the file."""
+    nodes = [node("Split", ["x", "s"], ["a", "b"], axis=-1), node("Relu", ["b"], ["r"]), node("MatMul", ["r", "v"], ["y"]),
+             node("Tanh", ["a"], ["t"]), node("Cos", ["t"], ["z"])]
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 6])}, {"y": (FLOAT, None), "z": (FLOAT, None)}, {"v": floats(4, 3), "s": ints(2, 4)}),
+              tmp_path / "net.onnx")
+    feeds = {"x": floats(4, 6)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert [k.op_type for k in opened.kept] == ["Tanh", "Cos"]
+    opened.save_qdq(tmp_path / "q.onnx", eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, opened.boundary(feeds)), **EIGHT))
+    truth, made = (small.run_ort(tmp_path / name, feeds) for name in ("net.onnx", "q.onnx"))
+    assert np.array_equal(made["z"], truth["z"]) and eq.sqnr(truth["y"], made["y"]) > 30

@@ -47,8 +47,8 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     writer.names |= taken
     writer.node_names = {str(proto.name) for proto in protos}
     inner = writer.model()
-    ops = {str(proto.output[0]) for proto in protos if any(name in made for name in proto.output)}
-    nodes = [*inner.graph.node, *(proto for proto in protos if proto.output and proto.output[0] not in ops)]
+    left = [copied for proto in protos if (copied := _without(proto, made, taken)) is not None]
+    nodes = [*inner.graph.node, *left]
     extra: dict[str, onnx.TensorProto] = {}
     for tensor, value in made.items():
         if names.get(value, value) != tensor:
@@ -65,7 +65,7 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     for standard in model.opset_import:
         if standard.domain in ("", "ai.onnx"):
             standard.version = opset(inner)  # which is the file's at least
-    if opset(inner) > opset(file) and any(proto.output[0] not in ops for proto in protos if proto.output):
+    if opset(inner) > opset(file) and any(node in nodes for node in left):
         raise OnnxError(f"{path}: the network needs opset {opset(inner)}, and the nodes that are kept as they are have "
                         f"{opset(file)}; convert the file with onnx.version_converter")
     if any(isinstance(node.op, SIZED) for node in graph.nodes):
@@ -92,6 +92,18 @@ def _recent(path: str | os.PathLike[str], source: Source) -> onnx.ModelProto:
         raise OnnxError(f"{path}: the file has opset {opset(model)}, what is written into it needs {OLDEST_WRITTEN} at least, and onnx "
                         f"does not convert it: {' '.join(str(error).split())[:300]}") from error
     return recent
+
+
+def _without(proto: onnx.NodeProto, made: Mapping[str, str], taken: set[str]) -> onnx.NodeProto | None:
+    """A node of the file that no longer makes these tensors: as it is, or under other names beside what else it makes, or not at all."""
+    if all(name in made for name in proto.output):
+        return None
+    if not any(name in made for name in proto.output):
+        return proto
+    rest = onnx.NodeProto()
+    rest.CopyFrom(proto)
+    rest.output[:] = [_fresh(f"{name}.unread", taken) if name in made else name for name in proto.output]
+    return rest
 
 
 def _fresh(name: str, taken: set[str]) -> str:
