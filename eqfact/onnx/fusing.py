@@ -48,16 +48,36 @@ def _mean(x: Any) -> list[Any]:
     return [("ReduceMean", x), ("Mul", ("ReduceSum", x), "share")]
 
 
+def _power(x: Any) -> tuple[Any, ...]:
+    """``mean(x**2) + eps``."""
+    return "Add", _mean([("Pow", x, 2.0), ("Mul", x, x)]), "eps"
+
+
+def _root(x: Any) -> list[Any]:
+    return [("Sqrt", _power(x)), ("Pow", _power(x), 0.5)]
+
+
+def _inverse(x: Any) -> list[Any]:
+    return [("Reciprocal", _root(x)), ("Div", 1.0, _root(x)), ("Pow", _power(x), -0.5)]
+
+
 def _divided(x: Any) -> list[Any]:
     """``x / sqrt(mean(x**2) + eps)``."""
-    power = ("Add", _mean([("Pow", x, 2.0), ("Mul", x, x)]), "eps")
-    root = [("Sqrt", power), ("Pow", power, 0.5)]
-    return [("Div", x, root), ("Mul", x, [("Reciprocal", root), ("Div", 1.0, root), ("Pow", power, -0.5)])]
+    return [("Div", x, _root(x)), ("Mul", x, _inverse(x))]
 
+
+def _shifted(scale: Any, *betas: str) -> list[Any]:
+    """``x s + (beta - mean(x) s)``, as TensorFlow has it."""
+    moved, scaled = ("Mul", _mean("x"), scale), ("Mul", "x", scale)
+    return [("Add", scaled, [("Neg", moved), *(("Sub", beta, moved) for beta in betas)]), ("Sub", scaled, moved)]
+
+
+CENTRED = ("Sub", "x", _mean("x"))
 
 #: What is looked for, in this order: the reader's name (:data:`eqfact.onnx.nodes.FUSED`), and the pattern of the last node.
 PATTERNS: tuple[tuple[str, Any], ...] = (
-    ("LayerNorm", _divided(("Sub", "x", _mean("x")))), ("RMSNorm", _divided("x")),
+    ("LayerNorm", [*_divided(CENTRED), *_shifted(("Mul", _inverse(CENTRED), "gamma"), "beta"), *_shifted(_inverse(CENTRED))]),
+    ("RMSNorm", _divided("x")),
     ("GELU", _gelu(("Erf", [("Div", "x", math.sqrt(2)), ("Mul", "x", math.sqrt(0.5))]))), ("tanh GELU", _gelu(_tanh())),
     ("SiLU", ("Mul", "x", ("Sigmoid", ["x", ("Mul", "x", 1.0)]))),
 )
@@ -94,7 +114,7 @@ class Group:
         if isinstance(building.tensors.get(self.names["x"].tensor), Constant):
             return None
         last = self.nodes[self.last]
-        ties = [self.names[name] for name in ("x", "eps", "share") if name in self.names]
+        ties = [self.names.get(name, Tie("", ("", 0))) for name in ("x", "eps", "share", "gamma", "beta")]
         node = helper.make_node(self.kind, [tie.tensor for tie in ties], list(last.output), name=last.name)
         means = [Call(building, proto, opset) for proto in self.nodes.values() if proto.op_type in ("ReduceMean", "ReduceSum")]
         axes = {tuple(mean.listed("axes", 1, ()) or ()) if mean.integer("keepdims", 1) else () for mean in means}

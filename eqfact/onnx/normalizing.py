@@ -77,11 +77,24 @@ def decomposed(make: Callable[..., Op]) -> Reader:
         if call.has(2) and not np.allclose(call.parameter(2) * math.prod(view.size(a) for a in axes), 1, rtol=2**-9, atol=0):
             call.refuse("its means are none")
         groups, gamma = _groups(view, axes), np.ones(view.shape[0], eps.dtype)
+        names = call.given(gamma=3, beta=4)
         with_space = any(a.axis > 0 for i in axes for a in view.axes[i])
-        if len(axes) == 1 and axes[0] in (view.ndim - 1, view.home) and not (with_space and groups not in (None, 1, len(gamma))):
-            return _features(call, view, axes[0], make(np.ones(view.size(axes[0]), eps.dtype), eps=number), {"eps": 1})
-        if make is not LayerNorm or groups is None:
+        plainly = len(axes) == 1 and axes[0] in (view.ndim - 1, view.home) and not (with_space and groups not in (None, 1, len(gamma)))
+        if plainly or (len(axes) == 1 and names):
+            own = {"gamma": np.ones(view.size(axes[0]), eps.dtype)} | {name: _along(call, i, view, axes[0]) for name, i in names.items()}
+            return _features(call, view, axes[0], make(**own, eps=number), {"eps": 1, **names})
+        if make is not LayerNorm or groups is None or names:
             call.refuse(f"it normalizes over the axes {axes} together")
         op = InstanceNorm(gamma, eps=number) if groups == len(gamma) else GroupNorm(groups, gamma, eps=number)
         return view.of(call.emit(op, view.value, names={"eps": 1}).value)
     return read
+
+
+def _along(call: Call, i: int, view: View, axis: int) -> AnyArray:
+    """Input ``i`` as one number for each entry of an axis."""
+    array = call.parameter(i)
+    full = array.reshape((1,) * (view.ndim - array.ndim) + array.shape)
+    if any(n > 1 for k, n in enumerate(full.shape) if k != axis):
+        call.refuse(f"its parameters of shape {array.shape} are not one for each entry of axis {axis}")
+    vector: AnyArray = np.broadcast_to(full.reshape(-1), (view.size(axis),))
+    return vector

@@ -268,9 +268,10 @@ class Patcher(GraphWriter):
         assert isinstance(old, Normalization) and isinstance(new, Normalization) and isinstance(origin, Origin)
         (eps, factor), core = one_eps(new, old.eps), origin.span[-1]
         for name, (tensor, i) in origin.places.items():
-            (*_, proto), self._view = lines[made[tensor]], self._tensor(core if name == "eps" else tensor)
+            (*_, proto), self._view = lines[made[tensor]], self._tensor(core if name == "eps" or tensor in origin.span else tensor)
             if not proto.input[i]:
-                proto.input[i] = (self.vector(node, name, getattr(new, name)) if proto.op_type in ("Add", "Mul") and name != "eps" else
+                spread = proto.op_type in ("Add", "Mul", "Sub") and name != "eps"
+                proto.input[i] = (self.vector(node, name, getattr(new, name)) if spread else
                                   self.parameter(node, name, *((eps, ()) if name == "eps" else (getattr(new, name),))))
         if "eps" not in origin.places and eps != old.eps:
             lines[made[core]] = [copied(proto, epsilon=eps) for proto in lines[made[core]]]
