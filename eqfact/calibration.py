@@ -15,6 +15,8 @@ import numpy as np
 from eqfact.graph import Data, Graph, Node, batches_of, walk
 from eqfact.histograms import BLOCK, Counting, Histogram
 from eqfact.ops.base import Array, Commuting, Weighted
+from eqfact.ops.joining import Flatten
+from eqfact.ops.space import AvgPool, GlobalAvgPool
 
 #: A layer's channel counts as another one when its weights are so many times as large or small; tuning and pruning moves them less.
 RESIZED = 1.25
@@ -210,7 +212,10 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
     its activation it varied all along: so what a layer makes, and its activation passes on, is taken to reach mean +- ``deviations``
     standard deviations, as well as the extremes seen. ``gaussians`` holds mean and deviation ``(C,)`` of layers by name from where they are
     known better, as :func:`eqfact.batchnorm_gaussians` reads them off the unfolded network; names that the graph lacks are left
-    out. Give the result to :func:`eqfact.equalize` for ``ranges``; :func:`eqfact.quantize` goes by the extremes seen.
+    out. A mean over space has one entry an image, so its extremes are those of few: the largest share of what its input may reach
+    that any channel was seen to have, all channels may have.
+
+    Give the result to :func:`eqfact.equalize` for ``ranges``; :func:`eqfact.quantize` goes by the extremes seen.
 
     :class:`ValueError` if ``deviations`` is negative, the statistics are of another graph, or a mean or deviation is no number.
 
@@ -232,8 +237,23 @@ def likely_ranges(graph: Graph, stats: Statistics, gaussians: Mapping[str, tuple
     for node in graph.nodes:
         if isinstance(node.op, Commuting) and node.op.activation and node.inputs[0] in ends:
             ends.setdefault(node.name, node.op.forward(ends[node.inputs[0]]))
-    return Statistics({name: replace(of, min=np.minimum(of.min, ends[name].min(axis=0)), max=np.maximum(of.max, ends[name].max(axis=0)))
-                       if name in ends else of for name, of in stats.items()}, stats.graph, stats.factors)
+    likely = {name: replace(of, min=np.minimum(of.min, ends[name].min(axis=0)), max=np.maximum(of.max, ends[name].max(axis=0)))
+              if name in ends else of for name, of in stats.items()}
+    for node in graph.nodes:
+        own, reach = likely[node.name], likely[node.inputs[0]]
+        if isinstance(node.op, (AvgPool, GlobalAvgPool)):
+            likely[node.name] = _sharing(own, reach)
+        elif isinstance(node.op, Flatten) and len(own.max) == len(reach.max):  # of a mean over all of space
+            likely[node.name] = replace(own, min=reach.min, max=reach.max)
+    return Statistics(likely, stats.graph, stats.factors)
+
+
+def _sharing(own: ValueStatistics, reach: ValueStatistics) -> ValueStatistics:
+    """Every channel with that share of its reach which the one with the largest share has; a share is no matter of the factors."""
+    low, high = np.minimum(reach.min, 0), np.maximum(reach.max, 0)
+    shares = [np.divide(seen, end, out=np.zeros_like(end), where=end != 0) for seen, end in ((own.min, low), (own.max, high))]
+    share = max(float(of.max()) for of in shares)
+    return replace(own, min=np.minimum(own.min, share * low), max=np.maximum(own.max, share * high))
 
 
 def _gaussian(name: str, of: Any, channels: int) -> tuple[Array, Array]:

@@ -213,6 +213,36 @@ def test_a_channel_that_first_fires_on_other_data_does_not_saturate():
     assert by_likely > by_seen + 3
 
 
+def test_means_over_space_have_the_largest_share_of_their_reach():
+    """Channels that reach 4, 2 and 1 (of -2) had means of up to 1, 0.1 and 0.5: a half of what they reach, in the last one."""
+    x = np.zeros((2, 3, 1, 4))
+    x[0, :, 0] = [[4, 0, 0, 0], [0.2, 0.2, 0, 0], [1, 1, 0, 0]]
+    x[1, :, 0] = [[0, 0, 0, 0], [2, -2, 0, 0], [-2, 0, 0, 0]]
+    for pool in (eq.GlobalAvgPool(), eq.AvgPool((1, 4))):
+        graph = eq.Graph.chain((3, 1, 4), pool=pool, flat=eq.Flatten(), fc=eq.Dense(np.eye(3)))
+        stats = eq.calibrate(graph, x)
+        likely = eq.likely_ranges(graph, stats)
+        for name in ("pool", "flat"):
+            assert likely[name].max.tolist() == [2, 1, 0.5] and likely[name].min.tolist() == [0, -1, -1], name
+        assert likely["x"].max.tolist() == [4, 2, 1]
+
+
+def test_a_mean_that_was_large_on_no_image_seen_does_not_saturate_on_others():
+    """A channel fires in one image of five: on twenty images the means of some channels are far below what they are on others."""
+    rng = np.random.default_rng(0)
+    conv = eq.Conv(np.eye(40)[:, :, None, None], np.full(40, -2.0))
+    graph = eq.Graph.chain((40, 3, 3), conv=conv, act=eq.ReLU(), pool=eq.GlobalAvgPool(), flat=eq.Flatten(),
+                           fc=eq.Dense(rng.normal(size=(5, 40))))
+
+    def images(count):
+        return rng.normal(size=(count, 40, 3, 3)) + 4 * (rng.random((count, 40, 1, 1)) < 0.2)
+    stats, other = eq.calibrate(graph, images(20)), images(300)
+    likely = eq.likely_ranges(graph, stats)
+    as_seen = eq.Statistics({name: stats[name] if name in ("pool", "flat") else of for name, of in likely.items()}, graph)
+    by_seen, by_likely = (_quality(graph, stats, ranges, other) for ranges in (as_seen, likely))
+    assert by_likely > by_seen + 3
+
+
 def _quality(graph, stats, ranges, data):
     """SQNR after equalization for ``ranges``, quantized with the extremes of ``stats``, weights in float."""
     eight = eq.UniformQuantizer(8, symmetric=False)
