@@ -244,7 +244,7 @@ class QdqWriter(GraphWriter):
         if step is None or written is None:
             return None
         whole = np.rint(bias.astype(np.float64) / step)
-        if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
+        if not np.array_equal((whole * step).astype(bias.dtype), bias):
             return None
         return whole.astype(np.int32), written.astype(np.float32)
 
