@@ -325,10 +325,9 @@ def _read_off_biases(a: Op, b: Op, u: float) -> tuple[Vector, Vector]:
 
 
 def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:
-    known = (a > 0) & (b > 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.where(known, b / a, 1.0)
-    known &= np.isfinite(ratio) & (ratio > 0) & np.isfinite(unsure)
+        ratio = b / a
+    known = np.isfinite(ratio) & (ratio > 0) & np.isfinite(unsure)
     return np.where(known, ratio, 1.0), np.where(known, unsure, -1.0)
 
 
