@@ -827,7 +827,7 @@ def test_outputs_that_overflow_are_refused_and_inputs_put_out_are_equal():
     both = eq.Graph.chain((1,), a=eq.Dense(np.float32([[1e30], [1]])), b=eq.Dense(np.float32([[1e30, 0], [0, 1]])), act=eq.ReLU6(),
                           out=eq.Dense(np.ones((1, 2), np.float32)))
     with np.errstate(over="ignore"):
-        parts_at(both, both.with_ops({"b": eq.Dense(np.float32([[1, 0], [0, 2]]))}), np.ones((1, 1), np.float32), "b")
+        parts_at(both, both.with_ops({"b": eq.Dense(np.float32([[1, 0], [0, -1]]))}), np.ones((1, 1), np.float32), "b")
     nothing = eq.Graph({"x": (2,)}, [], ["x"])
     verdict = eq.verify(nothing, nothing, np.ones((1, 2)))
     assert verdict.message == "equal: the inputs are put out as they come"
