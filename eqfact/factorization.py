@@ -95,6 +95,7 @@ class Factorization(Mapping[str, Array]):
             _refuse((labels > 0) & apart, value, f, lambda i, v=value, k=known, e=expected, n=labels: (
                 f"this channel is tied to one of '{giver[n[i]] if k[i] else v}' with factor {e[i]:g}"))
             by_label[labels], giver[labels] = f, value
+        by_label[0] = 1
         result = cls(resolved, _free_numbers(resolved, by_label, giver != ""))
         for value, given in factors.items() if resolved.compound is not None else ():
             labels, f = resolved.labels[value], np.asarray(given, np.float64)
