@@ -32,7 +32,7 @@ def on_grids(op: Weighted, grid: Grid | None, input_grid: Grid | None, dtype: np
     if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
         op = replace(op, grid=_with_free_scales(op.grid, op, given, input_grid, dtype))  # type: ignore[type-var]
     step = accumulator_step(op, input_grid, dtype)
-    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
+    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(bias_steps(op, step))).any():
         return op, None
     return on_accumulator(op, step, input_grid), step
 
@@ -66,7 +66,7 @@ def _with_free_scales(grid: Grid, op: Weighted, given: Weighted, input_grid: Gri
     smallest, s_x = float(np.finfo(dtype).tiny), input_grid.scale.item()
     with np.errstate(over="ignore"):
         needed = _as(grid.scale, np.abs(bias_of(op))) / TOLD_ALONE / s_x
-        free = np.maximum(needed, 2 * smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
+        free = np.maximum(needed, smallest / min(s_x, 1.0))  # so that scale and step are normal numbers
     dead &= (needed > 0) & (free < np.finfo(dtype).max) & (2 * _as(grid.scale, np.abs(given.rows()).max(axis=1)) < free)
     return replace(grid, scale=np.where(dead, free, grid.scale)).astype(dtype)
 
@@ -80,6 +80,13 @@ def _as(scale: Array, by_channel: npt.NDArray[Any], reduce: Any = np.maximum) ->
 def bias_of(op: Weighted) -> npt.NDArray[np.float64]:
     """The bias in float64; 0 where there is none."""
     return np.zeros(op.out_channels) if op.bias is None else op.bias.astype(np.float64)
+
+
+def bias_steps(op: Weighted, step: Array) -> npt.NDArray[np.float64]:
+    """How many steps of the layer's sums the bias comes to; infinitely many where that is no number."""
+    with np.errstate(over="ignore"):
+        steps: npt.NDArray[np.float64] = np.rint(bias_of(op) / step)
+    return steps
 
 
 def _reach(grid: Grid) -> int:
@@ -124,5 +131,5 @@ def on_accumulator(op: Weighted, step: Array, input_grid: Grid) -> Weighted:
     if op.bias is None:
         return op
     room = np.maximum(bias_room(op, input_grid), 0)
-    whole = np.clip(np.rint(bias_of(op) / step), -room, room)
+    whole = np.clip(bias_steps(op, step), -room, room)
     return replace(op, bias=(whole * step).astype(op.bias.dtype))  # type: ignore[type-var]

@@ -27,7 +27,7 @@ Vector = npt.NDArray[np.float64]
 
 def powers(forms: csr_array, f: Vector) -> Vector:
     """``prod f_j ** c_j`` for every row of whole ``c``, by multiplication alone: exact for powers of two."""
-    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         base = f[forms.indices]
         base = np.where(forms.data > 0, base, 1 / base)
         power = base.copy()
@@ -93,7 +93,7 @@ class Channels:
     @cached_property
     def forms(self) -> csr_array:
         """``B``: the logarithms of factors by label are ``forms @ t``, for free numbers ``t`` whose entry 0 is 0, ``(size, free + 1)``."""
-        free = identity(self.degrees_of_freedom + 1, format="csr")
+        free = identity(self.degrees_of_freedom + 1)
         return csr_array(free if self.compound is None else vstack([free, self.compound]))
 
     def by_label(self, free: Vector) -> Vector:

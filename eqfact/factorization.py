@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import overload
 
@@ -175,40 +176,34 @@ class Factorization(Mapping[str, Array]):
 def _free_numbers(resolved: Channels, by_label: Array, known: npt.NDArray[np.bool_]) -> Array:
     """The factors of the free numbers, from those of labels as far as they are known; 1 where nothing asks for another.
 
-    A form of one unknown number gives it, as ``exp2(log2(f) / c)``, which keeps powers of two. If a form of several is given and no other
-    tells them apart, the first takes it all.
+    Each form that is known gives one of its unknown numbers by the others, the first that no form before it has given, as
+    ``exp2(log2(f) / c)``, which keeps powers of two; what no form gives is 1.
     """
     count = resolved.degrees_of_freedom + 1
-    free, known_free = np.where(known[:count], by_label[:count], 1.0), known[:count].copy()
-    known_free[0] = True
+    free, unknown = np.where(known[:count], by_label[:count], 1.0), ~known[:count]
     if resolved.compound is None:
         return free
     starts, ends = resolved.compound.indptr[:-1], resolved.compound.indptr[1:]
-    open_in = np.add.reduceat(~known_free[resolved.compound.indices], starts, dtype=np.int64)
-    unknown = {row: int(open_in[row]) for row in np.flatnonzero(known[count:] & (open_in > 0)).tolist()}
-    forms = {row: (resolved.compound.indices[starts[row]:ends[row]], resolved.compound.data[starts[row]:ends[row]]) for row in unknown}
-    rows_of: dict[int, list[int]] = {}
-    for row, (numbers, _) in forms.items():
-        for number in numbers[~known_free[numbers]].tolist():
-            rows_of.setdefault(number, []).append(row)
-    due, later = [row for row, left in unknown.items() if left == 1], [row for row, left in unknown.items() if left > 1]
-
-    def settle(number: int, f: float) -> None:
-        free[number], known_free[number] = f, True
-        for row in rows_of[number]:
-            unknown[row] -= 1
-            if unknown[row] == 1:
-                due.append(row)
-    while due or later:
-        row = due.pop() if due else later.pop(0)
-        numbers, c = forms[row]
-        open_numbers = numbers[~known_free[numbers]].tolist()
-        for number in open_numbers[1:]:
-            settle(number, 1.0)
-        if open_numbers:
-            others = numbers != open_numbers[0]
-            rest = np.log2(by_label[count + row]) - float((c[others] * np.log2(free[numbers[others]])).sum())
-            settle(open_numbers[0], float(np.exp2(rest / c[~others].item())))
+    asked = known[count:] & np.logical_or.reduceat(unknown[resolved.compound.indices], starts)
+    # log u = rest + sum c log v, for the numbers u that forms give
+    given: dict[int, tuple[float, dict[int, Fraction]]] = {}
+    for row in np.flatnonzero(asked).tolist():
+        numbers, powers = (of[starts[row]:ends[row]] for of in (resolved.compound.indices, resolved.compound.data))
+        is_open = unknown[numbers]
+        rest = float(np.log2(by_label[count + row]) - powers @ np.log2(free[numbers]))
+        form = {v: Fraction(c) for v, c in zip(numbers[is_open].tolist(), powers[is_open].tolist(), strict=True)}
+        while (by_others := next((v for v in form if v in given), None)) is not None:
+            c, (of_others, others) = form.pop(by_others), given[by_others]
+            rest -= float(c) * of_others
+            for v, a in others.items():
+                form[v] = form.get(v, Fraction()) + c * a
+        form = {v: c for v, c in form.items() if c}
+        if form:
+            first = next(iter(form))
+            c = form.pop(first)
+            given[first] = rest / float(c), {v: -a / c for v, a in form.items()}
+    for number, (rest, others) in reversed(given.items()):  # the last may stand in those before it
+        free[number] = np.exp2(rest + sum(float(c) * np.log2(free[v]) for v, c in others.items()))
     return free
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eqfact.accumulators import accumulator_step, bias_of, bias_room, on_accumulator, on_grids
+from eqfact.accumulators import accumulator_step, bias_room, bias_steps, on_accumulator, on_grids
 from eqfact.calibration import Statistics, check_statistics
 from eqfact.gradients import Sensitivities
 from eqfact.graph import Graph, Node, fresh_name
@@ -302,7 +302,7 @@ def rounded_bias(quantized: Graph, node: Node, op: Weighted) -> tuple[Weighted, 
     step = accumulator_step(op, input_grid, scale_dtype(quantized))
     if step is None or input_grid is None:
         return op, 0
-    wanted, room = np.abs(np.rint(bias_of(op) / step)), np.maximum(bias_room(op, input_grid), 0)
+    wanted, room = np.abs(bias_steps(op, step)), np.maximum(bias_room(op, input_grid), 0)
     return on_accumulator(op, step, input_grid), int((wanted > room).sum())
 
 

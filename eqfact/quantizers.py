@@ -234,7 +234,7 @@ class FakeQuantize(Blocking):
         for name, numbers in (("scales", self.grid.scale), ("steps", self.step)):
             if numbers is not None and numbers.shape not in ((1,), (shape[0],)):
                 raise ValueError(f"FakeQuantize has {name} of shape {numbers.shape} for {shape[0]} channels")
-        return tuple(shape)
+        return shape
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs

@@ -177,7 +177,7 @@ def _extended(labels: Labels, slopes: Vector, relation: Relation) -> tuple[Label
             log -= coefficient / c * np.log(size)
             doubt += abs(coefficient / c) * slopes[1, at] / size
     with np.errstate(over="ignore", invalid="ignore"):
-        s = np.where(known, np.exp(np.where(known, log, 0.0)), 0.0)
+        s = np.where(known, np.exp(log), 0.0)
         return np.append(labels, made), np.concatenate([slopes, [s, np.where(known, s * doubt, 0.0)]], axis=1)
 
 

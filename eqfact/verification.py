@@ -267,7 +267,7 @@ class _Compared:
                 return self._at(self.error, bound)
         *_, bound = self.bounds()
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            worst = self._at(np.where(self.error > 0, self.error / bound, 0.0), bound)
+            worst = self._at(np.where((self.error > 0) & (bound < np.inf), self.error / bound, 0.0), bound)
         if near is None:
             return worst
         loose = (largest(bound - near) > 0) & (self.largest > 0)
@@ -276,7 +276,7 @@ class _Compared:
     def _at(self, ranked: Array, bound: Array) -> _Agreement:
         where = np.unravel_index(int(ranked.argmax()), ranked.shape)
         error, most = float(self.error[where]), float(bound[where])
-        return _Agreement(error, most, error / most if most > 0 else np.inf if error > 0 else 0.0)
+        return _Agreement(error, most, error / most if 0 < most < np.inf else np.inf if error > most else 0.0)
 
 
 def _compared(node: Node, a: Side, b: Side, f: Vector, unsure: Vector) -> _Compared:
@@ -325,10 +325,9 @@ def _read_off_biases(a: Op, b: Op, u: float) -> tuple[Vector, Vector]:
 
 
 def _ratio(a: Vector, b: Vector, unsure: Vector) -> tuple[Vector, Vector]:
-    known = (a > 0) & (b > 0)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = np.where(known, b / a, 1.0)
-    known &= np.isfinite(ratio) & (ratio > 0) & np.isfinite(unsure)
+        ratio = b / a
+    known = np.isfinite(ratio) & (ratio > 0) & np.isfinite(unsure)
     return np.where(known, ratio, 1.0), np.where(known, unsure, -1.0)
 
 

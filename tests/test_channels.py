@@ -122,6 +122,19 @@ def test_forms_solve_every_relation(graph):
         assert not total.toarray()[:, 1:].any()
 
 
+@given(networks(), st.data())
+def test_labels_that_follow_are_products_of_powers_of_the_free_numbers(graph, data):
+    resolved = eq.channels(graph)
+    count = resolved.degrees_of_freedom
+    free = np.exp2([0.0, *data.draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count))])
+    factors = np.exp2(resolved.forms.toarray() @ np.log2(free))
+    assert np.array_equal(resolved.by_label(free), factors)
+    for follower in range(count + 1, resolved.size):
+        f = np.where(np.arange(resolved.size) == follower, 7.0, factors)
+        resolved.follow(f, np.array([follower]))
+        assert np.array_equal(f, factors)
+
+
 # ------------------------------------------------------------------------------------------------ whole-number systems
 
 

@@ -184,6 +184,39 @@ def test_what_follows_from_a_named_product_is_as_little_as_it_can_be():
         eq.Factorization.of(graph, {"mul": [2.0, 4.0, 1.0], "a": [2.0, 1.0, 4.0], "b": [1.0, 8.0, 0.25]})
 
 
+def products(of):
+    """A network whose products multiply values of one channel, each made by a layer of its own."""
+    def layer():
+        return eq.Dense(np.ones((1, 1)))
+    values = sorted({value for inputs in of.values() for value in inputs})
+    return eq.Graph({"x": (1,)}, [
+        *(eq.Node(value, layer(), ["x"]) for value in values), *(eq.Node(name, eq.Mul(), [*inputs]) for name, inputs in of.items()),
+        *(eq.Node(f"read {name}", layer(), [name]) for name in of)], [f"read {name}" for name in of])
+
+
+@pytest.mark.parametrize(("of", "named"), [
+    ({"p": "ab", "q": "cd", "r": "bc"}, {"p": 2.0, "q": 8.0, "r": 0.25}),
+    ({"p": "abc", "q": "bd"}, {"p": 8.0, "q": 4.0}),
+    ({"p": "ab", "q": "bc", "r": "acd"}, {"p": 2.0, "q": 8.0, "r": 1.0}),
+    ({"p": "ab", "q": "abb"}, {"p": 4.0, "q": 2.0}), ({"p": "aab", "q": "abbb"}, {"p": 4.0, "q": 64.0}),  # only both together tell
+    ({"p": "abb", "q": "aaab"}, {"p": 32.0, "q": 32.0}),
+    ({"p": "ab", "q": "abc"}, {"p": 4.0, "q": 2.0, "b": 0.5}),
+    ({"p": "aab"}, {"p": 4.0}), ({"p": "abb"}, {"p": 4.0}),
+    ({"p": "ab"}, {"p": 2.0**-1070}),
+    ({"p": "ab"}, {"a": 1024.3, "b": 1.7, "p": 1024.3 * 1.7 * (1 + 3e-13)}),  # as far apart as roundings
+])
+def test_named_products_get_their_factors_whatever_tells_them(of, named):
+    f = eq.Factorization.of(products(of), {value: [factor] for value, factor in named.items()})
+    assert {name: f[name].item() for name in of} == pytest.approx({name: named[name] for name in of}, rel=1e-12, abs=0)
+    for name, inputs in of.items():
+        assert f[name].item() == pytest.approx(np.prod([f[value].item() for value in inputs]), rel=1e-12, abs=0)
+
+
+def test_a_product_that_is_not_named_follows():
+    f = eq.Factorization.of(products({"p": "ab"}), {"a": [4.0]})
+    assert [f[value].item() for value in "abp"] == [4, 1, 4]
+
+
 def test_what_is_tied_to_a_named_value_follows():
     graph = BY_NAME["residual"].graph
     f = eq.Factorization.of(graph, {"add": [2.0, 1.0, 4.0, 0.5]})
@@ -278,6 +311,8 @@ def test_factors_that_leave_the_range_of_numbers_are_refused():
 def test_a_factorization_cannot_be_made_of_bad_factors(value):
     with pytest.raises(ValueError, match="value 'fc1', channel 2: factors must be positive and finite"):
         eq.Factorization(eq.channels(CHAIN), np.array([1.0, 1.0, 1.0, value]))
+    with pytest.raises(ValueError, match="value 'a', channel 2: factors must be positive and finite"):  # of which b has the inverse
+        eq.Factorization(eq.channels(BY_NAME["product that is an output"].graph), np.array([1.0, 1.0, 1.0, value]))
 
 
 def test_overflowing_weights_are_refused_with_the_name_of_the_node():

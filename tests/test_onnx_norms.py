@@ -330,7 +330,7 @@ def test_norms_over_space(form, tmp_path):
     proven(tmp_path, net.model(3, 4, 3), kind, groups + 6)
 
 
-@pytest.mark.parametrize("opset", [14, 17, 23])
+@pytest.mark.parametrize("opset", [14, 17, 20, 23])
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 4, 3)], ids=str)
 @pytest.mark.parametrize("op", [
     lambda g, b: eq.LayerNorm(g), lambda g, b: eq.LayerNorm(g, b), lambda g, b: eq.RMSNorm(g), lambda g, b: eq.RMSNorm(g, b),

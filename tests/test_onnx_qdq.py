@@ -192,10 +192,11 @@ def test_rounded_values_are_clipped_between_numbers_on_the_grid(tmp_path):
 
 
 def test_layers_changed_after_quantization_are_refused(tmp_path):
-    graph = quantized(eq.Graph.chain((3,), a=eq.Dense(floats(2, 3)), act=eq.ReLU(), y=eq.Dense(floats(2, 2))))
-    step, weights = graph["act"].op.step[0], floats(2, 3, seed=6)
+    graph = quantized(eq.Graph.chain((3,), a=eq.Dense(floats(3, 3)), act=eq.ReLU(), y=eq.Dense(floats(2, 3))))
+    step, weights = graph["act"].op.step[0], floats(3, 3, seed=6)
     grid = eq.UniformQuantizer(8).weight_grid(eq.Dense(weights))
-    for other, found in ((eq.Dense(weights), "no steps"), (eq.Dense(grid.fake_quantize(weights), grid=grid), "steps of ")):
+    for other, found in ((eq.Dense(weights), "no steps"), (eq.ReLU(), "no steps"),
+                         (eq.Dense(grid.fake_quantize(weights), grid=grid), "steps of ")):
         with pytest.raises(OnnxError, match=rf"node 'act': it rounds sums in steps of {step:g}, and 'a' is made in {found}.*; quantize"):
             eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph.with_ops({"a": other}))
         assert not (tmp_path / "net.onnx").exists()
@@ -265,6 +266,69 @@ def test_groups_of_input_channels_are_blocks(tmp_path):
     assert tensors["y.float.weight.int"].data_type == TensorProto.INT4
 
 
+def test_one_scale_has_no_axis_and_bytes_need_no_new_opset(tmp_path):
+    _, model, tensors = one_layer(eq.Dense(floats(4, 3), floats(4)), (3,), eq.UniformQuantizer(8), tmp_path)
+    for name in ("x.quantized", "y.float.weight", "y.float.bias", "y"):
+        assert attribute(model, name, "axis") is None
+    assert all(tensor.dims == [] for name, tensor in tensors.items() if name.endswith(("scale", "zero_point")))
+    assert model.opset_import[0].version < 21
+
+
+@pytest.mark.parametrize(("qmin", "qmax", "kind"), [
+    (0, 15, "UINT8"), (0, 255, "UINT8"), (1, 255, "UINT8"), (0, 254, "UINT8"), (-1, 14, "INT8"), (-128, 127, "INT8"), (-127, 127, "INT8"),
+    (0, 256, "UINT16"), (0, 2**16 - 1, "UINT16"), (-1, 128, "INT16"), (-(2**15), 2**15 - 1, "INT16"), (-(2**15), 2**15 - 2, "INT16")])
+def test_activations_take_the_smallest_type_and_are_clipped_where_it_goes_on(qmin, qmax, kind, tmp_path):
+    grid = eq.Grid(np.array([0.25]), np.array([3.0]), qmin, qmax)
+    graph = eq.Graph({"x": (2,)}, [eq.Node("y", FakeQuantize(grid), ["x"])], ["y"])
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    model = onnx.load(tmp_path / "net.onnx")
+    (zero_point,) = (t for t in model.graph.initializer if t.name.endswith("zero_point"))
+    ends = np.iinfo(kind.lower())
+    clips = [kind for kind, end in (("Max", qmin != ends.min), ("Min", qmax != ends.max)) if end]
+    assert zero_point.data_type == getattr(TensorProto, kind)
+    assert [n.op_type for n in model.graph.node if n.op_type not in ("QuantizeLinear", "DequantizeLinear")] == clips
+    assert (model.opset_import[0].version >= 21) == (ends.bits > 8)
+    x = np.float32([[-1e9, 1e9], [0.3, -0.3], [(qmin - 3) / 4, (qmax - 3) / 4]])
+    expected = 0.25 * (np.clip(np.rint(x / 0.25) + 3, qmin, qmax) - 3)
+    assert np.array_equal(small.run_ort(tmp_path / "net.onnx", {"x": x})["y"], expected)
+
+
+@pytest.mark.parametrize(("qmin", "qmax", "kind"), [(0, 15, "UINT4"), (-8, 7, "INT4"), (-1, 14, "INT8"), (0, 16, "UINT8"), (-9, 7, "INT8")])
+def test_weights_take_the_smallest_type(qmin, qmax, kind, tmp_path):
+    whole = np.array([[qmin, qmax, 3], [0, 1, 2]])
+    layer = eq.Dense((0.5 * (whole - 2)).astype(np.float32), grid=eq.Grid(np.array([0.5]), np.array([2.0]), qmin, qmax))
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", eq.Graph({"x": (3,)}, [eq.Node("y", layer, ["x"])], ["y"]))
+    model = onnx.load(tmp_path / "net.onnx")
+    (stored,) = (t for t in model.graph.initializer if t.name.endswith("weight.int"))
+    assert stored.data_type == getattr(TensorProto, kind) and np.array_equal(numpy_helper.to_array(stored).astype(int), whole)
+    assert (model.opset_import[0].version >= 21) == (qmax - qmin < 16)
+
+
+def test_only_what_an_integer_kernel_would_refuse_is_hidden(tmp_path):
+    """A LeakyReLU whose steps are much finer than those of its input; and of what has a grid for each channel, both ends of every pair."""
+    coarse, fine = (eq.Grid(np.array([scale]), np.array([0.0]), -128, 127) for scale in (1.0, 2.0**-10))
+    graph = eq.Graph({"x": (2,)}, [eq.Node("x8", FakeQuantize(coarse), ["x"]), eq.Node("act", eq.LeakyReLU(0.001), ["x8"]),
+                                   eq.Node("y", FakeQuantize(fine), ["act"])], ["y"])
+    for net, hidden in ((graph, 0), (quantized(eq.Graph.chain((2,), act=eq.Softmax()), activations=eq.UniformQuantizer(
+            8, symmetric=False, granularity="per_channel")), 4)):
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", net)
+        assert [n.op_type for n in onnx.load(tmp_path / "net.onnx").graph.node].count("Sum") == hidden
+        assert steps_apart(net, tmp_path / "net.onnx").max() <= 1
+
+
+def test_a_bias_beyond_what_32_bits_hold_beside_the_products_stays_in_float(tmp_path):
+    """Of a double network, whose steps float32 rounds up: counted in those, the bias would just fit."""
+    step = 1 - 2.0**-26
+    grid = eq.Grid(np.array([1.0]), np.array([0.0]), -128, 127)
+    room = 2**31 - 1 - 128 * 2
+    for whole, stored in ((room - 8, True), (room + 8, False)):
+        layer = eq.Dense(np.array([[2 * step]]), np.array([whole * step]), grid=eq.Grid(np.array([step]), np.array([0.0]), -128, 127))
+        graph = eq.Graph({"x": (1,)}, [eq.Node("x8", FakeQuantize(grid), ["x"]), eq.Node("y", layer, ["x8"])], ["y"])
+        eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+        kinds = [t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer if "bias" in t.name]
+        assert (TensorProto.INT32 in kinds) == stored
+
+
 def test_four_bits_where_the_opset_has_them(net, tmp_path):
     graph = quantized(net, eq.UniformQuantizer(4))
     eqfact.onnx.save_qdq(tmp_path / "imported.onnx", graph)  # from a file of opset 17: kept
@@ -295,14 +359,17 @@ def test_ops_that_only_move_entries_have_a_pair_of_their_own(tmp_path):
     assert steps_apart(q, tmp_path / "net.onnx").max() == 0
 
 
-def test_shared_weights_are_stored_once(tmp_path):
+@pytest.mark.parametrize("weights", [eq.UniformQuantizer(8), eq.UniformQuantizer(8, symmetric=False), eq.UniformQuantizer(4)],
+                         ids=["signed", "unsigned", "4 bits"])
+def test_shared_weights_are_stored_once(weights, tmp_path):
     fc = eq.Dense(floats(3, 3), floats(3))
-    graph = eq.Graph({"x": (3,)}, [eq.Node("a", fc, ["x"]), eq.Node("y", eq.ReLU(), ["a"]), eq.Node("b", fc, ["y"])], ["b"])
-    q = quantized(graph)
-    weights = {id(n.op.weight) for n in q.nodes if isinstance(n.op, eq.Dense)}
+    graph = eq.Graph({"x": (3,)}, [eq.Node("a", fc, ["x"]), eq.Node("turned", eq.Permute((2, 0, 1)), ["x"]), eq.Node("b", fc, ["turned"]),
+                                   eq.Node("y", eq.ReLU(), ["a"]), eq.Node("c", fc, ["y"])], ["b", "c"])
+    q = quantized(graph, weights)
+    assert len({id(n.op.weight) for n in q.nodes if isinstance(n.op, eq.Dense)}) == 2  # the values that a and b read lie on one grid
     eqfact.onnx.save_qdq(tmp_path / "net.onnx", q)
     stored = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.name.endswith("weight.int")]
-    assert len(stored) == len(weights)
+    assert len(stored) == 2
     assert steps_apart(q, tmp_path / "net.onnx").max() <= 1
 
 

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 import eqfact as eq
 import eqfact.onnx
+from eqfact.onnx import OnnxError
 
 NETS = {"mobilenet": small.mini_mobilenet, "inception": small.mini_inception, "resnet": small.mini_resnet}
 CASES32 = [case for case in CASES if case.dtype == np.float32]
@@ -47,6 +48,7 @@ def test_every_op_computes_the_same_in_onnxruntime_and_after_reading_it_again(ca
     graph, path = graph_of(case), tmp_path / "op.onnx"
     eqfact.onnx.save(path, graph)
     onnx.checker.check_model(str(path), full_check=True)
+    assert [n.name for n in onnx.load(path).graph.node if "y" in n.output] == ["y"]
     feeds = {f"x{i}": x for i, x in enumerate(case.inputs())}
     expected = small.run_eq(graph, feeds)
     small.close(small.run_ort(path, feeds), expected, 1e-5)
@@ -55,7 +57,8 @@ def test_every_op_computes_the_same_in_onnxruntime_and_after_reading_it_again(ca
     assert dict(again.shapes).items() >= graph.shapes.items()
 
 
-@pytest.mark.parametrize("slope, shift, kinds", [(2, 3, ["BatchNormalization"]), (2, 0, ["Mul"]), (1, 3, ["Add"]), (1, 0, ["Add"])])
+@pytest.mark.parametrize("slope, shift, kinds", [(2, 3, ["BatchNormalization"]), (2, 0, ["Mul"]), (1, 3, ["Add"]), (1, 0, ["Add"]),
+                                                 (2, np.float32([[3], [0], [3]]), ["BatchNormalization"])], ids=str)
 @pytest.mark.parametrize("opset", [7, 12, 13, 17])
 def test_a_batchnorm_that_only_scales_or_shifts_is_one_node(opset, slope, shift, kinds, tmp_path):
     """In a file of opset 13 at least, whatever the network was read from."""
@@ -63,7 +66,7 @@ def test_a_batchnorm_that_only_scales_or_shifts_is_one_node(opset, slope, shift,
     onnx.save(relu, tmp_path / "read.onnx")
     read = eqfact.onnx.load(tmp_path / "read.onnx")
     full, zeros, ones = (np.full(3, v, np.float32) for v in (slope, 0, 1))
-    norm = eq.BatchNorm(full, zeros + np.float32(shift), zeros, ones, eps=0.0)
+    norm = eq.BatchNorm(full, zeros + np.float32(shift).ravel(), zeros, ones, eps=0.0)
     graph = eq.Graph(read.inputs, [*read.nodes, eq.Node("y", norm, ["r"])], ["y"])
     eqfact.onnx.save(tmp_path / "op.onnx", graph)
     model = onnx.load(tmp_path / "op.onnx")
@@ -92,6 +95,23 @@ def test_a_channel_clip_becomes_max_and_min_and_one_clip_again(tmp_path):
     assert [tuple(tensor.dims) for tensor in model.graph.initializer] == [(3, 1, 1), (3, 1, 1)]
     (node,) = eqfact.onnx.load(tmp_path / "clip.onnx").nodes
     assert isinstance(node.op, eq.Clip) and np.array_equal(node.op.low, clip.low) and np.array_equal(node.op.high, clip.high)
+
+
+def test_a_clip_that_is_open_for_some_channels_is_closed_for_the_others(tmp_path):
+    clip = eq.Clip(np.float32([-1, -np.inf, 0]), np.float32([np.inf, 3, 1]))
+    eqfact.onnx.save(tmp_path / "clip.onnx", eq.Graph({"x": (3,)}, [eq.Node("act", clip, ["x"])], ["act"]))
+    x = np.float32([[-9, -9, -9], [9, 9, 9]])
+    assert small.run_ort(tmp_path / "clip.onnx", {"x": x})["act"].tolist() == [[-1, -9, 0], [9, 3, 1]]
+
+
+@pytest.mark.parametrize("slope, shift, kinds", [(2, 3, ["Mul", "Add"]), (2, 0, ["Mul"]), (1, 3, ["Add"]), (1, 0, ["Add"]), (0, 0, ["Mul"]),
+                                                 (0, 3, ["Mul", "Add"])])
+def test_an_affine_multiplies_and_adds_what_it_must(slope, shift, kinds, tmp_path):
+    full = np.ones((1, 4), np.float32)
+    eqfact.onnx.save(tmp_path / "op.onnx", eq.Graph({"x": (3, 4)}, [eq.Node("y", eq.Affine(slope * full, shift * full), ["x"])], ["y"]))
+    assert [n.op_type for n in onnx.load(tmp_path / "op.onnx").graph.node] == kinds
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert np.array_equal(small.run_ort(tmp_path / "op.onnx", {"x": x})["y"], slope * x + shift)
 
 
 # ------------------------------------------------------------------------------------------------ whole networks
@@ -152,6 +172,38 @@ def test_the_file_keeps_its_header(tmp_path):
     assert again.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.parametrize(("given", "batch", "version"), [("batch", "batch", 7), (None, "N", 9), (1, 1, 8)], ids=str)
+def test_what_comes_behind_a_file_has_its_batch_and_its_version(given, batch, version, tmp_path):
+    """Or 8, if it is older. And where the batch is one sample, a constant beside it needs not be repeated."""
+    file = small.model([helper.make_node("Relu", ["x"], ["r"])], {"x": [given, 2]}, ["r"])
+    file.ir_version = version
+    onnx.save(file, tmp_path / "given.onnx")
+    read = eqfact.onnx.load(tmp_path / "given.onnx")
+    more = eq.Node("y", eq.Extend(np.float32([5])), ["r"])
+    eqfact.onnx.save(tmp_path / "more.onnx", eq.Graph(read.inputs, [*read.nodes, more], ["y"]))
+    model = onnx.load(tmp_path / "more.onnx")
+    assert model.ir_version == max(version, 8)
+    first = model.graph.output[0].type.tensor_type.shape.dim[0]
+    assert (first.dim_value if first.HasField("dim_value") else first.dim_param) == batch
+    assert model.graph.node[-1].op_type == "Concat" and (len(model.graph.node) == 2) == (given == 1)
+    x = np.float32([[-1, 2]])
+    assert small.run_ort(tmp_path / "more.onnx", {"x": x})["y"].tolist() == [[0, 2, 5]]
+
+
+def test_a_file_is_made_in_its_own_folder(tmp_path, monkeypatch):
+    """From elsewhere it could not be put in its place in one step."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    eqfact.onnx.save(tmp_path / "net.onnx", eq.Graph.chain((3,), act=eq.ReLU()))
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_network_that_one_file_does_not_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("eqfact.onnx.exporting.LARGEST", 2**10)
+    with pytest.raises(OnnxError, match=r"net.onnx: the network has 0.0 GiB; an ONNX file without external data holds 2 GiB"):
+        eqfact.onnx.save(tmp_path / "net.onnx", eq.Graph.chain((30,), fc=eq.Dense(np.ones((30, 30)))))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_fixed_batch_stays_fixed(tmp_path):
     onnx.save(small.mini_inception(), tmp_path / "given.onnx")
     eqfact.onnx.save(tmp_path / "again.onnx", eqfact.onnx.load(tmp_path / "given.onnx"))
@@ -174,14 +226,17 @@ def test_a_newer_opset_is_taken_where_an_op_needs_one(op, opset, tmp_path):
     assert onnx.load(tmp_path / "op.onnx").opset_import[0].version == opset
 
 
-def test_hard_swish_before_opset_14_is_written_as_a_product(tmp_path):
+@pytest.mark.parametrize(("name", "names"), [("", ["", "", ""]), ("act", ["", "act.gate", "act"])])
+def test_hard_swish_before_opset_14_is_written_as_a_product(name, names, tmp_path):
     x = np.linspace(-4, 4, 12, dtype=np.float32).reshape(4, 3)
-    given = small.model([helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], {"x": ["N", 3]}, ["y"], opset=13)
+    relus = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Relu", ["r"], ["y"], name=name)]
+    given = small.model(relus, {"x": ["N", 3]}, ["y"], opset=13)
     onnx.save(given, tmp_path / "given.onnx")
     graph = eqfact.onnx.load(tmp_path / "given.onnx").with_ops({"r": eq.Identity(), "y": eq.HardSwish()})
     eqfact.onnx.save(tmp_path / "op.onnx", graph)
     written = onnx.load(tmp_path / "op.onnx")
     assert written.opset_import[0].version == 13 and written.graph.node[-1].op_type == "Mul"
+    assert [n.name for n in written.graph.node] == names  # as in the file
     small.close(small.run_ort(tmp_path / "op.onnx", {"x": x}), {"y": eq.HardSwish().forward(x)})
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import eqfact as eq
 from eqfact.accumulators import accumulator_step
 from eqfact.ops.grid import ROUNDINGS, rounded
-from eqfact.quantization import grid_of, stored_values, tensor_ranges
+from eqfact.quantization import grid_of, keeps_grid, rounded_bias, stored_name, stored_values, tensor_ranges
 from eqfact.quantizers import effective_bits
 from eqfact.report import local_sqnr
 from eqfact.testing.strategies import batches, networks
@@ -303,7 +303,37 @@ def test_per_tensor_activations_share_one_grid_and_per_channel_ones_have_their_o
 
 def test_effective_bits_are_bits_minus_the_log_of_the_ratio():
     assert effective_bits(np.array([1.0, 0.25, 0.0]), 8).tolist() == [8.0, 6.0, -math.inf]
+    assert effective_bits(np.array([0.5, 0.25]), 8).tolist() == [8.0, 7.0]
     assert effective_bits(np.zeros(2), 8).tolist() == [-math.inf, -math.inf]
+
+
+def test_a_group_of_all_input_channels_is_a_channel():
+    """And has one scale, so that an integer engine can add up its products."""
+    op = Maker(1).conv(3, 5, 2)
+    by_channel = eq.UniformQuantizer(granularity="per_channel").weight_grid(op)
+    for size in (5, 6):
+        grid = eq.UniformQuantizer(granularity="per_group", group_size=size).weight_grid(op)
+        assert grid.scale.shape == (3, 1, 1) and np.array_equal(grid.scale, by_channel.scale)
+
+
+@pytest.mark.parametrize(("options", "steps"), [
+    ({}, 127), ({"signed": False}, 127), ({"bits": 4, "signed": False}, 7), ({"narrow_range": True}, 127), ({"symmetric": False}, 255),
+    ({"symmetric": False, "signed": True}, 255), ({"symmetric": False, "narrow_range": True}, 254), ({"bits": 2, "signed": False}, 1)])
+def test_steps_are_those_of_the_range_that_a_scale_divides(options, steps):
+    quantizer = eq.UniformQuantizer(**options)
+    assert quantizer.steps == steps
+    assert quantizer.grid(0.0 if not quantizer.symmetric else -3.0, 3.0).scale == pytest.approx(3 / steps)
+
+
+def test_taps_share_the_sensitivity_of_their_weight_with_those_that_are_not_0():
+    w = np.array([[[1.0, 0.0, -2.0], [0.0, 0.0, 0.0]]])
+    shares = eq.UniformQuantizer(range="noise")._weighing(w, np.array([[[6.0, 4.0]]]))
+    assert shares.tolist() == [[[3, 3, 3], [4, 4, 4]]]
+
+
+def test_an_error_beyond_all_numbers_passes_as_the_range_of_the_grid():
+    op, x = eq.FakeQuantize(eq.Grid(np.ones(1), np.zeros(1), -2, 5)), np.float32([[1.0], [0.0]])
+    assert op.passes([np.float32([[3e38], [1e30]])], [x], 4.0).tolist() == [[1.0], [1.25]]
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -447,6 +477,9 @@ def test_a_mask_made_of_an_input_is_computed_in_float():
         eq.Node("sums", eq.Add(), ["masked", "moved"]),
         eq.Node("p", eq.Softmax(-1), ["sums"]), eq.Node("y", eq.Mix(1), ["p", "v"])], ["y"])
     assert stored_values(graph) == ["x", "q", "k", "v", "p"]
+    layer = eq.Graph(dict(graph.inputs), [eq.Node(n.name, eq.Conv(np.ones((1, 1, 1, 1))), n.inputs) if n.name == "made" else n
+                                          for n in graph], graph.outputs)
+    assert stored_values(layer) == ["x", "mask", "q", "k", "v", "p"]  # a layer reads whole numbers, also of a mask
 
 
 def test_an_inner_output_is_rounded_where_it_is_read():
@@ -920,6 +953,38 @@ def test_the_smallest_step_of_sums_is_the_smallest_normal_number(dtype):
     op = eq.Dense(np.ones((1, 1)), grid=grid)
     assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny)), dtype).tolist() == [tiny]
     assert accumulator_step(op, dataclasses.replace(grid, scale=np.float64(tiny / 2)), dtype) is None
+
+
+def test_ops_keep_values_on_a_grid_where_they_move_entries_or_clip_them_between_its_numbers():
+    grid = eq.Grid(np.array([0.5]), np.array([2.0]), 0, 7)  # -1, -0.5, ... 2.5
+    by_channel = eq.Grid(np.array([0.5, 0.25]), np.zeros(2), 0, 7)
+    for op, kept in ((eq.MaxPool(2), True), (eq.Flatten(), True), (eq.AvgPool(2), False), (eq.LeakyReLU(0.5), False), (eq.Tanh(), False),
+                     (eq.ReLU(), True), (eq.Clip(-0.5, 1.5), True), (eq.Clip(-0.5, 1.6), False), (eq.Clip(-0.6, 1.5), False),
+                     (eq.Clip(0.0, np.array([1.5, 2.0])), True), (eq.Clip(0.0, np.array([1.5, 2.1])), False),
+                     (eq.Clip(-np.inf, np.array([np.inf, 2.0])), True), (eq.Clip(0.0, 3.0), False)):
+        assert keeps_grid(op, grid) == kept, op
+        assert not keeps_grid(op, by_channel)
+        net = eq.Graph({"x": (2, 4)}, [eq.Node("x8", eq.FakeQuantize(grid), ["x"]), eq.Node("y", op, ["x8"]),
+                                       eq.Node("z", eq.Identity(), ["y"])], ["z"])
+        assert [grid_of(net, value) for value in ("x", "x8", "y", "z")] == [None, grid, *[grid if kept else None] * 2]
+
+
+def test_stored_values_keep_their_names_but_for_inputs():
+    net = eq.Graph.chain((1,), a=eq.Dense([[2.0]]), act=eq.Clip(-1.0, 1.5), b=eq.Dense([[1.0]]))
+    q = eq.quantize(net, activations=eq.UniformQuantizer(), stats=eq.calibrate(net, np.array([[1.0], [-2.0]])), outputs=True)
+    assert {"x.quantized", "a.quantized", "act", "b"} <= set(q.shapes)
+    assert [stored_name(q, value) for value in net.shapes] == ["x.quantized", "a", "act", "b"]
+
+
+def test_a_rounded_bias_tells_how_many_channels_have_no_room_for_theirs():
+    """Where products leave no room at all, a bias of 0 needs none."""
+    read = eq.FakeQuantize(eq.Grid(np.ones(1), np.zeros(1), 0, 511))
+    wide = eq.Grid(np.ones((1, 1)), np.zeros((1, 1)), -(2**24), 2**24)
+    for weight, bias, lost, left in ((2.0**23, [0.0, 7.2, -3.0], 2, [0, 0, 0]), (1.0, [0.0, 7.2, -3.0], 0, [0, 7, -3])):
+        op = eq.Dense(np.full((3, 1), weight), np.array(bias), grid=wide)
+        net = eq.Graph.chain((1,), q=read, fc=op)
+        rounded_op, count = rounded_bias(net, net["fc"], op)
+        assert (rounded_op.bias.tolist(), count) == (left, lost)
 
 
 def test_inputs_are_stored_even_where_an_activation_alone_reads_them():

@@ -155,6 +155,10 @@ def test_ends_at_zero_stay_there():
     quantizer = eq.UniformQuantizer(4, symmetric=False)
     by_low, by_high = quantizer.range_vjp(np.array([0.0, -2.0]), np.array([1.0, 0.0]), np.ones(2), np.ones(2))
     assert by_low[0] == 0 and by_high[1] == 0 and by_high[0] != 0 and by_low[1] != 0
+    # the zero point is an end then, whatever the other end, and the scale a fifteenth of that
+    for inner in (0.0, 0.5):
+        by_low, by_high = quantizer.range_vjp(np.array([inner, -2.0]), np.array([3.0, -inner]), np.ones(2), np.full(2, 5.0))
+        assert by_low == pytest.approx([0, -1 / 15]) and by_high == pytest.approx([1 / 15, 0])
 
 
 # ------------------------------------------------------------------------------------------------ gradients of the network

@@ -89,7 +89,7 @@ class Writer(ABC):
     def _header(self) -> onnx.ModelProto:
         """The model without nodes: as in the file that the network came from, or a new one."""
         sources = [node.origin.source for node in self.graph.nodes if isinstance(node.origin, Origin) and node.origin.source is not None]
-        model = sources[0].header if sources else onnx.ModelProto(ir_version=IR_VERSION)
+        model = sources[0].header if sources else onnx.ModelProto()
         if not sources:
             model.opset_import.append(helper.make_opsetid("", OPSET))
             model.graph.name, model.producer_name = "network", "eqfact"

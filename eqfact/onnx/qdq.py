@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from eqfact.accumulators import accumulator_step, bias_of, bias_room
+from eqfact.accumulators import accumulator_step, bias_room, bias_steps
 from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
@@ -153,7 +153,7 @@ class QdqWriter(GraphWriter):
         """The step of a layer's sums, the product of ``dtype``'s numbers, if there is one and 32 bits hold them."""
         input_grid = self._grid(node.inputs[0])
         step = accumulator_step(op, input_grid, dtype)
-        if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(np.rint(bias_of(op) / step))).any():
+        if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(bias_steps(op, step))).any():
             return None
         return step
 
@@ -244,7 +244,7 @@ class QdqWriter(GraphWriter):
         if step is None or written is None:
             return None
         whole = np.rint(bias.astype(np.float64) / step)
-        if np.abs(whole).max() >= 2**31 or not np.array_equal((whole * step).astype(bias.dtype), bias):
+        if not np.array_equal((whole * step).astype(bias.dtype), bias):
             return None
         return whole.astype(np.int32), written.astype(np.float32)
 
