@@ -274,7 +274,8 @@ of weights; they are written byte for byte as they were read. *Free*: the share 
 either side. *Equal*: what eqfact computes is what onnxruntime computes, value by value; and the outputs of the file written against those
 of the file read. *W8A8*: outputs of the quantized file in onnxruntime's integer kernels against the float file's, one step per tensor,
 min-max ranges of the same data; not equalized, and equalized. Data are synthetic (see `benchmarks/files.py`): the columns of dB say that
-files are the same function, and how quantization goes on such data; they do not say how good the networks are.
+files are the same function, and how quantization goes on such data; they do not say how good the networks are. *Seconds* were taken while
+the machine had other work, which made some of them up to eight times what they are alone.
 
 A file in which nothing is understood is refused, as the `silero_vad.onnx` of several packages, all of whose layers stand inside an `If` on
 one of its inputs.
