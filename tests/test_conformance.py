@@ -365,7 +365,7 @@ def port(tmp_path, does="pass", program=PORT):
 @pytest.mark.parametrize("does, said", [
     ("os._exit(7)", "it ended, with exit status 7"),
     ("raise KeyError('oh')", "it ended, with exit status 1: KeyError: 'oh'"),
-    ("time.sleep(60)", "it did not answer within 1 s"),
+    ("time.sleep(60)", "it did not answer within 2 s"),
     ("print('loading weights', flush=True)", "it said what is no JSON: 'loading weights\\\\n'"),
     ("print('{\"id\": 3, \"answer\": {\"noise\": NaN}}', flush=True)", "NaN"),
     ("number = 2", "it answered another question: asked with id 3"),
@@ -377,7 +377,7 @@ def port(tmp_path, does="pass", program=PORT):
     ("[print(json.dumps({'id': i, 'skip': 'x'}), flush=True) for i in (3, 4, 5)]; continue", None),
 ], ids=["exits", "raises", "hangs", "noise", "nan", "order", "form", "long", "deep", "closed", "bytes", "ahead"])
 def test_what_an_implementation_does_to_one_case_does_not_touch_the_next(tmp_path, does, said):
-    run = runner.run(port(tmp_path, does), CASES[:6], timeout=1)
+    run = runner.run(port(tmp_path, does), CASES[:6], timeout=2 if said and "within" in said else 60)  # a busy machine may take a second
     verdicts = [outcome.verdict for outcome in run.outcomes]
     if said is None:  # answers to questions that were not asked yet: the one behind is the one that fails
         (failed,) = [outcome for outcome in run.outcomes if outcome.verdict == "failed"]
