@@ -276,6 +276,17 @@ def test_a_norm_as_tensorflow_has_it_is_one_op(layout, scale, center, inverse, o
     assert len(again.graph.node) - len(net.nodes) == (not scale)
 
 
+@pytest.mark.parametrize("gamma", [(5, 1), (5, 4), (1, 1, 1, 4)])
+def test_a_factor_of_other_axes_within_is_no_gamma(gamma, tmp_path):
+    net = Net()
+    as_tensorflow(net, net("MatMul", None, net.normal(3, 4)), -1, gamma, True, False, "Reciprocal")
+    onnx.save(net.model(5, 3), tmp_path / "net.onnx")
+    x = {"x": 2 * small.normals(2)(2, 5, 3)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", x)
+    assert not any(isinstance(n.op, NORMS) for n in opened.graph.nodes)
+    assert eqfact.onnx.check(tmp_path / "net.onnx", opened.graph, x)
+
+
 def group_operator(net):
     net("GroupNormalization", None, net.normal(6), net.normal(6), num_groups=2, epsilon=EPS)
 

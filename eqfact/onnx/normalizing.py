@@ -94,7 +94,7 @@ def _along(call: Call, i: int, view: View, axis: int) -> AnyArray:
     """Input ``i`` as one number for each entry of an axis."""
     array = call.parameter(i)
     full = array.reshape((1,) * (view.ndim - array.ndim) + array.shape)
-    if any(n > 1 for k, n in enumerate(full.shape) if k != axis):
+    if array.ndim > view.ndim or any(n > 1 for k, n in enumerate(full.shape) if k != axis):
         call.refuse(f"its parameters of shape {array.shape} are not one for each entry of axis {axis}")
     vector: AnyArray = np.broadcast_to(full.reshape(-1), (view.size(axis),))
     return vector
