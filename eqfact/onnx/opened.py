@@ -144,8 +144,8 @@ class Opened:
         """Write the file with the parameters of ``graph`` in place of its own, whole or not at all.
 
         ``graph`` is this one, equalized, or with BatchNorms folded. Every node that is kept or unchanged is written as it was read.
-        Where a file that is understood whole has no place for a node of ``graph`` (BatchNorms folded across moves), the whole network is
-        written anew. :class:`OnnxError` that names the node for any other graph of another structure.
+        Where the file has no place for a node of ``graph`` (BatchNorms folded across moves), all that is understood is written anew, among
+        what is kept. :class:`OnnxError` that names the node for a graph of other inputs or outputs.
         """
         if self.alone:
             save(path, graph)
@@ -153,7 +153,7 @@ class Opened:
         try:
             patch(path, graph, self.graph, self.source)
         except OnnxError:
-            if not self.whole:
+            if graph.inputs != self.graph.inputs or graph.outputs != self.graph.outputs:
                 raise
             write_model(path, spliced(path, graph, self.graph, self.source, GraphWriter), full=False)
 
