@@ -274,15 +274,17 @@ class Tests:
         """Run all tests without a change; files of tests that were seen before with the same eqfact are remembered."""
         store, same = cache() / "mutation.json", digest([*PACKAGE.rglob("*.py"), ROOT / "tests" / "conftest.py"])
         known = json.loads(store.read_text()) if store.exists() else {}
-        files, parts = defaultdict[Path, list[pytest.Item]](list), list[list[pytest.Item]]()
+        files = defaultdict[Path, list[pytest.Item]](list)
         for item in self.items:
             files[item.path].append(item)
         seen = {path.name: f"{same} {digest([path])}" for path in files}
         parts = [part for path, part in files.items() if known.get(path.name, {}).get("of") != seen[path.name]]
-        for part, found in each(parts, self.jobs, self._observed):
-            if not isinstance(found, dict):
-                raise SystemExit(f"without any change there fails {found}, of {part[0].path.name}")
-            known[part[0].path.name] = {"of": seen[part[0].path.name], "tests": found}
+        try:
+            for part, found in each(parts, self.jobs, self._observed):
+                if not isinstance(found, dict):
+                    raise SystemExit(f"without any change there fails {found}, of {part[0].path.name}")
+                known[part[0].path.name] = {"of": seen[part[0].path.name], "tests": found}
+        finally:
             store.write_text(json.dumps(known))
         for name in seen:
             for test, (seconds, entered) in known[name]["tests"].items():
