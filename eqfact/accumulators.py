@@ -31,10 +31,8 @@ def on_grids(op: Weighted, grid: Grid | None, input_grid: Grid | None, dtype: np
         op = replace(op, weight=grid.fake_quantize(op.weight), grid=grid)  # type: ignore[type-var]  # every final op is a dataclass
     if op.grid is not None and input_grid is not None and _one_step(op, op.grid, input_grid):
         op = replace(op, grid=_with_free_scales(op.grid, op, given, input_grid, dtype))  # type: ignore[type-var]
-    step = accumulator_step(op, input_grid, dtype)
-    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(bias_steps(op, step))).any():
-        return op, None
-    return on_accumulator(op, step, input_grid), step
+    step = held_step(op, input_grid, dtype)
+    return (op, None) if step is None or input_grid is None else (on_accumulator(op, step, input_grid), step)
 
 
 def _roomy(grid: Grid, op: Weighted, input_grid: Grid, dtype: np.dtype[Any]) -> Grid:
@@ -124,6 +122,14 @@ def accumulator_step(op: Weighted, input_grid: Grid | None, dtype: npt.DTypeLike
         return None
     step = input_grid.scale.astype(dtype).reshape(()) * op.grid.scale.astype(dtype).reshape(-1)
     return step.astype(np.float64) if (step >= np.finfo(dtype).tiny).all() else None
+
+
+def held_step(op: Weighted, input_grid: Grid | None, dtype: npt.DTypeLike) -> Array | None:
+    """The same, where 32 bits hold all that a layer may add up."""
+    step = accumulator_step(op, input_grid, dtype)
+    if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(bias_steps(op, step))).any():
+        return None
+    return step
 
 
 def on_accumulator(op: Weighted, step: Array, input_grid: Grid) -> Weighted:

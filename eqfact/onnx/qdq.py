@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from eqfact.accumulators import accumulator_step, bias_room, bias_steps
+from eqfact.accumulators import bias_steps, held_step
 from eqfact.graph import Graph, Node
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
@@ -151,11 +151,7 @@ class QdqWriter(GraphWriter):
 
     def _step(self, node: Node, op: Weighted, dtype: npt.DTypeLike) -> Array | None:
         """The step of a layer's sums, the product of ``dtype``'s numbers, if there is one and 32 bits hold them."""
-        input_grid = self._grid(node.inputs[0])
-        step = accumulator_step(op, input_grid, dtype)
-        if step is None or input_grid is None or (bias_room(op, input_grid) < np.abs(bias_steps(op, step))).any():
-            return None
-        return step
+        return held_step(op, self._grid(node.inputs[0]), dtype)
 
     def _activation(self, node: Node, value: str, grid: Grid, suffix: str = "") -> None:
         """Round a value to its grid and back."""
@@ -243,7 +239,7 @@ class QdqWriter(GraphWriter):
         step, written = (self._step(node, op, dtype) for dtype in (self.scale_dtype, np.float32))
         if step is None or written is None:
             return None
-        whole = np.rint(bias.astype(np.float64) / step)
+        whole = bias_steps(op, step)
         if not np.array_equal((whole * step).astype(bias.dtype), bias):
             return None
         return whole.astype(np.int32), written.astype(np.float32)
