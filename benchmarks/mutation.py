@@ -56,6 +56,7 @@ PATIENCE, SECONDS = 4.0, 5.0
 GIBIBYTES = 8
 OPTIONS = ["-qq", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning",
            "-o", "markers=xdist_group: it is not used here"]
+CASES = "testing/cases/"  #: what they find is measured by ``python -m benchmarks faults``
 FUNCTION = 1  # inspect.CO_OPTIMIZED: of a function, neither of a module nor of a class
 
 SWAPS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
@@ -202,8 +203,9 @@ def judged() -> dict[tuple[str, str, str], str]:
 
 
 def modules() -> dict[str, bytes]:
-    """The source of every module by its path below eqfact/."""
-    return {path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))}
+    """The source of every module by its path below eqfact/; but for the cases, of which changed ones may do as well."""
+    named = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {name: path.read_bytes() for name, path in named.items() if not name.startswith(CASES)}
 
 
 def sample(pools: dict[str, list[Change]], count: int, seed: int) -> list[Change]:
