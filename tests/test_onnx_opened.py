@@ -311,6 +311,8 @@ def test_a_free_batch_that_takes_one_sample_only(tmp_path):
         one = {"x": feeds["x"][i:i + 1], "h0": feeds["h0"]}
         assert np.array_equal(small.run_ort(tmp_path / "out.onnx", one)["y"], small.run_ort(path, one)["y"])
     assert eqfact.onnx.check(path, opened.graph, feeds)
+    without_data = eqfact.onnx.open(path, input_shapes={"x": (5, 6)})
+    assert without_data.graph.inputs == opened.graph.inputs and [k.op_type for k in without_data.kept] == ["GRU"]
 
 
 def test_batchnorms_in_front_of_layers_are_folded_in_the_file(tmp_path):
@@ -496,6 +498,54 @@ def test_data_that_a_file_does_not_take(tmp_path):
     refused(lambda: eqfact.onnx.open(path, {"ids": feeds["ids"] + 99}), "onnxruntime", "does not run this model")
     refused(lambda: eqfact.onnx.open(path, input_shapes={"z": (3,)}), "names ['z']", "['ids']")
     assert eqfact.onnx.open(path, input_shapes={"ids": (7,)}).graph.inputs
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_data_are_numbers(wrong, tmp_path):
+    proto, feeds, _ = conv_net()
+    onnx.save(proto, tmp_path / "net.onnx")
+    feeds["x"][1, 2, 3, 4] = wrong
+    refused(lambda: eqfact.onnx.open(tmp_path / "net.onnx", feeds), "'x' holds NaN or infinity")
+
+
+def test_inputs_hold_equally_many_samples(tmp_path):
+    nodes = [node("Gemm", ["x", "w"], ["a"]), node("Add", ["a", "z"], ["y"])]
+    for dims, x, z in ((["N"], 3, 4), ([2], 4, 6)):  # free; two and three times the batch that is fixed
+        onnx.save(model(nodes, {"x": (FLOAT, [*dims, 4]), "z": (FLOAT, [*dims, 5])}, {"y": (FLOAT, None)}, {"w": floats(4, 5)}),
+                  tmp_path / "net.onnx")
+        refused(lambda x=x, z=z: eqfact.onnx.open(tmp_path / "net.onnx", {"x": floats(x, 4), "z": floats(z, 5)}), "equal batch sizes",
+                f"({x}, 4)", f"({z}, 5)")
+    refused(lambda: eqfact.onnx.open(tmp_path / "net.onnx", {"x": floats(3, 4), "z": floats(2, 5)}), "'x' has the shape (2, 4), got (3, 4)")
+
+
+def test_an_output_of_one_number(tmp_path):
+    nodes = [node("Gemm", ["x", "w"], ["a"]), node("ReduceSum", ["a"], ["y"], keepdims=0)]
+    onnx.save(model(nodes, {"x": (FLOAT, [1, 4])}, {"y": (FLOAT, [])}, {"w": floats(4, 5)}), tmp_path / "net.onnx")
+    feeds = {"x": floats(1, 4)}
+    assert eqfact.onnx.open(tmp_path / "net.onnx", feeds).run(feeds)["y"] == small.run_ort(tmp_path / "net.onnx", feeds)["y"]
+
+
+def test_kept_nodes_without_a_name_are_called_as_what_they_make(tmp_path):
+    proto, feeds, _ = conv_net()
+    onnx.save(proto, tmp_path / "net.onnx")
+    assert [k.name for k in eqfact.onnx.open(tmp_path / "net.onnx", feeds).kept] == ["d"]
+    next(n for n in proto.graph.node if n.op_type == "LRN").name = "a norm"
+    onnx.save(proto, tmp_path / "net.onnx")
+    assert [k.name for k in eqfact.onnx.open(tmp_path / "net.onnx", feeds).kept] == ["a norm"]
+
+
+def test_of_two_outputs_one_may_lead_to_a_layer(tmp_path):
+    """The other one's readers have none, and are kept; the node itself is understood, for the one that has."""
+    nodes = [node("Split", ["x", "s"], ["a", "b"], axis=-1), node("Gemm", ["a", "w"], ["h"]), node("Relu", ["h"], ["r"]),
+             node("Gemm", ["r", "v"], ["y"]), node("Neg", ["b"], ["z"])]
+    onnx.save(model(nodes, {"x": (FLOAT, ["N", 6])}, {"y": (FLOAT, None), "z": (FLOAT, None)},
+                    {"s": ints(4, 2), "w": floats(4, 5), "v": floats(5, 2)}), tmp_path / "net.onnx")
+    feeds = {"x": floats(3, 6)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert [k.op_type for k in opened.kept] == ["Neg"] and list(opened.graph.inputs) == ["x"]
+    opened.save(tmp_path / "out.onnx", rescaled(opened.graph))
+    truth, made = (small.run_ort(tmp_path / name, feeds) for name in ("net.onnx", "out.onnx"))
+    assert all(np.array_equal(truth[name], made[name]) for name in ("y", "z"))
 
 
 def test_nothing_to_understand(tmp_path):
