@@ -104,7 +104,7 @@ EXAMPLES = [
     *(Example(kind, "x c", "with a constant a channel", constants={"c": A_CHANNEL}) for kind in ("Add", "Sub", "Mul", "Div")),
     *(Example(kind, "x c", "with a constant over space", constants={"c": OVER_SPACE}) for kind in ("Add", "Sub", "Mul", "Div")),
     *(Example(kind, "x c", "with a constant", constants={"c": A_CHANNEL}) for kind in ("Max", "Min")),
-    _entrywise("Neg"), _entrywise("Abs"),
+    _entrywise("Neg"), _entrywise("Abs"), Example("Pow", "x c", "of 2 or 3", constants={"c": np.float32(2)}),
     # activations
     *map(_entrywise, ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "HardSwish", "Gelu", "Identity", "Dropout")),
     Example("Swish", opset=24), Example("Softmax", attributes={"axis": 1}), Example("Cast", attributes={"to": int(TensorProto.DOUBLE)}),
@@ -143,7 +143,7 @@ KEPT = {
     "computed while the file is read": """
         Constant ConstantOfShape EyeLike Range BlackmanWindow HammingWindow HannWindow MelWeightMatrix""",
     "not homogeneous": """
-        Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh CumProd Det Elu Exp Floor Hardmax LRN Log LogSoftmax Mish Mod Pow Reciprocal
+        Acos Acosh Asin Asinh Atan Atanh Ceil Celu Cos Cosh CumProd Det Elu Exp Floor Hardmax LRN Log LogSoftmax Mish Mod Reciprocal
         ReduceLogSum ReduceLogSumExp ReduceProd ReduceSumSquare Round Selu Shrink Sign Sin Sinh Softplus Softsign Sqrt Tan
         ThresholdedRelu""",
     "normalizes: no factor of what it reads is left in what it makes": """

@@ -81,10 +81,10 @@ def add(call: Call) -> View:
     if pair is None:
         return call.entrywise(Add(), *call.views()) if len(call.inputs) > 1 else call.entrywise(Identity())
     x, c = pair
-    made = None if "axis" in call.attributes else masked(call, x, call.parameter(c, finite=False), {"mask": c})
+    made = None if "axis" in call.attributes else masked(call, x, call.operand(c, finite=False), {"mask": c})
     if made is not None:
         return made
-    view, constant = call.view(x), call.parameter(c)
+    view, constant = call.view(x), call.operand(c)
     if "axis" not in call.attributes:
         layer, norm = call.alone(x, LAYERS), call.alone(x, (Normalization,), moved=True)
         if layer is not None and isinstance(layer.op, LAYERS) and layer.op.bias is None:  # a layer, and its bias as a node of its own
@@ -104,7 +104,7 @@ def _shifts(op: Normalization) -> bool:
 
 def _merged(call: Call, view: View, c: int, node: Node, name: str, **others: None) -> View | None:
     """The node before with the constant ``c`` as this parameter, if it has one entry a channel."""
-    own = call.constants_on(view, {name: call.parameter(c)})[name]
+    own = call.constants_on(view, {name: call.operand(c)})[name]
     if math.prod(own.shape[1:]) != 1:
         return None
     vector = np.ascontiguousarray(np.broadcast_to(own.reshape(-1), (view.shape[0],)))
@@ -119,7 +119,7 @@ def subtract(call: Call) -> View:
     if pair is None:
         return call.entrywise(Sub(), *call.views())
     x, c = pair
-    return _affine(call, 1, -call.parameter(c), beta=c) if x == 0 else _affine(call, -1, call.parameter(c), beta=c)
+    return _affine(call, 1, -call.operand(c), beta=c) if x == 0 else _affine(call, -1, call.operand(c), beta=c)
 
 
 def multiply(call: Call) -> View:
@@ -131,14 +131,22 @@ def multiply(call: Call) -> View:
         made = _merged(call, call.view(pair[0]), pair[1], norm, "gamma", beta=None)
         if made is not None:
             return made
-    return _times(call, pair[0], call.parameter(pair[1]), pair[1])
+    return _times(call, pair[0], call.operand(pair[1]), pair[1])
+
+
+def power(call: Call) -> View:
+    """A small whole power, as a product of the value with itself."""
+    exponent = call.constant(1)
+    if exponent.size != 1 or exponent.ndim > call.view().ndim or exponent.item() not in (1, 2, 3):
+        call.refuse("it raises to another power than 1, 2 or 3")
+    return call.entrywise(Mul() if exponent.item() > 1 else Identity(), *[call.view()] * int(exponent.item()))
 
 
 def divide(call: Call) -> View:
     pair = _with_constant(call)
     if pair != (0, 1):
         call.refuse("it divides by a value of the network")
-    divisor = call.parameter(1)
+    divisor = call.operand(1)
     if not divisor.all():
         call.refuse("it divides by zero")
     return _times(call, 0, 1 / divisor, 1)
@@ -159,13 +167,13 @@ def _times(call: Call, x: int, factor: Any, c: int) -> View:
 def where(call: Call) -> View:
     """A constant in some places of a value; where it is minus infinity, that is a mask."""
     x = 1 if call.known(1) is None else 2
-    constant, condition = call.parameter(3 - x, finite=False), call.constant(0)
+    constant, condition = call.operand(3 - x, finite=False), call.constant(0, repeats=True)
     kept = condition if x == 1 else ~condition
     if (constant == -np.inf).all():
         made = masked(call, x, np.where(kept, constant.dtype.type(0), constant), {})
         if made is not None:
             return made
-    constant = call.parameter(3 - x)
+    constant = call.operand(3 - x)
     return _affine(call, np.where(kept, np.ones_like(constant), 0), np.where(kept, 0, constant), beta=3 - x)
 
 
@@ -221,13 +229,13 @@ def bound(name: str) -> Reader:
 
 def _limit(call: Call, i: int, name: str) -> npt.NDArray[Any]:
     """The bounds in input ``i``; minus infinity leaves a lower side open, infinity an upper one."""
-    limits = call.parameter(i, finite=False)
+    limits = call.operand(i, finite=False)
     none = -np.inf if name == "low" else np.inf
-    return limits if (np.isfinite(limits) | (limits == none)).all() else call.parameter(i)
+    return limits if (np.isfinite(limits) | (limits == none)).all() else call.operand(i)
 
 
 def prelu(call: Call) -> View:
-    slope = call.parameter(1)
+    slope = call.operand(1)
     if slope.size == 1:
         return call.entrywise(PReLU(slope.reshape(1)), names={"slope": 1})
     view = call.view()

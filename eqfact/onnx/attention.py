@@ -236,7 +236,7 @@ def attention(call: Call) -> View:
     if call.has(3) and (call.view(3).full_shape(1) if known is None else known.values[0].shape)[-1:] != (scores.size(-1),):
         call.refuse("its mask is not for all keys")
     if known is not None:
-        mask = call.constant(3) if known.values[0].dtype == bool else call.parameter(3, finite=False)
+        mask = call.constant(3, repeats=True) if known.values[0].dtype == bool else call.operand(3, finite=False)
         mask = np.where(mask, 0, -np.inf).astype(call.building.dtype) if mask.dtype == bool else mask
     elif call.has(3):
         added = call.view(3).like(scores, call.building.batches)

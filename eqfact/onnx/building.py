@@ -26,11 +26,12 @@ class Building:
     """The network that a file is becoming.
 
     ``samples`` is the size of the batch, None if it is free; ``enter`` makes a network input of a tensor from outside, or raises
-    :class:`ValueError` with the reason why not.
+    :class:`ValueError` with the reason why not; ``sizes`` tells the shape of an input of the file, of whatever type, with each batch.
     """
 
-    def __init__(self, source: Source, samples: int | None, enter: Callable[[Foreign], View]) -> None:
-        self.source, self.samples, self._enter = source, samples, enter
+    def __init__(self, source: Source, samples: int | None, enter: Callable[[Foreign], View],
+                 sizes: Callable[[Foreign], Sequence[Shape]]) -> None:
+        self.source, self.samples, self._enter, self._sizes = source, samples, enter, sizes
         self.dtype = source.dtype()
         self.batches = BATCHES if samples is None else (samples,)
         self.tensors: dict[str, Tensor] = source.tensors
@@ -62,6 +63,13 @@ class Building:
             self.tensors[name] = tensor
         assert isinstance(tensor, View)
         return tensor
+
+    def full_shapes(self, name: str) -> Sequence[Shape]:
+        """The shape of a tensor, with each assumed size of the batch."""
+        tensor = self.tensors[name]
+        if isinstance(tensor, Foreign) and name not in self.makers:
+            return self._sizes(tensor)
+        return [self.view(name).full_shape(b) for b in self.batches]
 
     def input(self, name: str, view: View) -> None:
         """A new input of the network, and the view of it that the tensor is."""
@@ -141,7 +149,7 @@ class Building:
             if at is None:
                 return value
             ops = [Identity()]
-        name = next((n for n, t in self.tensors.items() if t is view), reader)
+        name = next((n for n, t in self.tensors.items() if t == view), reader)
         for i, op in enumerate(ops):
             last = i == len(ops) - 1
             own = at if at is not None else name if name not in self.nodes and name != reader else None

@@ -18,7 +18,7 @@ from eqfact.graph import Node
 from eqfact.onnx.building import Building
 from eqfact.onnx.origin import FLOATS, Constant, Foreign, Origin, Tensor, UnsupportedNode
 from eqfact.onnx.views import BATCH, Axis, View
-from eqfact.ops import Op, Weighted
+from eqfact.ops import Op, Shape, Weighted
 
 AnyArray = npt.NDArray[Any]
 
@@ -99,6 +99,12 @@ class Call:
         """All inputs, which must be values of the network."""
         return [self.view(i) for i in range(len(self.inputs))]
 
+    def full_shapes(self, i: int = 0) -> Sequence[Shape]:
+        """The shape of input ``i``, be it an input of the file of whatever type, with each assumed size of the batch."""
+        if not self.has(i):
+            self.refuse(f"its input {i} is missing")
+        return self.building.full_shapes(str(self.node.input[i]))
+
     def constants(self, i: int) -> tuple[AnyArray, ...]:
         """Input ``i`` for each assumed size of the batch; it must be known without running the network."""
         tensor = self.known(i)
@@ -108,16 +114,19 @@ class Call:
         batches = self.building.batches
         return tensor.values * len(batches) if len(tensor.values) == 1 else tensor.values
 
-    def constant(self, i: int) -> AnyArray:
-        """Input ``i``, which must be known without running the network, and not depend on the batch."""
+    def constant(self, i: int, *, repeats: bool = False) -> AnyArray:
+        """Input ``i``, which must be known without running the network, and not depend on the batch; if it ``repeats``, what it holds for
+        every sample is given once, on an axis of size 1."""
         first, *others = self.constants(i)
+        if repeats and others and (axis := _repeated(first, others[0])) is not None:
+            return first.take([0], axis)
         if any(first is not other and not np.array_equal(first, other) for other in others):
             self.refuse(f"its input {i} ('{self.node.input[i]}') depends on the size of the batch")
         return first
 
-    def parameter(self, i: int, *, cast: bool = False, finite: bool = True) -> AnyArray:
+    def parameter(self, i: int, *, cast: bool = False, finite: bool = True, repeats: bool = False) -> AnyArray:
         """Input ``i``, a constant of (``finite``) floating numbers in the network's type; ``cast`` to it if need be."""
-        value, name = self.constant(i), self.node.input[i]
+        value, name = self.constant(i, repeats=repeats), self.node.input[i]
         if value.dtype not in FLOATS.values():
             self.refuse(f"initializer '{name}' holds {value.dtype}; weights must be floats: export the float network")
         if finite and not np.isfinite(value).all():
@@ -131,6 +140,10 @@ class Call:
         if value.dtype != self.building.dtype:
             self.refuse(f"initializer '{name}' holds {value.dtype}; a network is computed in one type here, {self.building.dtype}")
         return value
+
+    def operand(self, i: int, *, finite: bool = True) -> AnyArray:
+        """The same of a constant that is broadcast against a value: what it holds for every sample is given once."""
+        return self.parameter(i, finite=finite, repeats=True)
 
     def given(self, **inputs: int) -> dict[str, int]:
         """Those of these inputs, by parameter name, that are there."""
@@ -243,15 +256,18 @@ class Call:
         """Constants that broadcast against a tensor, as they stand against its value: ``(C or 1, *spatial or 1)``."""
         found = {}
         for name, value in constants.items():
-            shape = (1,) * (view.ndim - value.ndim) + value.shape
-            for axis, n in zip(view.axes, shape, strict=False):
-                if n != 1 and BATCH in axis:
-                    self.refuse(f"its constant of shape {value.shape} differs between samples")
+            full = value.reshape((1,) * (view.ndim - value.ndim) + value.shape)
+            for i, axis in enumerate(view.axes[:full.ndim]):
+                if full.shape[i] != 1 and BATCH in axis:
+                    if axis != (BATCH,) or full.shape[i] != self.building.samples or (full != (once := full.take([0], i))).any():
+                        self.refuse(f"its constant of shape {value.shape} differs between samples")
+                    full = once
+            shape = full.shape
             if value.ndim > view.ndim or any(n not in (1, math.prod(a.size for a in axis))
                                              for n, axis in zip(shape, view.axes, strict=True) if BATCH not in axis):
                 self.refuse(f"its constant of shape {value.shape} does not broadcast against samples of shape {view.described()}")
             atoms = [a for axis in view.axes for a in axis if not a.is_batch]
-            spread = value.reshape([1 if n == 1 else a.size for n, axis in zip(shape, view.axes, strict=True)
+            spread = full.reshape([1 if n == 1 else a.size for n, axis in zip(shape, view.axes, strict=True)
                                     for a in axis if not a.is_batch])
             order = [atoms.index(a) for i in range(len(view.shape)) for a in view.atoms_of(i)]
             spread = spread.transpose(order)
@@ -290,6 +306,16 @@ class Call:
             name = str(building.makers[name].input[0])
         node = building.nodes.get(value) if value == name else None
         return node if node is not None and isinstance(node.op, kinds) and building.reads.get(value) == 1 else None
+
+
+def _repeated(a: AnyArray, b: AnyArray) -> int | None:
+    """The one axis along which two arrays differ in size, if each holds the same for all of its entries."""
+    axis, *others = [i for i, (n, m) in enumerate(zip(a.shape, b.shape, strict=False)) if n != m] or [-1]
+    if a.ndim != b.ndim or axis < 0 or others or 0 in (a.size, b.size):
+        return None
+    one = a.take([0], axis)
+    same = all(not array.strides[axis] or (array == one).all() for array in (a, b)) and np.array_equal(one, b.take([0], axis))
+    return axis if same else None
 
 
 #: What the table of op types holds: a function that makes the tensors of a node.

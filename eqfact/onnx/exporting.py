@@ -22,7 +22,7 @@ from eqfact.graph import Graph, Node, fresh_name
 from eqfact.onnx.call import AnyArray
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.reading import LARGEST, OLDEST_WRITTEN, check_model
-from eqfact.ops import Extend, Weighted
+from eqfact.ops import Extend, Shape, Weighted
 
 Path_ = str | os.PathLike[str]
 
@@ -206,9 +206,13 @@ class Writer(ABC):
         """An initializer of integers (shapes, axes, indices)."""
         return self.constant(np.array(values, np.int64), f"{node.name}.{name}")
 
+    def space(self, node: Node) -> Shape:
+        """The sizes of the spatial axes that the node's input has."""
+        return self.graph.shapes[node.inputs[0]][1:]
+
     def spatial(self, node: Node) -> int:
         """How many spatial axes the node's input has."""
-        return len(self.graph.shapes[node.inputs[0]]) - 1
+        return len(self.space(node))
 
 
 def _same(a: AnyArray, b: AnyArray) -> bool:

@@ -74,7 +74,7 @@ class Importer:
         initializers = folding.constant_arrays(model.graph.initializer)
         del model.graph.initializer[:]  # one copy of the weights is enough
         self.source = Source(model, initializers)
-        self.building = Building(self.source, self._samples() if samples is None else samples, self._enter)
+        self.building = Building(self.source, self._samples() if samples is None else samples, self._enter, self._sizes)
         for name, value in initializers.items():
             self.source.tensors[name] = Constant(name, (value,))
         self._read_inputs(input_shapes)
@@ -130,12 +130,20 @@ class Importer:
             raise ValueError(f"it reads '{tensor.name}', which holds {dtype} ({tensor.reason}); the weights are {self.building.dtype}")
         if batch is None and self.building.samples != 1:
             raise ValueError(f"it reads '{tensor.name}', which has no batch ({tensor.reason})")
+        if 0 in shape:
+            raise ValueError(f"it reads '{tensor.name}', which is empty ({tensor.reason})")
         sample = tuple(n for axis, n in enumerate(shape) if axis != batch)
         name = tensor.name if batch == 0 and sample else self.building.fresh(f"{tensor.name}.samples")
         view = View.whole(name, sample or (1,), self.building.samples, batch)
         view = view.with_axes(*view.axes[:len(shape)])  # one number a sample is a channel that the tensor has no axis for
         self.building.input(tensor.name, view)
         return view
+
+    def _sizes(self, tensor: Foreign) -> Sequence[Shape]:
+        """The shape of an input of the file, with each assumed size of the batch."""
+        assert self.outside is not None
+        shape, _, batch = self.outside(tensor)
+        return [tuple(size if axis == batch else n for axis, n in enumerate(shape)) for size in self.building.batches]
 
     # ------------------------------------------------------------------------------------------- the walk
 
@@ -252,7 +260,10 @@ class Importer:
         values = []
         for k in range(max((len(t.values) for t in tensors), default=1)):
             feeds = {name: t.values[min(k, len(t.values) - 1)] for name, t in zip((n for n in proto.input if n), tensors, strict=True)}
-            values.append(folding.computed(proto, self.opsets, feeds))
+            if proto.op_type == "Expand" and len(tensors[-1].values) > 1:  # to the size of the batch: it stands for any
+                values.append([folding.expanded(feeds[proto.input[0]], feeds[proto.input[1]])])
+            else:
+                values.append(folding.computed(proto, self.opsets, feeds))
         made = []
         for name, several in zip((n for n in proto.output if n), zip(*values, strict=True), strict=False):
             for array in several:

@@ -228,6 +228,7 @@ def cumulate(call: Call) -> View:
 
 
 def gemm(call: Call) -> View:
+    """``x @ W + b`` over the columns, be the rows samples, space, or both (tokens that an exporter has joined with the batch)."""
     view = call.view()
     weight, alpha, beta = call.parameter(1), call.number("alpha", 1.0), call.number("beta", 1.0)
     if weight.ndim != 2 or view.ndim != 2:
@@ -236,7 +237,7 @@ def gemm(call: Call) -> View:
         view = view.transpose((1, 0))
     rows = _times(weight if call.integer("transB", 0) else weight.T, alpha)
     bias = bias_row(call, call.parameter(2), len(rows)) if call.has(2) else None
-    return call.emit(Dense(rows, bias if bias is None else _times(bias, beta)), call.value(view), names=call.given(weight=1, bias=2))
+    return _layer(call, view, -1, rows, bias if bias is None else _times(bias, beta), names=call.given(weight=1, bias=2))
 
 
 def _times(array: Any, factor: float) -> Any:
@@ -261,7 +262,7 @@ def matmul(call: Call) -> View:
     if weight.ndim != 2 or view.ndim < 2:
         call.refuse(f"it multiplies a value with {view.ndim} axes by a constant of shape {weight.shape}; "
                     "(N, ..., in) times (in, out) is supported")
-    return _layer(call, view, -1, weight.T, weight=1)
+    return _layer(call, view, -1, weight.T, names={"weight": 1})
 
 
 def _matmul_from_the_left(call: Call) -> View:
@@ -271,16 +272,16 @@ def _matmul_from_the_left(call: Call) -> View:
                     "(out, in) times (N, ..., in, ...) is supported")
     axis = view.ndim - 2
     if space_axis(view, axis) is None and view.home in (None, axis):
-        return _layer(call, view, axis, matrix, weight=0)
+        return _layer(call, view, axis, matrix, names={"weight": 0})
     return along(call, view, {axis: matrix}, {"matrix": 0})
 
 
-def _layer(call: Call, view: View, axis: int, rows: AnyArray, *, weight: int) -> View:
+def _layer(call: Call, view: View, axis: int, rows: AnyArray, bias: Any = None, *, names: Mapping[str, int]) -> View:
     """The layer with the weights ``rows``, ``(out, in)``, whose channels are one axis of a tensor."""
     x, back = call.by_channel(view, axis)
     axes = len(call.building.shapes[x]) - 1
-    op = Dense(rows) if axes == 0 else Conv(rows.reshape(*rows.shape, *(1 for _ in range(axes))))
-    return back(call.emit(op, x, names={"weight": weight}))
+    op = Dense(rows, bias) if axes == 0 else Conv(rows.reshape(*rows.shape, *(1 for _ in range(axes))), bias)
+    return back(call.emit(op, x, names=names))
 
 
 class Einsum(NamedTuple):
@@ -351,9 +352,7 @@ def einsum(call: Call) -> View:
     for a in terms.contracted:
         view.size(terms.value.index(a))
     whole = view.with_axes(*(at[a] for a in kept), tuple(atom for a in terms.contracted for atom in at[a]))
-    if whole.batch not in (None, 0) or (whole.batch is None and view.axes[0]):
-        call.refuse("its batch is not the first axis")
-    made = _layer(call, whole, -1, terms.rows(weight), weight=i)
+    made = _layer(call, whole, -1, terms.rows(weight), names={"weight": i})
     sizes = dict(zip(terms.constant, weight.shape, strict=True))
     batches = call.building.batches
     split = made.reshape(*((*made.full_shape(b)[:-1], *(sizes[a] for a in terms.new)) for b in batches), batches=batches)

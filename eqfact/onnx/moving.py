@@ -116,6 +116,8 @@ def concat(call: Call) -> View:
     front, behind = _constants_beside(call, axis, views[0], standings[0].axes)
     extensions = [(i, constant, early) for i, constants in enumerate(behind)
                   for constant, early in ((front if i == 0 else None, True), (constants, False)) if constant is not None]
+    if len(views) == 1 and not extensions:  # beside nothing
+        return call.entrywise(Identity(), *views)
     constants = [i for i in range(len(call.inputs)) if call.known(i) is not None]
     names = {"constant": constants[0]} if len(constants) == 1 else {}
     values = [s.value for s in standings]
@@ -169,6 +171,8 @@ def _constants_beside(call: Call, axis: int, view: View, axes: dict[int, int]) -
             if array.shape != (*shape[:axis], *array.shape[axis:axis + 1], *shape[axis + 1:]):
                 raise ValueError(f"it joins a constant of shape {array.shape} to {view.described()} along axis {axis}")
         first = arrays[0]
+        if not first.size:
+            continue
         if first.dtype != call.building.dtype:
             call.refuse(f"it joins a constant of {first.dtype}; a network is computed in one type here, {call.building.dtype}")
         if view.batch is not None:
@@ -192,13 +196,12 @@ def identity(call: Call) -> View:
 
 
 def shape_of(call: Call) -> Constant:
-    view = call.view()
     chosen = slice(call.integer("start", 0), call.attributes.get("end"))
-    return Constant(call.output, tuple(np.array(view.full_shape(b)[chosen], np.int64) for b in call.building.batches))
+    return Constant(call.output, tuple(np.array(shape[chosen], np.int64) for shape in call.full_shapes()))
 
 
 def size_of(call: Call) -> Constant:
-    return Constant(call.output, tuple(np.array(math.prod(call.view().full_shape(b)), np.int64) for b in call.building.batches))
+    return Constant(call.output, tuple(np.array(math.prod(shape), np.int64) for shape in call.full_shapes()))
 
 
 def _reshaped(call: Call, target: Callable[[Shape, int], Sequence[int]]) -> View:
@@ -269,23 +272,31 @@ def transpose(call: Call) -> View:
     return view.transpose([view.axis(a) for a in call.integers("perm", range(view.ndim)[::-1])])
 
 
-def slice_(call: Call) -> View:
+def slice_(call: Call) -> View | Constant:
     view = call.view()
     starts, ends = call.listed("starts", 1), call.listed("ends", 2)
     if starts is None or ends is None:
         raise ValueError("it lacks starts or ends")
     axes = call.listed("axes", 3, range(len(starts))) or []
     steps = call.listed("steps", 4, [1] * len(starts)) or []
+    chosen: dict[int, range] = {}
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step == 0:
             raise ValueError(f"it steps by 0 along axis {axis}")
         if view.batch == view.axis(axis) and (start, step) == (0, 1) and end >= max(call.building.batches):
             continue
+        if view.axis(axis) in chosen:
+            raise ValueError(f"it slices axis {axis} twice")
         n = view.size(axis)
         stop: int | None = end
         if step < 0 and end < -n:  # down to the first entry and with it
             stop = None
-        view = choose(call, view, axis, range(n)[start:stop:step])
+        chosen[view.axis(axis)] = range(n)[start:stop:step]
+    if not all(chosen.values()):  # nothing is left, as of what a rotation of all features does not rotate
+        sizes = [[len(chosen.get(axis, range(n))) for axis, n in enumerate(view.full_shape(b))] for b in call.building.batches]
+        return Constant(call.output, tuple(np.empty(shape, call.building.dtype) for shape in sizes))
+    for axis, indices in chosen.items():
+        view = choose(call, view, axis, indices)
     return view
 
 

@@ -41,7 +41,7 @@ READERS: dict[str, Reader] = {
     "ReduceL1": layers.reduce_space(partial(LpPool, p=1)), "ReduceL2": layers.reduce_space(partial(LpPool, p=2)),
     "ReduceSum": layers.reduce_space(None), "CumSum": layers.cumulate,
     "Add": arithmetic.add, "Sum": arithmetic.add, "Sub": arithmetic.subtract, "Mul": arithmetic.multiply,
-    "Div": arithmetic.divide, "Neg": arithmetic.negate, "Abs": arithmetic.plain(lambda _: Abs()),
+    "Div": arithmetic.divide, "Pow": arithmetic.power, "Neg": arithmetic.negate, "Abs": arithmetic.plain(lambda _: Abs()),
     "Relu": arithmetic.plain(lambda _: ReLU()),
     "LeakyRelu": arithmetic.plain(lambda call: LeakyReLU(call.number("alpha", 0.01))),
     "PRelu": arithmetic.prelu, "Clip": arithmetic.clip, "Max": arithmetic.bound("low"), "Min": arithmetic.bound("high"),

@@ -240,9 +240,9 @@ class Patcher(GraphWriter):
             self._sum(node, op, origin)
         elif isinstance(op, (Conv, Dense)) and kind in ("MatMul", "Einsum"):
             self._product(node, op, self._makers[origin.makes])
-        elif isinstance(op, Dense) and kind == "Gemm":
+        elif isinstance(op, (Conv, Dense)) and kind == "Gemm":
             transposed = any(a.name == "transB" and a.i for a in self._makers[origin.makes].attribute)
-            weight = self.weight(node, op, np.asarray if transposed else np.transpose)
+            weight = self.weight(node, op, lambda w: w.reshape(w.shape[:2]) if transposed else w.reshape(w.shape[:2]).T)
             bias = [] if op.bias is None else [self.parameter(node, "bias", op.bias)]
             self.node("Gemm", [*node.inputs, weight, *bias], node.name, node, transB=int(transposed))
         else:

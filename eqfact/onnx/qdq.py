@@ -24,7 +24,7 @@ from eqfact.onnx.call import AnyArray
 from eqfact.onnx.exporting import Path_, write_model
 from eqfact.onnx.origin import OnnxError, Origin
 from eqfact.onnx.writers import GraphWriter
-from eqfact.ops import Add, AvgPool, BatchNorm, Blend, GlobalAvgPool, Softmax, Weighted
+from eqfact.ops import Add, AvgPool, BatchNorm, Blend, GlobalAvgPool, Shape, Softmax, Weighted
 from eqfact.ops.base import Array
 from eqfact.ops.grid import Grid
 from eqfact.quantization import grid_of, scale_dtype
@@ -122,8 +122,8 @@ class QdqWriter(GraphWriter):
         """The grid of a value, under whatever name."""
         return grid_of(self.graph, self.behind.get(value, value))
 
-    def spatial(self, node: Node) -> int:
-        return super().spatial(replace(node, inputs=tuple(self.behind.get(value, value) for value in node.inputs)))
+    def space(self, node: Node) -> Shape:
+        return super().space(replace(node, inputs=tuple(self.behind.get(value, value) for value in node.inputs)))
 
     def _hide(self, node: Node, value: str) -> str:
         """The value once more, as a sum of one: no engine looks for a grid behind that, and none takes it away."""

@@ -34,8 +34,11 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     views = {name: tensor for name, tensor in source.tensors.items() if isinstance(tensor, View)}
     made = {node.origin.makes: node.name for node in read.nodes if isinstance(node.origin, Origin) and node.origin.makes in views
             and views[node.origin.makes].value == node.name}
-    taken = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(graph.shapes) | set(source.initializers)
+    taken_there = {str(name) for proto in protos for name in (*proto.output, *names_read(proto))} | set(source.initializers)
+    taken = taken_there | set(graph.shapes)
     away = {value for tensor, value in made.items() if tensor != value or not views[tensor].plain}
+    # a tensor of the file may be called as another value: of several nodes that one became, as the first
+    away |= {value for value in graph.shapes if value in taken_there and value not in graph.inputs and made.get(value) != value}
     types = [helper.np_dtype_to_tensor_dtype(dtype) for dtype in (source.dtype(), kind(path, graph).dtype)]
     # onnxruntime moves roundings on to readers, and crashes where these are graphs within nodes: a sum of one hides them
     hidden = any(len(names_read(proto)) > sum(map(bool, proto.input)) for proto in protos)

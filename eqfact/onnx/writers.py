@@ -240,9 +240,31 @@ def clip(w: Writer, node: Node, op: Clip) -> None:
                        node.name if last else w.inner(node, name), node, suffix="" if last else f".{name}")
 
 
+#: Over how many axes of space engines pool, and the reductions that do the same over all of some axes.
+MOST_POOLED = 3
+REDUCTIONS: dict[type[Op], Callable[[Any], str]] = {
+    AvgPool: lambda _: "ReduceMean", MaxPool: lambda _: "ReduceMax", MinPool: lambda _: "ReduceMin", LpPool: lambda op: f"ReduceL{op.p}"}
+
+
+def _reduction(w: Writer, node: Node, op: MaxPool | MinPool | AvgPool | LpPool) -> bool:
+    """Whether a pool over more axes than engines pool over takes in all of some, and is written as that."""
+    if w.spatial(node) <= MOST_POOLED or (isinstance(op, LpPool) and op.p > 2):
+        return False
+    sizes = w.space(node)
+    kernel = per_axis("kernel", op.kernel, len(sizes))
+    if op.output_shape((1, *sizes))[1:] != tuple(1 if k == n else n for k, n in zip(kernel, sizes, strict=True)):
+        return False
+    w.need_opset(18, node)
+    reduced = w.integers(node, "axes", [i for i, k in enumerate(kernel, 2) if k > 1])
+    w.node(REDUCTIONS[type(op)](op), [*node.inputs, reduced], node.name, node, keepdims=1)
+    return True
+
+
 def _pool(kind: str, dilated: int, *names: str) -> Callable[[Writer, Node, Any], None]:
     """A writer for pools; the opset ``dilated`` is the first in which this one has dilations, ``names`` are its own parameters."""
     def write(w: Writer, node: Node, op: Any) -> None:
+        if _reduction(w, node, op):
+            return
         own: dict[str, Any] = {name: int(getattr(op, name)) for name in names}
         w.node(kind, node.inputs, node.name, node, **_window(w, node, op, dilated), **own)
     return write
@@ -258,6 +280,8 @@ def _window(w: Writer, node: Node, op: MaxPool | MinPool | AvgPool | LpPool, dil
 
 
 def min_pool(w: Writer, node: Node, op: MinPool) -> None:
+    if _reduction(w, node, op):
+        return
     negated = w.node("Neg", node.inputs, w.inner(node, "negated"), node, ".negated")
     largest = w.node("MaxPool", [negated], w.inner(node, "largest"), node, ".largest", **_window(w, node, op, 10))
     w.node("Neg", [largest], node.name, node)
