@@ -122,3 +122,41 @@ def test_products_tell_of_overflow_and_nothing_else():
     out = np.empty((2, 2))
     assert product(np.array([[np.inf, 0.0], [1.0, 1.0]]), np.eye(2), out=out) is out
     np.testing.assert_array_equal(out, [[np.inf, np.nan], [1.0, 1.0]])
+
+
+@pytest.mark.parametrize("make", [eq.MaxPool, eq.MinPool, lambda k, **window: eq.AvgPool(k, count_include_pad=False, **window),
+                                  eq.LpPool], ids=["MaxPool", "MinPool", "AvgPool", "LpPool"])
+@pytest.mark.parametrize("stride, before", [(1, 0), (1, 3), (2, 3), (700, 0)])
+def test_a_kernel_that_is_larger_than_the_map_sees_all_of_it(make, stride, before):
+    """Exporters write a mean over whatever size may come as a kernel of thousands: no time is spent on what is padding to every window."""
+    x = np.random.default_rng(4).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    padding = tuple((before, 1500 - n - before + (2 * stride if stride < 3 else 0)) for n in x.shape[2:])
+    large = make(1500, stride=stride, padding=padding)
+    rows, columns = large.output_shape(x.shape[1:])[1:]
+
+    def seen(i, n):  # by the window i of an axis of n entries
+        return slice(max(0, i * stride - before), n)
+    expected = np.stack([np.stack([make((seen(i, 5).stop - seen(i, 5).start, seen(j, 7).stop - seen(j, 7).start), stride=1).forward(
+        x[:, :, seen(i, 5), seen(j, 7)])[:, :, 0, 0] for j in range(columns)], axis=-1) for i in range(rows)], axis=-2)
+    assert np.allclose(large.forward(x), expected, rtol=1e-5)
+    g = np.random.default_rng(5).normal(size=expected.shape)
+    shift = 1e-6 * np.random.default_rng(6).normal(size=x.shape)
+    x = x.astype(np.float64)
+    moved = ((large.forward(x + shift) - large.forward(x - shift)) / 2 * g).sum()
+    assert (large.vjp(g, x)[0] * shift).sum() == pytest.approx(moved, rel=1e-4)
+
+
+@pytest.mark.parametrize("pool", [eq.AvgPool(96), eq.LpPool(96, p=2), eq.LpPool(96, p=1), eq.AvgPool((96, 96))], ids=str)
+def test_a_change_behind_a_large_window_is_found(pool):
+    """A window is added up two by two, so that a bound on its roundings leaves room for nothing else."""
+    rng = np.random.default_rng(7)
+    graph = eq.Graph({"x": (2, 96, 96)}, (
+        eq.Node("a", eq.Conv(rng.normal(size=(4, 2, 1, 1)).astype(np.float32)), ("x",)), eq.Node("r", eq.ReLU(), ("a",)),
+        eq.Node("p", pool, ("r",)), eq.Node("f", eq.Flatten(), ("p",)),
+        eq.Node("y", eq.Dense(rng.normal(size=(3, 4)).astype(np.float32)), ("f",))), ("y",))
+    x = rng.normal(size=(1, 2, 96, 96)).astype(np.float32)
+    rescaled = eq.Factorization(eq.channels(graph), np.array([1, 1.1, 0.7, 3.0, 0.3])).apply(graph)
+    assert eq.verify(graph, rescaled, x)
+    changed = rescaled["y"].op.weight.copy()
+    changed[1] *= np.float32(1.001)
+    assert not eq.verify(graph, rescaled.with_ops({"y": eq.Dense(changed)}), x)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -77,20 +78,50 @@ class _Pool(Commuting):
                                  f"over {shape[1:]} that see nothing but padding")
         return (shape[0], *sizes)
 
+    def _met(self, space: Shape) -> tuple[Shape, Shape, Shape, Sides, Shape]:
+        """Sizes of the output, kernel, stride, padding and dilation, without the ends of the kernel that meet nothing but padding.
+
+        There are such in a kernel that is larger than the input and its padding in front: of a mean over all of space, as exporters
+        write one for whatever size may come.
+        """
+        kernel, stride, padding, dilation = self._geometry(len(space))
+        sizes, met, sides = self.output_shape((1, *space))[1:], [], []
+        for n, count, k, s, (before, after), d in zip(space, sizes, kernel, stride, padding, dilation, strict=True):
+            first, last = (max(0, before - (count - 1) * s), min(k, n + before)) if d == 1 else (0, k)
+            met.append(last - first)
+            sides.append((before - first, after - (k - last)))
+        return sizes, tuple(met), stride, tuple(sides), dilation
+
+    @property
+    def _taps(self) -> int:
+        """How many entries a window has, of at most three axes."""
+        return self.kernel**3 if isinstance(self.kernel, int) else math.prod(self.kernel)
+
     def _windows(self, x: Array, fill: float) -> list[Array]:
-        kernel, stride, padding, dilation = self._geometry(x.ndim - 2)
-        sizes = self.output_shape(x.shape[1:])[1:]
+        sizes, kernel, stride, padding, dilation = self._met(x.shape[2:])
         return list(tap_windows(channels_last(x, padding, fill), sizes, kernel, stride, dilation))
 
     def _spread(self, x: Array, shares: list[Array]) -> Array:
         """The adjoint of :meth:`_windows`: add what each tap's entries get."""
-        kernel, stride, padding, dilation = self._geometry(x.ndim - 2)
+        sizes, kernel, stride, padding, dilation = self._met(x.shape[2:])
         padded = np.zeros_like(channels_last(x, padding))
-        sizes = self.output_shape(x.shape[1:])[1:]
         for window, share in zip(tap_windows(padded, sizes, kernel, stride, dilation), shares, strict=True):
             window += share
         inside = (slice(before, before + n) for n, (before, _) in zip(x.shape[2:], padding, strict=True))
         return channels_first(over_space(padded, inside))
+
+
+def added(terms: Iterable[Array]) -> Array:
+    """The sum, two by two: no term of n is rounded more often than twice the logarithm of n to base 2."""
+    sums: list[tuple[int, Array]] = []  # of how many terms: powers of two, each less than the one before
+    for term in terms:
+        count = 1
+        while sums and sums[-1][0] == count:
+            first = sums.pop()[1]
+            term = np.add(first, term, out=first if count > 1 else None)
+            count *= 2
+        sums.append((count, term))
+    return functools.reduce(lambda total, more: more[1] + total, sums[-2::-1], sums[-1][1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +207,8 @@ class LpPool(_Pool):
 
     @property
     def roundings(self) -> int:
-        """A power and a sum an entry of the window (of at most three axes), and a root, in each of two networks."""
-        return 16 + 2 * (self.kernel**3 if isinstance(self.kernel, int) else math.prod(self.kernel)) + 2 * self.p
+        """A power, the sums of a window (see :func:`added`), and a root, in each of two networks."""
+        return 16 + 4 * self._taps.bit_length() + 2 * self.p
 
     def _unit(self, windows: list[Array]) -> Array:
         """The power of two that each window is measured in, by its exponent."""
@@ -187,7 +218,7 @@ class LpPool(_Pool):
     def forward(self, *inputs: Array) -> Array:
         windows = self._windows(np.abs(inputs[0]), 0.0)
         unit = self._unit(windows)
-        total: Array = sum(np.ldexp(window, -unit) ** self.p for window in windows)  # type: ignore[assignment]
+        total = added(np.ldexp(window, -unit) ** self.p for window in windows)
         if self.p == 2:
             total = np.sqrt(total)
         elif self.p > 2:
@@ -215,24 +246,18 @@ class AvgPool(_Pool):
 
     @property
     def roundings(self) -> int:
-        """One sum an entry of the window (of at most three axes), in each of two networks."""
-        return 4 + 2 * (self.kernel**3 if isinstance(self.kernel, int) else math.prod(self.kernel))
+        """The sums of a window (see :func:`added`), in each of two networks."""
+        return 4 + 4 * self._taps.bit_length()
 
     def forward(self, *inputs: Array) -> Array:
         (x,) = inputs
-        first, *others = self._windows(x, 0.0)
-        y = first.copy()
-        for window in others:
-            y += window
-        y /= self._counts(x)
-        return channels_first(y)
+        return channels_first(added(self._windows(x, 0.0)) / self._counts(x))
 
     def _counts(self, x: Array) -> Array:
         """How many entries each window counts."""
         if self.count_include_pad:
             return np.asarray(math.prod(per_axis("kernel", self.kernel, x.ndim - 2)), x.dtype)
-        counts: Array = sum(self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0.0))  # type: ignore[assignment]
-        return counts
+        return added(self._windows(np.ones((1, 1, *x.shape[2:]), x.dtype), 0.0))
 
     def vjp(self, cotangent: Array, *inputs: Array) -> tuple[Array, ...]:
         (x,) = inputs
