@@ -135,7 +135,7 @@ def run_quantize(args: Args) -> Facts:
         args.report: lambda path: _write_json(path, facts | {"tensors": _tensors(args, start, stats, noise, sensitivities)}),
         **figures.of_quantized(args, start, quantized, stats, images, sensitivities),
         args.output: partial(network.save, graph=quantized, quantized=True)})
-    return written | {"run": _run(args.output, network, start, quantized, images.first(VERIFIED))}
+    return _with_run(written, _run(args.output, network, start, quantized, images.first(VERIFIED)))
 
 
 def run_train(args: Args) -> Facts:
@@ -171,7 +171,7 @@ def run_train(args: Args) -> Facts:
         args.report: lambda path: _write_json(path, facts | {"losses": training.losses.tolist()}),
         args.state: partial(files.save_arrays, arrays=training.state.arrays()),
         args.output: partial(network.save, graph=training.graph, quantized=True)})
-    return written | {"run": _run(args.output, network, start, training.graph, images.first(VERIFIED))}
+    return _with_run(written, _run(args.output, network, start, training.graph, images.first(VERIFIED)))
 
 
 def run_verify(args: Args) -> Facts:
@@ -380,6 +380,11 @@ def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, imag
         return facts | {"saturated": max(apart(default, theirs(running.EXACT_SUMS)).values(), default=0.0)}
     except OnnxError as error:
         return facts | {"error": str(error)}
+
+
+def _with_run(facts: Facts, run: Facts | None) -> Facts:
+    """A file that does not run is there, to be looked at, and no success."""
+    return facts | {"run": run, "ok": facts["ok"] and "error" not in (run or {})}
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -706,7 +706,8 @@ def test_quantize_runs_what_it_wrote(run, monkeypatch):
     def refusing(*args, **options):
         raise running.OnnxError("it does not load")
     monkeypatch.setattr(running, "run", refusing)
-    assert "NOT run: it does not load" in run(line)[1]
+    status, said = run(line)[:2]
+    assert status == 1 and "NOT run: it does not load" in said
     monkeypatch.setattr(running, "runtime", lambda: "the reference evaluator of onnx")
     assert facts_of(run, line)["run"] is None
     assert facts_of(run, "quantize net.npz -o q.npz --fold --data images.npz")["run"] is None
