@@ -52,8 +52,8 @@ QUALITY = """\
 SQNR in dB of the network's output against its float output: mean ± standard deviation over jitters of the factors (each by a normal
 2 % in its logarithm, which changes nothing in float) and over both halves of 20 ImageNet images. Ranges, sensitivities and bias
 corrections come from the ten plain images of one half; measured on two random crops of each image of the other; then the reverse.
-*Runs* counts jitters and halves of W8A8; W6A8 has half as many jitters, bias correction too. Inception-V3 has one half, and one crop of
-each test image. Symmetric int8 (int6) weights, per tensor, or per output channel in the rows that say so; affine uint8 activations,
+*Runs* counts jitters and halves of W8A8; W6A8 has half as many jitters, bias correction too. Inception-V3 has six crops of each test
+image: the noise of one in ten is a hundred times the median there, so fewer would say which crops they were. Symmetric int8 (int6) weights, per tensor, or per output channel in the rows that say so; affine uint8 activations,
 per tensor; biases on the int32 grid. Ranges are extrema, nothing is clipped; ReLU6 stays exact. *Expected* is the noise model's word for
 W8A8, from gradient sensitivities and the ranges seen, before anything is quantized. *Agreement* is that of W8A8.
 
