@@ -41,6 +41,10 @@ ROWS = {
                                   "a = MatMul(x, w) u = Unsqueeze(a, one) e = Expand(u, s) t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) "
                                   "f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
                                   {"rest": [2, 5, 3], "one": [1], "out": [0, 5, 6]}, 3),
+    "the size of a mask": ("int64[N,5] ids, float[N,5,6] x", "g = Equal(ids, one) k = Cast<to=7>(g) c = CumSum(k, axis) "
+                           "n = Shape<start=0,end=1>(c) s = Concat<axis=0>(n, rest) a = MatMul(x, w) u = Unsqueeze(a, one) e = Expand(u, s) "
+                           "t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
+                           {"rest": [2, 5, 3], "one": [1], "axis": 1, "out": [0, 5, 6]}, 3),
     "nothing beside": (X, "a = MatMul(x, w) p = Slice(a, zero, four, two) q = Slice(a, four, big, two) b = Concat<axis=-1>(q, p) "
                        "r = Relu(b) y = MatMul(r, v)", {"w": (6, 4), "v": (4, 7)}, {"zero": [0], "four": [4], "big": [99], "two": [2]}, 4),
     "nothing among three": (X, "a = MatMul(x, w) q = Slice(a, four, big, two) b = Concat<axis=-1>(x, q, a) r = Relu(b) y = MatMul(r, v)",
@@ -59,6 +63,8 @@ ROWS = {
                              {"w": (4, 3, 1, 1), "v": (7, 4, 1, 1)}, {"blocks": [0, 4, 3, 2, 3, 2], "axes": [3, 5]}, 4)
        for kind in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2")},
 }
+#: What is kept of these: what holds whole numbers and truths.
+KEPT = {"the size of a mask": ["Equal", "Cast", "CumSum"]}
 
 
 def written(path, row, batch):
@@ -83,19 +89,19 @@ def written(path, row, batch):
 def exported(request, tmp_path):
     name, batch = request.param
     path = tmp_path / "net.onnx"
-    return path, written(path, ROWS[name], batch), ROWS[name][-1]
+    return path, written(path, ROWS[name], batch), ROWS[name][-1], KEPT.get(name, [])
 
 
 def test_exported_networks_are_understood_whole(exported):
-    path, feeds, free = exported
+    path, feeds, free, kept = exported
     opened = eqfact.onnx.open(path, feeds)
-    assert opened.kept == () and eq.degrees_of_freedom(opened.graph) == free
+    assert [k.op_type for k in opened.kept] == kept and eq.degrees_of_freedom(opened.graph) == free
     verdict = eqfact.onnx.check(path, opened.graph, feeds)
     assert verdict, verdict.message
 
 
 def test_factors_of_powers_of_two_change_no_bit_of_them(exported):
-    path, feeds, free = exported
+    path, feeds, free, _ = exported
     opened = eqfact.onnx.open(path, feeds)
     powers = np.append(1, 2.0 ** np.random.default_rng(1).integers(-3, 4, free))
     opened.save(path.with_name("out.onnx"), eq.Factorization(eq.channels(opened.graph), powers).apply(opened.graph))
@@ -104,7 +110,7 @@ def test_factors_of_powers_of_two_change_no_bit_of_them(exported):
 
 
 def test_they_are_quantized_in_onnxruntime_as_here(exported):
-    path, feeds, _ = exported
+    path, feeds, *_ = exported
     opened = eqfact.onnx.open(path, feeds)
     data = opened.boundary(feeds)
     quantized = eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, data), **EIGHT)
@@ -112,6 +118,20 @@ def test_they_are_quantized_in_onnxruntime_as_here(exported):
     truth, made = (small.run_ort(path.with_name(name), feeds)["y"] for name in ("net.onnx", "q.onnx"))
     here = eq.sqnr(eq.forward(opened.graph, data), eq.forward(quantized, data))
     assert here > 15 and eq.sqnr(truth, made) == pytest.approx(here, abs=0.5)
+
+
+def test_a_size_that_depends_on_the_data_is_no_constant(tmp_path):
+    """As many entries as are not zero: what takes its size from there is kept."""
+    row = ("int64[N,5] ids, float[N,5,6] x", "z = NonZero(ids) n = Shape(z) c = Cast<to=1>(n) s = ReduceSum<keepdims=0>(c) a = MatMul(x, w) "
+           "r = Relu(a) m = MatMul(r, v) y = Add(m, s)", {"w": (6, 3), "v": (3, 7)}, {}, 3)
+    feeds = written(tmp_path / "net.onnx", row, "N")
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    assert "Shape" in [k.op_type for k in opened.kept]
+    feeds["ids"][0] = 0
+    powers = np.array([1, 0.5, 4, 2])
+    opened.save(tmp_path / "out.onnx", eq.Factorization(eq.channels(opened.graph), powers).apply(opened.graph))
+    truth, made = (small.run_ort(tmp_path / name, feeds)["y"] for name in ("net.onnx", "out.onnx"))
+    assert np.array_equal(truth, made)
 
 
 # ------------------------------------------------------------------------------------------------ constants

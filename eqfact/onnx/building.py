@@ -18,6 +18,9 @@ from eqfact.ops import Identity, Op, Permute, Shape, Slice, Take, Weighted
 
 #: Two assumed sizes of a free batch; primes, so that no product of other sizes is mistaken for one.
 BATCHES = (7919, 7907)
+#: What is of the size of what it reads, so that a kept node's outputs have it on whatever data.
+ENTRYWISE = {"Cast", "Not", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where", "Add", "Sub", "Mul",
+             "Div", "Neg", "Abs", "Sign", "Min", "Max", "Mod", "Clip", "CumSum", "IsNaN", "IsInf", "Identity", "Transpose"}
 #: A file of a few bytes can claim any number of channels; MobileNetV2 has some 50 thousand in all its values.
 MOST_CHANNELS = 2**24
 
@@ -26,7 +29,7 @@ class Building:
     """The network that a file is becoming.
 
     ``samples`` is the size of the batch, None if it is free; ``enter`` makes a network input of a tensor from outside, or raises
-    :class:`ValueError` with the reason why not; ``sizes`` tells the shape of an input of the file, of whatever type, with each batch.
+    :class:`ValueError` with the reason why not; ``sizes`` tells the shape of a tensor from outside, of whatever type, with each batch.
     """
 
     def __init__(self, source: Source, samples: int | None, enter: Callable[[Foreign], View],
@@ -67,9 +70,21 @@ class Building:
     def full_shapes(self, name: str) -> Sequence[Shape]:
         """The shape of a tensor, with each assumed size of the batch."""
         tensor = self.tensors[name]
-        if isinstance(tensor, Foreign) and name not in self.makers:
+        if isinstance(tensor, Foreign) and self._sized(name):
             return self._sizes(tensor)
         return [self.view(name).full_shape(b) for b in self.batches]
+
+    def _sized(self, name: str) -> bool:
+        """Whether the size of a tensor is one of the file's inputs', whatever they hold."""
+        todo, seen = [name], set[str]()
+        while todo:
+            name = todo.pop()
+            if name and name not in seen and isinstance(self.tensors.get(name), Foreign) and name in self.makers:
+                if self.makers[name].op_type not in ENTRYWISE:
+                    return False
+                todo += self.makers[name].input
+            seen.add(name)
+        return True
 
     def input(self, name: str, view: View) -> None:
         """A new input of the network, and the view of it that the tensor is."""

@@ -100,7 +100,7 @@ class Call:
         return [self.view(i) for i in range(len(self.inputs))]
 
     def full_shapes(self, i: int = 0) -> Sequence[Shape]:
-        """The shape of input ``i``, be it an input of the file of whatever type, with each assumed size of the batch."""
+        """The shape of input ``i``, be it a tensor from outside of whatever type, with each assumed size of the batch."""
         if not self.has(i):
             self.refuse(f"its input {i} is missing")
         return self.building.full_shapes(str(self.node.input[i]))

@@ -140,7 +140,7 @@ class Importer:
         return view
 
     def _sizes(self, tensor: Foreign) -> Sequence[Shape]:
-        """The shape of an input of the file, with each assumed size of the batch."""
+        """The shape of a tensor from outside, with each assumed size of the batch."""
         assert self.outside is not None
         shape, _, batch = self.outside(tensor)
         return [tuple(size if axis == batch else n for axis, n in enumerate(shape)) for size in self.building.batches]
