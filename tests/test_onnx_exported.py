@@ -42,8 +42,8 @@ ROWS = {
                                   "f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
                                   {"rest": [2, 5, 3], "one": [1], "out": [0, 5, 6]}, 3),
     "the size of a mask": ("int64[N,5] ids, float[N,5,6] x", "g = Equal(ids, one) k = Cast<to=7>(g) c = CumSum(k, axis) "
-                           "n = Shape<start=0,end=1>(c) s = Concat<axis=0>(n, rest) a = MatMul(x, w) u = Unsqueeze(a, one) e = Expand(u, s) "
-                           "t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
+                           "n = Shape<start=0,end=1>(c) s = Concat<axis=0>(n, rest) a = MatMul(x, w) u = Unsqueeze(a, one) "
+                           "e = Expand(u, s) t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
                            {"rest": [2, 5, 3], "one": [1], "axis": 1, "out": [0, 5, 6]}, 3),
     "nothing beside": (X, "a = MatMul(x, w) p = Slice(a, zero, four, two) q = Slice(a, four, big, two) b = Concat<axis=-1>(q, p) "
                        "r = Relu(b) y = MatMul(r, v)", {"w": (6, 4), "v": (4, 7)}, {"zero": [0], "four": [4], "big": [99], "two": [2]}, 4),
@@ -122,8 +122,8 @@ def test_they_are_quantized_in_onnxruntime_as_here(exported):
 
 def test_a_size_that_depends_on_the_data_is_no_constant(tmp_path):
     """As many entries as are not zero: what takes its size from there is kept."""
-    row = ("int64[N,5] ids, float[N,5,6] x", "z = NonZero(ids) n = Shape(z) c = Cast<to=1>(n) s = ReduceSum<keepdims=0>(c) a = MatMul(x, w) "
-           "r = Relu(a) m = MatMul(r, v) y = Add(m, s)", {"w": (6, 3), "v": (3, 7)}, {}, 3)
+    row = ("int64[N,5] ids, float[N,5,6] x", "z = NonZero(ids) n = Shape(z) c = Cast<to=1>(n) s = ReduceSum<keepdims=0>(c) "
+           "a = MatMul(x, w) r = Relu(a) m = MatMul(r, v) y = Add(m, s)", {"w": (6, 3), "v": (3, 7)}, {}, 3)
     feeds = written(tmp_path / "net.onnx", row, "N")
     opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
     assert "Shape" in [k.op_type for k in opened.kept]
