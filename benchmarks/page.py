@@ -55,7 +55,8 @@ corrections come from the ten plain images of one half; measured on two random c
 *Runs* counts jitters and halves of W8A8; W6A8 has half as many jitters, bias correction too. Inception-V3 has six crops of each test
 image: the noise of one in ten is a hundred times the median there, so fewer would say which crops they were. Symmetric int8 (int6)
 weights, per tensor, or per output channel in the rows that say so; affine uint8 activations, per tensor; biases on the int32 grid.
-Ranges are extrema, nothing is clipped; ReLU6 stays exact. *Expected* is the noise model's word for W8A8, from gradient sensitivities and the ranges seen, before anything is quantized. *Agreement* is that of W8A8.
+Ranges are extrema, nothing is clipped; ReLU6 stays exact. *Expected* is the noise model's word for W8A8, from gradient sensitivities
+and the ranges seen, before anything is quantized. *Agreement* is that of W8A8.
 
 *optimal* goes by gradients on the calibration images, and by the ranges that channels may reach (`eqfact.likely_ranges`, with the
 moments of BatchNorm); *from statistics alone* by `eqfact.forward_sensitivities`; *without ridge* by the noise alone. *Cross-layer without

@@ -43,8 +43,8 @@ ROWS = {
                                   {"rest": [2, 5, 3], "one": [1], "out": [0, 5, 6]}, 3),
     "the size of a mask": ("int64[N,5] ids, float[N,5,6] x", "g = Equal(ids, one) k = Cast<to=7>(g) c = CumSum(k, axis) "
                            "n = Shape<start=0,end=1>(c) s = Concat<axis=0>(n, rest) a = MatMul(x, w) u = Unsqueeze(a, one) "
-                           "e = Expand(u, s) t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) f = Reshape(r, out) y = MatMul(f, v)", {"w": (6, 3), "v": (6, 7)},
-                           {"rest": [2, 5, 3], "one": [1], "axis": 1, "out": [0, 5, 6]}, 3),
+                           "e = Expand(u, s) t = Transpose<perm=[0,2,1,3]>(e) r = Relu(t) f = Reshape(r, out) y = MatMul(f, v)",
+                           {"w": (6, 3), "v": (6, 7)}, {"rest": [2, 5, 3], "one": [1], "axis": 1, "out": [0, 5, 6]}, 3),
     "nothing beside": (X, "a = MatMul(x, w) p = Slice(a, zero, four, two) q = Slice(a, four, big, two) b = Concat<axis=-1>(q, p) "
                        "r = Relu(b) y = MatMul(r, v)", {"w": (6, 4), "v": (4, 7)}, {"zero": [0], "four": [4], "big": [99], "two": [2]}, 4),
     "nothing among three": (X, "a = MatMul(x, w) q = Slice(a, four, big, two) b = Concat<axis=-1>(x, q, a) r = Relu(b) y = MatMul(r, v)",
