@@ -135,6 +135,24 @@ class Network:
             self.then("Gemm", self.constant(weight), self.constant(self.normal(m)), transB=int(turned), alpha=0.5, beta=2.0)
             self.shape = self.shape[0], m
 
+    def dense_on_tokens(self) -> None:
+        """A Gemm on the rows of all samples together, as PyTorch's addmm is exported."""
+        if self.batch == 0 and len(self.shape) > 2:
+            m, n = int(self.rng.integers(2, 7)), self.shape[-1]
+            self.then("Reshape", self.whole(-1, n))
+            self.then("Gemm", self.constant(self.normal(n, m)), self.constant(self.normal(m)))
+            self.shape = (*self.shape[:-1], m)
+            self.then("Reshape", self.whole(-1, *self.shape[1:]))
+
+    def einsum(self) -> None:
+        """Over one axis, which comes to stand elsewhere."""
+        letters, axis, m = "abcde"[:len(self.shape)], int(self.rng.choice(self.axes())), int(self.rng.integers(2, 7))
+        made = [*(a for i, a in enumerate(letters) if i != axis), "z"]
+        made = [made[i] for i in self.rng.permutation(len(made))] if self.rng.random() < 0.5 else made
+        self.then("Einsum", self.constant(self.normal(self.shape[axis], m)), equation=f"{letters},{letters[axis]}z->{''.join(made)}")
+        sizes = dict(zip(letters, self.shape, strict=True)) | {"z": m}
+        self.shape, self.batch = tuple(sizes[a] for a in made), made.index(letters[self.batch])
+
     def convolution(self) -> None:
         if self.images():
             n, kernel = self.shape[1], int(self.rng.choice([1, 1, 3]))
@@ -167,6 +185,15 @@ class Network:
         factor = self.constant((self.rng.uniform(0.5, 2.0, dims) * self.rng.choice([-1, 1])).astype(np.float32))
         self.name = self.node(kind, *(self.rng.permutation([self.name, factor]).tolist() if kind != "Div" else (self.name, factor)))
 
+    def expanded(self) -> None:
+        """A constant, repeated for every sample before it is added or multiplied."""
+        if self.batch == 0:
+            first = self.node("Slice", self.node("Shape", self.name), self.whole(0), self.whole(1))
+            rest = [n if self.rng.random() < 0.5 else 1 for n in self.shape[1:]]
+            sizes = self.node("Concat", first, self.whole(*rest), axis=0)
+            own = self.node("Expand", self.constant(self.rng.uniform(0.5, 2.0, (1, *rest)).astype(np.float32)), sizes)
+            self.name = self.node(str(self.rng.choice(["Add", "Mul"])), *self.rng.permutation([self.name, own]).tolist())
+
     def layer_norm(self) -> None:
         if self.batch < len(self.shape) - 1:
             apart = self.node("Sub", self.name, self.reduced("ReduceMean", self.name, -1))
@@ -190,6 +217,9 @@ class Network:
 
     def clipped(self) -> None:
         self.then("Clip", self.number(self.rng.choice([0.0, -0.5])), self.number(self.rng.choice([0.7, 6.0])))
+
+    def squared(self) -> None:
+        self.then("Pow", self.number(2.0))
 
     def gelu(self) -> None:
         error = self.node("Add", self.node("Erf", self.node("Div", self.name, self.number(2**0.5))), self.number(1.0))
@@ -218,6 +248,11 @@ class Network:
         axis = int(self.rng.choice(self.axes()))
         if other := self.alike(axis):
             self.name = self.node("Concat", *self.rng.permutation([self.name, other]).tolist(), axis=axis)
+
+    def nothing_beside(self) -> None:
+        axis = int(self.rng.choice(self.axes()))
+        nothing = self.node("Slice", self.name, self.whole(self.shape[axis]), self.whole(2**31), self.whole(axis))
+        self.name = self.node("Concat", *self.rng.permutation([self.name, nothing]).tolist(), axis=axis)
 
     def halves(self) -> None:
         even = [i for i in self.axes(2) if self.shape[i] % 2 == 0]
@@ -333,7 +368,7 @@ STEPS: list[Callable[[Network], None]] = [
     Network.activation, Network.sloped, Network.clipped, Network.gelu, Network.gate, Network.squeezed_gate, Network.softmax, Network.joined,
     Network.joined, Network.beside, Network.halves, Network.turned, Network.turned, Network.merged, Network.divided, Network.longer,
     Network.shorter, Network.sliced, Network.gathered, Network.padded, Network.resampled, Network.summed, Network.pooled,
-    Network.pooled_whole,
+    Network.pooled_whole, Network.dense_on_tokens, Network.einsum, Network.expanded, Network.squared, Network.nothing_beside,
 ]
 
 
