@@ -104,7 +104,8 @@ def reverse_walk(graph: Graph, env: Mapping[str, Array], cotangent: Data,
             continue
         inputs = [env[i] for i in node.inputs]
         try:
-            back = node.op.vjp(seen[node.name], *inputs)
+            with np.errstate(over="ignore"):  # of a mask made as a product with the lowest number
+                back = node.op.vjp(seen[node.name], *inputs)
         except TypeError as error:
             raise TypeError(f"node '{node.name}': {error}") from error
         yield node, inputs, seen[node.name]

@@ -154,3 +154,15 @@ def test_one_array_is_no_cotangent_of_two_outputs():
     net = eq.Graph({"x": (2,)}, [eq.Node("fc", eq.Dense(np.eye(2)), ["x"]), eq.Node("act", eq.ReLU(), ["fc"])], ["fc", "act"])
     with pytest.raises(ValueError, match=r"the cotangent must name the outputs \['fc', 'act'\], got \['fc'\]"):
         eq.backward(net, np.ones((1, 2)), np.ones((1, 2)))
+
+
+def test_a_mask_as_exporters_make_it_warns_of_nothing():
+    """``(mask - 1) * 3.4e38`` is added to the scores: what little flows back to it may be too large for a number."""
+    lowest = np.float32([np.finfo(np.float32).max])
+    graph = eq.Graph({"x": (3, 4), "mask": (1, 4)}, (
+        eq.Node("far", eq.BatchNorm(lowest, -lowest, 0 * lowest, 0 * lowest + 1, eps=0.0), ("mask",)),
+        eq.Node("masked", eq.Add(), ("x", "far")), eq.Node("p", eq.Softmax(2), ("masked",))), ("p",))
+    feeds = {"x": np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32), "mask": np.ones((2, 1, 4), np.float32)}
+    with np.errstate(all="raise", under="ignore"):
+        found = eq.backward(graph, feeds, 4 * np.ones((2, 3, 4), np.float32) * np.float32([1, 2, 3, 4]))
+    assert np.isfinite(found.values["x"]).all() and not np.isfinite(found.values["mask"]).all()
