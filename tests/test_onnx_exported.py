@@ -212,3 +212,17 @@ def test_what_is_repeated_for_a_batch_that_stands_for_any_takes_no_memory(tmp_pa
         feeds = written(tmp_path / "net.onnx", (row[0], row[1].format(added), *row[2:]), "N")
         opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
         assert [k.op_type for k in opened.kept] == kept
+
+
+@pytest.mark.parametrize("window, kind", [
+    ({"kernel": (1, 2, 1, 4)}, "ReduceMean"), ({"kernel": (1, 2, 1, 4), "stride": 1}, "ReduceMean"),
+    ({"kernel": (1, 2, 1, 3)}, "AveragePool"), ({"kernel": (1, 1, 1, 4), "stride": (2, 1, 1, 1)}, "AveragePool"),
+    ({"kernel": (1, 1, 1, 4), "padding": ((0, 0), (0, 0), (0, 0), (1, 1))}, "AveragePool")], ids=str)
+def test_a_pool_over_four_axes_is_a_reduction_only_where_it_takes_in_all_of_some(window, kind, tmp_path):
+    graph = eq.Graph({"x": (2, 3, 2, 3, 4)}, (eq.Node("y", eq.AvgPool(window.pop("kernel"), **window), ("x",)),), ("y",))
+    eqfact.onnx.save(tmp_path / "net.onnx", graph)
+    (written_node,) = onnx.load(tmp_path / "net.onnx").graph.node
+    assert written_node.op_type == kind
+    if kind == "ReduceMean":
+        x = normal(2, 2, 3, 2, 3, 4)
+        assert np.allclose(small.run_ort(tmp_path / "net.onnx", {"x": x})["y"], eq.forward(graph, x), atol=1e-6)

@@ -252,7 +252,8 @@ def _reduction(w: Writer, node: Node, op: MaxPool | MinPool | AvgPool | LpPool) 
         return False
     sizes = w.space(node)
     kernel = per_axis("kernel", op.kernel, len(sizes))
-    if op.output_shape((1, *sizes))[1:] != tuple(1 if k == n else n for k, n in zip(kernel, sizes, strict=True)):
+    made = tuple(1 if k == n else n for k, n in zip(kernel, sizes, strict=True))
+    if any(_pads(op.padding, len(sizes))) or op.output_shape((1, *sizes))[1:] != made:
         return False
     w.need_opset(18, node)
     reduced = w.integers(node, "axes", [i for i, k in enumerate(kernel, 2) if k > 1])
