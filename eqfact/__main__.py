@@ -258,7 +258,8 @@ def fold_text(facts: Facts) -> Iterator[str]:
 def equalize_text(facts: Facts) -> Iterator[str]:
     before, after = facts["before"], facts["after"]
     if facts["predicted_sqnr"] and facts["predicted_sqnr"][1] < facts["predicted_sqnr"][0]:
-        yield "WARNING: the quantized network is expected to be worse than before: take --method optimal, or add --harmless"
+        remedy = "give more images" if facts["method"] == "optimal" else "take --method optimal"
+        yield f"WARNING: the quantized network is expected to be worse than before: {remedy}, or add --harmless"
     yield facts["message"]
     yield f"{facts['degrees_of_freedom']} degrees of freedom"
     for key, what in (("weight_ratio", "weight channels"), ("value_ratio", "value channels")):

@@ -112,8 +112,10 @@ def equalize(graph: Graph, method: str | Rule | Method | None = None, *, data: D
         predicted, noise = (predicted[0], predicted[0]), (noise[0], noise[0])
         message += "; the expected noise would not fall, so the network is returned as it is"
     if predicted is not None and predicted[1] < predicted[0]:
-        message = (f"the expected noise rises, from an SQNR of {predicted[0]:.1f} to {predicted[1]:.1f} dB: use method 'optimal', or "
-                   f"harmless=True; {message}")
+        remedy = "for the ranges seen, though not for those that other data may reach: give more data" if isinstance(chosen, Optimal) else \
+            "use method 'optimal'"
+        message = (f"the expected noise rises, from an SQNR of {predicted[0]:.1f} to {predicted[1]:.1f} dB: {remedy}, or harmless=True; "
+                   f"{message}")
     gap_db = None
     if goal is not None:
         gap_db = decibels_above(goal.bound, goal.reached(factorization))

@@ -1071,6 +1071,17 @@ def test_a_result_that_is_expected_to_be_worse_says_so_first(method):
         assert kept.predicted[1] >= kept.predicted[0] and not kept.message.startswith("the expected noise rises")
 
 
+def test_the_optimum_does_not_advise_to_use_the_optimum():
+    """From what is best for the ranges seen, to what is best for those that other data may reach."""
+    m = Maker(3)
+    graph = handmade.mobile(m)
+    x = m.data(graph)
+    best = eq.equalize(graph, eq.Optimal(ranges=eq.calibrate(graph, x), ridge=0.0), data=x).graph
+    result = eq.equalize(best, data=x)
+    assert result.predicted[1] < result.predicted[0]
+    assert "give more data, or harmless=True" in result.message and "use method" not in result.message
+
+
 def test_no_data_is_cross_layer_and_an_own_rule_is_swept():
     graph = handmade.plain(Maker(1))
     assert eq.equalize(graph).message.startswith("cross_layer: ")

@@ -2,6 +2,7 @@
 function in onnxruntime, to the bit behind factors that are powers of two, and quantized there as here.
 """
 
+import json
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import helper, numpy_helper
 
 import eqfact as eq
 import eqfact.onnx
+from eqfact.__main__ import main
 from eqfact.onnx import folding
 
 EIGHT = {"weights": eq.UniformQuantizer(8), "activations": eq.UniformQuantizer(8, symmetric=False)}
@@ -132,6 +134,68 @@ def test_a_size_that_depends_on_the_data_is_no_constant(tmp_path):
     opened.save(tmp_path / "out.onnx", eq.Factorization(eq.channels(opened.graph), powers).apply(opened.graph))
     truth, made = (small.run_ort(tmp_path / name, feeds)["y"] for name in ("net.onnx", "out.onnx"))
     assert np.array_equal(truth, made)
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+@pytest.mark.parametrize("last", ["Identity", "CumSum"])
+def test_weights_listed_among_the_inputs_are_equalized_and_quantized(ir_version, last, tmp_path, capsys):
+    """As exporters did before IR 4, and may still; with a node that is kept the file is written into, else it may be written anew."""
+    weights = {"w": normal(8, 3, 1, 1), "b": 3 * normal(8), "v": normal(4, 8, 1, 1), "axis": np.array(2)}
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"]), helper.make_node("Relu", ["c"], ["r"]),
+             helper.make_node("Conv", ["r", "v"], ["o"]), helper.make_node(last, ["o", "axis"] if last == "CumSum" else ["o"], ["y"])]
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    infos = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in initializers]
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 5, 5])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["N", 4, 5, 5])
+    model = helper.make_model(helper.make_graph(nodes, "g", [x, *infos], [y], initializers), opset_imports=[helper.make_opsetid("", 11)],
+                              ir_version=ir_version)
+    path, data = tmp_path / "net.onnx", normal(2, 3, 5, 5)
+    onnx.save(model, path)
+    np.savez(tmp_path / "data.npz", x=data)
+    for command in ("equalize", "quantize"):
+        assert main([command, str(path), "-o", str(tmp_path / "out.onnx"), "--data", str(tmp_path / "data.npz")]) == 0, capsys.readouterr()
+        truth, made = (small.run_ort(p, {"x": data})["y"] for p in (path, tmp_path / "out.onnx"))
+        assert eq.sqnr(truth, made) > (100 if command == "equalize" else 20)
+
+
+def test_weights_stored_in_half_are_of_the_type_that_they_are_cast_to(tmp_path):
+    """As onnxruntime's optimizer writes networks in float16 for processors without it."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N,3,5,5] x) => (float[N,4,5,5] y)
+              { w = Cast<to=1>(half_w) v = Cast<to=1>(half_v) c = Conv(x, w) r = Relu(c) y = Conv(r, v) }"""
+    model = onnx.parser.parse_model(text)
+    for name, shape in (("half_w", (8, 3, 1, 1)), ("half_v", (4, 8, 1, 1))):
+        model.graph.initializer.append(numpy_helper.from_array(normal(*shape).astype(np.float16), name))
+    onnx.save(model, tmp_path / "net.onnx")
+    graph = eqfact.onnx.load(tmp_path / "net.onnx")
+    assert graph.dtype == np.float32 and eq.degrees_of_freedom(graph) == 8
+    eqfact.onnx.save(tmp_path / "out.onnx", eq.equalize(graph).graph)
+    truth, made = (small.run_ort(tmp_path / name, {"x": normal(2, 3, 5, 5)})["y"] for name in ("net.onnx", "out.onnx"))
+    assert eq.sqnr(truth, made) > 100
+
+
+CHANNELS_LAST = "c = Conv(t, w) u = Transpose<perm=[0,2,3,1]>(c) {} s = Transpose<perm=[0,3,1,2]>(m) d = Conv(s, v) "
+#: Scalings that are folded into the layer before or behind, across moves and what is between.
+SCALED = {"behind a ReLU": "r = Relu(u) m = Mul(r, k)", "behind what does nothing": "i = Cast<to=1>(u) r = Relu(i) m = Mul(r, k)",
+          "of several": "a = Mul(u, k) r = Relu(a) i = Cast<to=1>(r) b = Sub(i, k) m = Mul(b, k)"}
+
+
+@pytest.mark.parametrize("end", ["y = Transpose<perm=[0,2,3,1]>(d)", "z = Transpose<perm=[0,2,3,1]>(d) y = CumSum(z, axis)"])
+@pytest.mark.parametrize("scaled", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("command", ["fold", "equalize", "equalize --no-fold", "quantize"])
+def test_channels_last_networks_are_written_whatever_is_folded(command, scaled, end, tmp_path, capsys):
+    """As Keras writes them. What has no place in the file is written anew, and compared in what is left of its tensors."""
+    body = "t = Transpose<perm=[0,3,1,2]>(x) " + CHANNELS_LAST.format(scaled) + end
+    row = ("float[N,5,5,3] x", body, {"w": (4, 3, 1, 1), "v": (5, 4, 1, 1), "k": (4,)}, {"axis": 1}, 0)
+    feeds = written(tmp_path / "net.onnx", row, "N")
+    np.savez(tmp_path / "data.npz", **feeds)
+    data = [] if command == "fold" else ["--data", str(tmp_path / "data.npz")]
+    line = [*command.split(), str(tmp_path / "net.onnx"), "-o", str(tmp_path / "out.onnx"), *data, "--json"]
+    assert main(line) == 0, capsys.readouterr()
+    facts = json.loads(capsys.readouterr().out)
+    truth, made = (small.run_ort(tmp_path / name, feeds)["y"] for name in ("net.onnx", "out.onnx"))
+    assert eq.sqnr(truth, made) > (15 if command == "quantize" else 100)
+    if command == "quantize" and facts["run"]["expected_sqnr"]:
+        assert facts["run"]["sqnr"] == pytest.approx(facts["run"]["expected_sqnr"], abs=0.3)
 
 
 # ------------------------------------------------------------------------------------------------ constants

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from eqfact.graph import Graph, Node, forward
 from eqfact.onnx.opened import AT_ONCE, Opened, finite, open
 from eqfact.onnx.origin import OnnxError, source_of
-from eqfact.onnx.running import Arrays, Running, runtime
+from eqfact.onnx.running import Arrays, Running, runtime, tensors
 from eqfact.onnx.views import View
 from eqfact.ops import Blocking, Weighted
 from eqfact.ops.base import Array
@@ -52,7 +53,7 @@ def checked(opened: Opened, graph: Graph, data: Mapping[str, npt.ArrayLike], pat
 
 def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLike[str]) -> Verification:
     """The verdict on data that the file takes in one run."""
-    views = _views(opened, graph)
+    views = _views(opened, graph, path)
     compared = [node for node in graph.nodes if node.name in views]
     if not compared:
         raise OnnxError(f"{opened.path}: the file has none of the values of the network to compare with")
@@ -88,15 +89,16 @@ def _boundary(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLi
     return {**found, **(Running(path, others)(feeds, others) if others else {})}
 
 
-def _views(opened: Opened, graph: Graph) -> dict[str, tuple[str, View]]:
-    """A tensor of the file for every value that has one, and how it is a view of it.
+def _views(opened: Opened, graph: Graph, path: str | os.PathLike[str]) -> dict[str, tuple[str, View]]:
+    """A tensor of the file for every value that has one, and how it is a view of it; one that the file at ``path`` still makes.
 
     A graph that was read from a file says itself what its values are: :func:`eqfact.onnx.load` puts outputs in the file's order of axes,
     under names that stand for other values in what is opened.
     """
     found: dict[str, tuple[str, View]] = {}
+    shown = opened.source.shown if Path(path) == opened.path else opened.source.shown & tensors(path)
     for name, view in (source_of(graph) or opened.source).tensors.items():
-        if name in opened.source.shown and isinstance(view, View) and graph.shapes.get(view.value) == view.shape and (
+        if name in shown and isinstance(view, View) and graph.shapes.get(view.value) == view.shape and (
                 view.value not in found or name == view.value):
             found[view.value] = name, view
     return found
@@ -147,7 +149,7 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
 def _end_to_end(opened: Opened, graph: Graph, feeds: Arrays, boundary: Arrays,
                 path: str | os.PathLike[str]) -> float:
     """How far the graph's outputs end apart from the file's, from end to end, in units of each output's largest entry."""
-    views = {value: found for value, found in _views(opened, graph).items() if value in graph.outputs}
+    views = {value: found for value, found in _views(opened, graph, path).items() if value in graph.outputs}
     inner = [name for name, _ in views.values()]
     file = Running(path, inner)(feeds, inner)
     ours = forward(graph, boundary)

@@ -85,6 +85,13 @@ class Source:
         """The inputs of the file that are no weights."""
         return [info for info in self.model.graph.input if info.name not in self.initializers]
 
+    def without_weights(self, model: onnx.ModelProto) -> None:
+        """Of the weights that a file lists among its inputs, as old ones do, those stay there that a model written into it still has."""
+        there = {tensor.name for tensor in model.graph.initializer}
+        inputs = [info for info in model.graph.input if info.name not in self.initializers or info.name in there]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+
     @property
     def header(self) -> onnx.ModelProto:
         """The file without nodes and weights: opset, producer, inputs, outputs, metadata."""
@@ -99,10 +106,15 @@ class Source:
         return header
 
     def dtype(self) -> np.dtype[Any]:
-        """The floating type of most weights, or of the inputs if there are none; float32 if nothing is floating."""
+        """The floating type of most weights, or of the inputs if there are none; float32 if nothing is floating.
+
+        Weights that are stored in another type are of the one that they are cast to.
+        """
         entries: dict[np.dtype[Any], int] = {}
-        for array in self.initializers.values():
-            entries[array.dtype] = entries.get(array.dtype, 0) + array.size
+        cast = {str(node.input[0]): node.attribute[0].i for node in self.model.graph.node if node.op_type == "Cast" and node.attribute}
+        for name, array in self.initializers.items():
+            dtype = np.dtype(FLOATS.get(cast.get(name, 0), array.dtype))
+            entries[dtype] = entries.get(dtype, 0) + array.size
         for info in self.model.graph.input:
             kind = info.type.tensor_type.elem_type
             if kind in FLOATS:

@@ -125,6 +125,7 @@ class Patcher(GraphWriter):
         read = {name for node in nodes for name in names_read(node)} | outputs
         arrays = {**self.source.initializers, **self.initializers}
         model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items() if name in read)
+        self.source.without_weights(model)
         return model
 
     def _as_they_were(self) -> list[onnx.NodeProto]:

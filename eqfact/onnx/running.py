@@ -37,6 +37,12 @@ def runtime() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
+def tensors(path: str | os.PathLike[str]) -> set[str]:
+    """The names of all that a file reads or makes itself."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {*(str(info.name) for info in graph.input), *(str(name) for node in graph.node for name in node.output if name)}
+
+
 class Running:
     """A model made ready to be run, on the processor; inner values that may be asked for are named beforehand.
 

@@ -79,6 +79,7 @@ def spliced(path: str | os.PathLike[str], graph: Graph, read: Graph, source: Sou
     own = {tensor.name: tensor for tensor in inner.graph.initializer}
     model.graph.initializer.extend(tensor for name, tensor in {**own, **extra}.items() if name in wanted)
     model.graph.initializer.extend(tensor for tensor in file.graph.initializer if tensor.name in wanted and tensor.name not in own)
+    source.without_weights(model)
     return model
 
 
