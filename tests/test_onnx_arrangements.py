@@ -60,6 +60,14 @@ ARRANGEMENTS = {
         [node("Transpose", ["x"], ["s"], perm=[2, 0, 1, 3]), node("Reshape", ["s", "to"], ["t"])], (0, 12),
         [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[1, 2, 0, 3])],
         {"to": ints(-1, 12), "last": ints(2, -1, 4, 3)}),
+    "columns, rows and samples in one axis": (
+        [node("Transpose", ["x"], ["s"], perm=[3, 2, 0, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
+        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[2, 3, 1, 0])],
+        {"to": ints(-1, 4), "last": ints(3, 2, -1, 4)}),
+    "samples, columns and rows in one axis": (
+        [node("Transpose", ["x"], ["s"], perm=[0, 3, 2, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
+        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[0, 3, 2, 1])],
+        {"to": ints(-1, 4), "last": ints(-1, 3, 2, 4)}),
     "samples between pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 0, 3, 1]), node("Reshape", ["s", "to"], ["t"])],
                                            (0, 4), [node("Reshape", ["u", "last"], ["v"]),
                                                     node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
@@ -108,7 +116,8 @@ REFUSED = {
         "Split and Concat of the last axis")},
     **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
         "one axis", "one axis, and one of one in front", "rows and samples in one axis, the rest in another",
-        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
+        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis",
+        "columns, rows and samples in one axis", "samples, columns and rows in one axis")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
         "Concat and Slice of the last axis", "MatMul", "Pad, and Slice", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},
