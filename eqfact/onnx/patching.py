@@ -205,7 +205,10 @@ class Patcher(GraphWriter):
     def vector(self, node: Node, name: str, value: AnyArray) -> str:
         assert self._view is not None
         channels = self._view.shape[0]
-        array = self._view.spread(np.broadcast_to(value, (channels,))) if value.size > 1 else value.reshape(())
+        try:
+            array = self._view.spread(np.broadcast_to(value, (channels,))) if value.size > 1 else value.reshape(())
+        except ValueError as error:
+            raise self._refused(node) from error
         return self.parameter(node, name, array)
 
     def channels_second(self, node: Node) -> bool:
