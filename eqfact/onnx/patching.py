@@ -316,10 +316,8 @@ class Patcher(GraphWriter):
         """A layer whose bias is added by a node of its own."""
         proto = self._makers[origin.makes]
         at = self._constant_at(proto)
-        view, product = self._view, str(proto.input[1 - at])
-        self._view = self._tensor(product)
+        product = str(proto.input[1 - at])
         self.write(replace(node, name=product, op=replace(op, bias=None), origin=replace(origin, makes=product)))
-        self._view = view
         inputs = [product]
         if op.bias is not None:
             inputs.insert(at, self.vector(node, "bias", op.bias))
