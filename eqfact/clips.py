@@ -125,8 +125,7 @@ def _beyond(magnitudes: Vector, weights: Vector) -> tuple[Vector, Vector]:
     """At 0 and at every magnitude, rising, the sum of ``w (x - end)`` over the ``x`` beyond."""
     order = np.argsort(magnitudes)
     end = np.concatenate([[0.0], magnitudes[order]])
-    heavier = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])  # the weight beyond each end
-    steps = np.diff(end) * heavier[:-1]
+    steps = np.diff(end) * np.cumsum(weights[order][::-1])[::-1]  # times the weight beyond each end
     return end, np.concatenate([np.cumsum(steps[::-1])[::-1], [0.0]])
 
 

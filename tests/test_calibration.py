@@ -99,6 +99,15 @@ def test_batches_may_come_one_by_one_and_differ_in_size():
     laws.same_statistics(eq.calibrate(net.graph, {"x": x}), eq.calibrate(net.graph, x))
 
 
+def test_sums_are_the_same_to_the_bit_unless_roundings_are_allowed():
+    graph = eq.Graph.chain((2,), act=eq.Identity())
+    stats = eq.calibrate(graph, np.array([[1.0, 3.0], [2.0, 5.0]]))
+    other = eq.Statistics({name: dataclasses.replace(of, sum=np.nextafter(of.sum, np.inf)) for name, of in stats.items()}, graph)
+    laws.same_statistics(other, stats, roundings=8)
+    with pytest.raises(AssertionError, match="sum of 'x'"):
+        laws.same_statistics(other, stats)
+
+
 def test_variance_is_never_negative():
     graph = eq.Graph.chain((1,), id=eq.Identity())
     stats = eq.calibrate(graph, np.full((3, 1), 1.1))["id"]

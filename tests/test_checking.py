@@ -399,6 +399,8 @@ def test_a_pass_that_works_in_place_may_return_nothing():
     assert check(in_place, "onnx", in_place=True, **FEW)
     with pytest.raises(Violation, match=r"it returns None, and no onnx\.ModelProto"):
         check(in_place, "onnx", **FEW)
+    with pytest.raises(Violation):  # what is returned is judged, not what was given
+        check(lambda model: onnx.ModelProto(), "onnx", in_place=True, **FEW)
 
 
 def seen(**options):

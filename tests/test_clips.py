@@ -338,6 +338,15 @@ def test_equal_sensitivities_make_noise_the_error():
         assert np.allclose(by_noise, dataclasses.replace(quantizer, range="mse").weight_range(op), rtol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["mse", "percentile", "entropy"])
+def test_only_the_rule_of_noise_looks_at_sensitivities(rule):
+    x, options = DATA[0], {"steps": 7, "symmetric": rule == "entropy", "percentile": 99}
+    silent, loud = (clips.of_numbers(x, np.full_like(x, s)) for s in (0, 1))
+    extrema = x.min(), x.max()
+    assert clips.clipped(silent, rule, *extrema, **options) == clips.clipped(loud, rule, *extrema, **options) != extrema
+    assert clips.clipped(silent, "noise", *extrema, **options) == extrema != clips.clipped(loud, "noise", *extrema, **options)
+
+
 def test_channels_that_do_not_matter_are_clipped_first():
     rows = np.stack([RNG.normal(size=2000), 8 * RNG.normal(size=2000)])
     quantizer = eq.UniformQuantizer(4)

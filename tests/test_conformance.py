@@ -443,6 +443,7 @@ def test_eqfact_conforms_by_the_command_line(tmp_path, capsys):
     assert [(of["level"], of["passed"]) for of in facts["levels"]] == [(n, len(of_level(n))) for n in (5, 6, 8)]
     suites = ElementTree.parse(xml).getroot()
     assert [int(suite.get("tests")) for suite in suites] == [len(of_level(n)) for n in (5, 6, 8)]
+    assert {suite.get(key) for suite in suites for key in ("failures", "errors", "skipped")} == {"0"}
     assert "<h1>eqfact" in html.read_text() and "http" not in html.read_text()
 
 
@@ -496,6 +497,23 @@ def test_the_page_has_every_ask_and_every_op():
     table = text.partition("## Ops")[2].partition("\n## ")[0]
     named = set(re.findall(r"[A-Z][A-Za-z]+", " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| "))))
     assert {op.__name__ for op in eq.ops.ALL} <= named | {"Sub"} | set(re.findall(r"Sub of two", table) and ["Sub"])
+
+
+@pytest.mark.parametrize(("code", "said"), [
+    ([], "needs dtype, shape and base64"), ({"dtype": "float32", "shape": [0]}, "needs dtype, shape and base64"),
+    *(({"dtype": "float32", "shape": shape, "base64": ""}, "must be a list of whole numbers")
+      for shape in (0, [-1], [0, "0"], [0.0], [False])),
+    ({"dtype": "float32", "shape": [2], "base64": ""}, "has 8 bytes, got 0"), ({"dtype": "float16", "shape": [0], "base64": ""}, "one of")])
+def test_what_is_no_array_is_refused(code, said):
+    with pytest.raises(ValueError, match=said):
+        array_of(code)
+    assert array_of({"dtype": "float32", "shape": [3, 0], "base64": ""}).shape == (3, 0)
+
+
+def test_networks_of_newer_versions_are_refused():
+    code = network_json(next(iter(networks.all_networks())).graph())
+    with pytest.raises(ValueError, match=r"a network of version 99, and this eqfact reads versions up to .*; install a newer eqfact"):
+        network_of({**code, "version": 99})
 
 
 def test_networks_travel_whole():

@@ -1088,8 +1088,17 @@ def test_no_data_is_cross_layer_and_an_own_rule_is_swept():
     assert eq.equalize(graph, rules.cross_layer).message.startswith("cross_layer: ")
     with pytest.raises(ValueError, match="calibration needs at least one batch, got none"):
         eq.equalize(graph, data=[])
+    with pytest.raises(ValueError, match="equalization on data needs at least one image, got none"):
+        eq.equalize(graph, data=[], stats=eq.calibrate(graph, Maker(1).data(graph)))
     with pytest.raises(ValueError, match="expected noise needs the ranges of activations: give data=images"):
         eq.equalize(graph, harmless=True)
+
+
+@pytest.mark.parametrize("named", [["weights"], ["activations"], []], ids=str)
+def test_noise_is_predicted_for_whoever_names_a_quantizer(named):
+    graph, quantizers = handmade.plain(Maker(1)), dict.fromkeys(named, eq.UniformQuantizer(8))
+    result = eq.equalize(graph, "two_step", stats=eq.calibrate(graph, Maker(1).data(graph)), **quantizers)
+    assert (result.predicted is not None) == bool(named)
 
 
 def test_an_op_without_gradients_is_weighed_by_statistics():

@@ -252,6 +252,8 @@ weight = np.ones((4, 3, 3, 3))
      "node 'pool': AvgPool padding .* must be smaller than the kernel"),
     (lambda: Graph.chain((3, 8, 8), pool=eq.MaxPool((2, 2, 2))), ValueError, "node 'pool': kernel has 3 entries .* for 2 spatial axes"),
     (lambda: Graph.chain((3, 8, 8), pad=eq.Pad((1, 1, 1))), ValueError, "node 'pad': padding has 3 entries .* for 2 spatial axes"),
+    (lambda: Graph({"": (3,)}, [Node("a", eq.ReLU(), [""])], ["a"]), TypeError, "an input needs a name .*, got ''"),
+    (lambda: Graph({3: (3,)}, [Node("a", eq.ReLU(), ["x"])], ["a"]), TypeError, "an input needs a name .*, got 3"),
     (lambda: Graph.chain((3,), some=eq.Slice(1, 5)), ValueError, r"node 'some': Slice\(1, 5\) does not fit 3 channels"),
     (lambda: Graph.chain((3,), some=eq.Slice(2, 1)), ValueError, r"node 'some': Slice\(2, 1\) does not fit 3 channels"),
     (lambda: Graph.chain((3,), some=eq.Slice(-4, 2)), ValueError, r"node 'some': Slice\(-4, 2\) does not fit 3 channels"),

@@ -166,7 +166,7 @@ def test_factors_written_can_be_applied(run):
         assert set(factors) == set(eq.fold_batchnorm(NET).shapes)
         assert np.array_equal(factors["act2"], np.ones(8)) and not np.array_equal(factors["act1"], np.ones(8))
     facts = facts_of(run, "equalize net.npz -o again.npz --apply factors.npz")
-    assert facts["method"] == "apply" and "factors of 'factors.npz'" in facts["message"]
+    assert facts["method"] == "apply" and facts["success"] and "factors of 'factors.npz'" in facts["message"]
     assert Path("eq.npz").read_bytes() == Path("again.npz").read_bytes()
 
 

@@ -604,6 +604,17 @@ def test_the_first_value_where_two_networks_part_is_named():
         parts_at(graph, wrong, x, name)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_where_one_network_lacks_a_channel_they_part_by_what_the_other_one_makes_there(swapped):
+    rng = np.random.default_rng(3)
+    (w, b, end), x = (rng.normal(size=size) for size in ((3, 4), 3, (2, 3))), rng.normal(size=(1, 4))
+    whole, lacking = (eq.Graph.chain((4,), fc=eq.Dense(m * w, m[:, 0] * b), act=eq.LeakyReLU(0.5), out=eq.Dense(end)) for m in np.array(
+        [[[1], [1], [1]], [[1], [0], [1]]]))
+    made = abs(float(eq.values(whole, x)["fc"][0, 1]))
+    verdict = eq.verify(*((lacking, whole) if swapped else (whole, lacking)), x)
+    assert f"they part at 'fc', by {made:.3g} where" in verdict.message
+
+
 def test_networks_with_other_inputs_or_outputs_are_not_compared():
     m = Maker(23)
     graph = handmade.plain(m)

@@ -452,6 +452,17 @@ def test_what_makes_no_noise_is_left_out():
     assert noise_model(zero, None, weights=W8, activations=None, sensitivities=unit_sensitivities(zero)).terms() == {}
 
 
+def test_a_layer_that_no_output_depends_on_makes_no_noise():
+    rng = np.random.default_rng(3)
+    a, y, dead = (eq.Conv(rng.normal(size=(6, 3, 3)), groups=2, padding=1) for _ in range(3))
+    layers = [eq.Node(name, op, [read]) for name, op, read in (("a", a, "x"), ("y", y, "a"), ("dead", dead, "a"), ("y again", y, "dead"))]
+    x, models = rng.normal(size=(4, 6, 5)), []
+    for nodes in (layers, layers[:2]):
+        graph = eq.Graph({"x": (6, 5)}, nodes, ["y"])
+        models.append(noise_model(graph, None, weights=W8, activations=None, sensitivities=eq.gradient_sensitivities(graph, x)))
+    assert models[0].terms() == models[1].terms() and set(models[0].terms()) == {"a.weight", "y.weight"}
+
+
 def test_what_the_model_cannot_say_is_refused():
     graph = smooth_net()
     s = unit_sensitivities(graph)

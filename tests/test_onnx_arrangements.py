@@ -50,6 +50,11 @@ ARRANGEMENTS = {
     "channels in groups, turned": ([node("Reshape", ["x", "to"], ["s"]), node("Transpose", ["s"], ["t"], perm=[0, 2, 1, 3])], (0, 2, 2, 6),
                                    [node("Transpose", ["u"], ["v"], perm=[0, 2, 1, 3]), node("Reshape", ["v", "back"], ["y"])],
                                    {"to": ints(0, 2, 2, 6), "back": ints(-1, *X)}),
+    "channels and rows exchanged in part": (
+        [node("Reshape", ["x", "to"], ["s1"]), node("Transpose", ["s1"], ["s"], perm=[0, 1, 3, 2, 4]), node("Reshape", ["s", "xs"], ["t"])],
+        (0, *X),
+        [node("Reshape", ["u", "to"], ["v"]), node("Transpose", ["v"], ["v1"], perm=[0, 1, 3, 2, 4]), node("Reshape", ["v1", "xs"], ["y"])],
+        {"to": ints(0, 2, 2, 2, 3), "xs": ints(0, *X)}),
     "samples and pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[0, 2, 3, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
                                        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[0, 3, 1, 2])],
                                        {"to": ints(-1, 4), "last": ints(-1, 2, 3, 4)}),
@@ -60,6 +65,14 @@ ARRANGEMENTS = {
         [node("Transpose", ["x"], ["s"], perm=[2, 0, 1, 3]), node("Reshape", ["s", "to"], ["t"])], (0, 12),
         [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[1, 2, 0, 3])],
         {"to": ints(-1, 12), "last": ints(2, -1, 4, 3)}),
+    "columns, rows and samples in one axis": (
+        [node("Transpose", ["x"], ["s"], perm=[3, 2, 0, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
+        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[2, 3, 1, 0])],
+        {"to": ints(-1, 4), "last": ints(3, 2, -1, 4)}),
+    "samples, columns and rows in one axis": (
+        [node("Transpose", ["x"], ["s"], perm=[0, 3, 2, 1]), node("Reshape", ["s", "to"], ["t"])], (0, 4),
+        [node("Reshape", ["u", "last"], ["v"]), node("Transpose", ["v"], ["y"], perm=[0, 3, 2, 1])],
+        {"to": ints(-1, 4), "last": ints(-1, 3, 2, 4)}),
     "samples between pixels in one axis": ([node("Transpose", ["x"], ["s"], perm=[2, 0, 3, 1]), node("Reshape", ["s", "to"], ["t"])],
                                            (0, 4), [node("Reshape", ["u", "last"], ["v"]),
                                                     node("Transpose", ["v"], ["y"], perm=[1, 3, 0, 2])],
@@ -81,6 +94,8 @@ KEEPING = {
     "Softmax of the second axis": lambda s: ([node("Softmax", ["t"], ["u"], axis=1)], {}),
     "Add of its own Relu": lambda s: ([node("Relu", ["t"], ["r"]), node("Add", ["t", "r"], ["u"])], {}),
     "Mul by its own mean": lambda s: ([node("ReduceMean", ["t"], ["r"], axes=[-1], keepdims=1), node("Mul", ["t", "r"], ["u"])], {}),
+    "Add of its largest on the second axis": lambda s: (
+        [node("ReduceMax", ["t"], ["r"], axes=[1], keepdims=1), node("Add", ["r", "t"], ["u"])], {}),
     "Concat and Slice of the last axis": lambda s: (
         [node("Relu", ["t"], ["r"]), node("Concat", ["t", "r"], ["c"], axis=-1), node("Slice", ["c", "a", "b", "axis"], ["u"])],
         {"a": ints(1), "b": ints(s[-1] + 1), "axis": ints(-1)}),
@@ -100,15 +115,17 @@ KEEPING = {
 }
 #: What is refused, and why: samples are computed one by one, and an axis of one entry is not divided.
 REFUSED = {
-    **{(arrangement, f"{kind} of the second axis"): "axis 1 is the batch" for kind in ("Softmax", "Gather")
-       for arrangement in ("batch second", "an axis of one in front", "one axis, and one of one in front")},
     **{("batch last", kind): "axis (3|-1) is the batch" for kind in (
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
         "Pad that reflects, and Slice", "Pad, and Slice", "MatMul", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},
-    **{(arrangement, "Mul by its own mean"): "leaves no channel" for arrangement in ARRANGEMENTS if arrangement in (
+    **{(arrangement, kind): "leaves no channel" for kind in ("Mul by its own mean", "Add of its largest on the second axis")
+       for arrangement in (
         "one axis", "one axis, and one of one in front", "rows and samples in one axis, the rest in another",
-        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis")},
+        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis",
+        "columns, rows and samples in one axis", "samples, columns and rows in one axis")},
+    **{(arrangement, f"{kind} the second axis"): "axis 1 is the batch" for kind in ("Softmax of", "Gather of", "Add of its largest on")
+       for arrangement in ("batch second", "an axis of one in front", "one axis, and one of one in front")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
         "Concat and Slice of the last axis", "MatMul", "Pad, and Slice", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},

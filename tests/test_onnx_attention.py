@@ -224,6 +224,26 @@ def windows(net):
     net.linear(net.node("Reshape", joined, ints(-1, 2 * T, WIDTH)), 3, to="y")
 
 
+@row("windows that stand otherwise among the keys")
+def windows_turned(net):
+    net.inputs["x"], net.feeds["x"] = ["N", 2, T, WIDTH], floats(N, 2, T, WIDTH)
+    k = net.node("Transpose", net.linear(net.node("Relu", net.node("Transpose", "x", perm=[0, 2, 1, 3]))), perm=[0, 2, 3, 1])
+    net.linear(net.attend(net.linear(), k, net.linear()), 3, to="y")
+
+
+@row("one sample, whose keys and values have no axis of it")
+def one_sample(net):
+    net.inputs["x"], net.feeds["x"] = [1, T, WIDTH], floats(1, T, WIDTH)
+    k, v = (net.node("Reshape", net.linear(), ints(T, H, D)) for _ in range(2))
+    k, v = (net.node("Transpose", x, perm=order) for x, order in ((k, (1, 2, 0)), (v, (1, 0, 2))))
+    net.out(net.attend(net.heads(net.linear()), k, v))
+
+
+@row("keys and values of some tokens", free=3 * WIDTH)
+def some_tokens(net):
+    net.out(net.attend(*net.qkv(net.node("Gather", net.linear(), ints(0, 2, 4), axis=1))))
+
+
 @row("sizes computed from shapes")
 def dynamic(net):
     net.inputs["x"] = ["N", "T", WIDTH]
@@ -545,6 +565,15 @@ def test_every_arrangement_is_read_whole_and_written_back(name, tmp_path):
         assert eq.degrees_of_freedom(again) == case.free
 
 
+@pytest.mark.parametrize("name", ["separate projections", "no bias", "keys transposed twice", "a bias for each head",
+                                  "grouped queries, Gather"])
+def test_heads_are_read_as_they_stand_without_a_move(name, tmp_path):
+    net = Net()
+    ROWS[name].write(net)
+    kinds = [type(n.op).__name__ for n in opened(net, tmp_path / "net.onnx").graph.nodes]
+    assert kinds == ["Transpose", "Conv", "Conv", "Conv", "Scores", "Softmax", "Mix", "Conv"]
+
+
 def bare(graph):
     """The graph without memory of its file."""
     return eq.Graph(graph.inputs, [eq.Node(n.name, n.op, n.inputs) for n in graph.nodes], graph.outputs)
@@ -563,6 +592,24 @@ def test_old_and_new_opsets(name, opset, tmp_path):
             node.attribute.append(helper.make_attribute("split", [WIDTH] * 3))
     file = lawful(net, tmp_path)
     assert not file.kept and eq.degrees_of_freedom(file.graph) == ROWS[name].free
+
+
+@pytest.mark.parametrize("opset, kept", [(12, True), (13, False), (17, False)])
+def test_without_an_axis_a_softmax_of_masked_scores_is_over_keys_from_opset_13_on(opset, kept, tmp_path):
+    net = Net()
+    net.opset = opset
+    q, kt, v = net.qkv()
+    masked = net.node("Add", net.node("MatMul", q, kt), CAUSAL)
+    net.out(net.node("MatMul", net.node("Softmax", masked), v))
+    assert bool(lawful(net, tmp_path).kept) == kept
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, BIAS], ids=["infinite", "finite"])
+def test_what_is_added_to_scores_is_the_mask_of_their_softmax(mask, tmp_path):
+    net = Net()
+    net.out(net.attend(*net.qkv(), mask))
+    (softmax,) = (n for n in lawful(net, tmp_path).graph.nodes if isinstance(n.op, eq.Softmax))
+    assert np.array_equal(np.broadcast_to(softmax.op.mask, (H, T, T)), np.broadcast_to(mask, (H, T, T)))
 
 
 @pytest.mark.parametrize("name", ["rotary positions by halves", "RotaryEmbedding"])
@@ -645,6 +692,32 @@ def channels_by_heads(net):
 @miss("repeated heads that are not in a row")
 def not_in_a_row(net):
     _grouped(net, lambda x: net.node("Gather", x, ints(0, 1, 1, 0), axis=1))
+
+
+@miss("channels repeated across heads")
+def repeated_across_heads(net):
+    k, v = (net.node("Gather", net.linear(out=3), ints(0, 1, 2, 0, 1, 2, 0, 1), axis=2) for _ in range(2))
+    net.out(net.attend(net.heads(net.linear()), net.heads(k, (0, 2, 3, 1)), net.heads(v)))
+
+
+@miss("values repeated by token")
+def repeated_tokens(net):
+    q, kt, v = net.qkv()
+    net.out(net.attend(q, net.node("Gather", kt, ints(0, 0, 1), axis=3), net.node("Gather", v, ints(0, 0, 1), axis=2)))
+
+
+@miss("products of samples are kept")
+def products_of_samples(net):
+    q, kt, v = (net.node("Transpose", net.linear(), perm=perm) for perm in ((1, 0, 2), (1, 2, 0), (1, 0, 2)))
+    net.linear(net.node("Transpose", net.attend(q, kt, v), perm=[1, 0, 2]), 3, to="y")
+
+
+@miss("angles of each sample are kept")
+def angles_of_each_sample(net):
+    net.opset, net.inputs["x"][0] = 23, N
+    positions = np.arange(N * T).reshape(N, T) % 7
+    angles = np.arange(7, dtype=np.float32)[:, None] * np.float32([1, 0.1])
+    _rotary(net, lambda x: net.node("RotaryEmbedding", x, np.cos(angles), np.sin(angles), positions))
 
 
 @miss("heads cut out of tokens", tokens=H)

@@ -222,6 +222,11 @@ def test_outputs_that_mix_samples(tmp_path):
     refused(tmp_path, model, "node 'r' (Reshape)", "Nx4x6", "mixes samples")
 
 
+def test_a_shape_that_holds_fewer_entries_than_there_are(tmp_path):
+    model = simple(node("Reshape", ["x", "s"], ["y"], name="r"), x=(4, 6), constants={"s": np.int64([0, 4])})
+    refused(tmp_path, model, "node 'r' (Reshape)", "Nx4x6", "loses its axis")
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 

@@ -179,6 +179,7 @@ def test_constants_absorb_factors(tmp_path):
 def test_prelu_slopes(shape, tmp_path):
     graph = chain(tmp_path, node("PRelu", ["x", "s"], ["y"]), x=(3, 4, 5), constants={"s": floats(*shape)})
     assert "PReLU" in kinds(graph)
+    assert np.prod(shape) > 1 or graph["y"].op.slope.size == 1
 
 
 @pytest.mark.parametrize("opset", [6, 7, 16])
@@ -201,6 +202,13 @@ def test_prelu_slopes_of_old_exporters(tmp_path):
 def test_clip_with_inputs(inputs, low, high, tmp_path):
     graph = chain(tmp_path, node("Clip", inputs, ["y"]), x=(3,), constants={"low": np.float32(-1), "high": np.float32(2)})
     assert (graph["y"].op.low, graph["y"].op.high) == (low, high)
+
+
+def test_bounds_keep_their_names_when_they_change(tmp_path):
+    graph = chain(tmp_path, node("Clip", ["x", "low", "high"], ["y"]), x=(3,), constants={"low": np.float32(-1), "high": np.float32(2)})
+    eqfact.onnx.save(tmp_path / "net.onnx", graph.with_ops({"y": eq.Clip(-2.0, 4.0)}))
+    found = onnx.load(tmp_path / "net.onnx").graph.initializer
+    assert {i.name: numpy_helper.to_array(i).tolist() for i in found} == {"low": -2, "high": 4}
 
 
 def test_clip_with_attributes(tmp_path):
@@ -373,7 +381,8 @@ def test_upsample_of_old_opsets(tmp_path):
 
 
 def test_unread_outputs_may_be_anything(tmp_path):
-    chain(tmp_path, node("Dropout", ["x"], ["a", "mask"]), node("MaxPool", ["a"], ["y", "indices"], kernel_shape=[2, 2]), x=(3, 4, 4))
+    nodes = node("Dropout", ["x"], ["a", "mask"]), node("MaxPool", ["a"], ["y", "indices"], kernel_shape=[2, 2])
+    assert [n.name for n in chain(tmp_path, *nodes, x=(3, 4, 4)).nodes] == ["a", "y"]
 
 
 def test_constants_in_nodes(tmp_path):

@@ -373,6 +373,16 @@ def test_shared_weights_are_stored_once(weights, tmp_path):
     assert steps_apart(q, tmp_path / "net.onnx").max() <= 1
 
 
+def test_weights_that_two_layers_arrange_otherwise_are_stored_twice(tmp_path):
+    one = eq.quantize(eq.Graph.chain((3, 5), a=eq.Conv(floats(3, 3, 2))), weights=eq.UniformQuantizer(8))["a"].op
+    other = eq.ConvTranspose(one.weight, grid=one.grid)
+    assert other.weight is one.weight
+    graph = eq.Graph({"x": (3, 5)}, [eq.Node("a", one, ["x"]), eq.Node("b", other, ["a"])], ["b"])
+    eqfact.onnx.save_qdq(tmp_path / "net.onnx", graph)
+    feeds = small.feeds_of(graph)
+    small.close(small.run_ort(tmp_path / "net.onnx", feeds), small.run_eq(graph, feeds))
+
+
 def test_names_of_layers_and_weights_survive(tmp_path):
     onnx.save(small.mini_inception(), tmp_path / "float.onnx")
     eqfact.onnx.save_qdq(tmp_path / "net.onnx", quantized(eqfact.onnx.load(tmp_path / "float.onnx")))

@@ -183,11 +183,20 @@ def test_what_comes_behind_a_file_has_its_batch_and_its_version(given, batch, ve
     eqfact.onnx.save(tmp_path / "more.onnx", eq.Graph(read.inputs, [*read.nodes, more], ["y"]))
     model = onnx.load(tmp_path / "more.onnx")
     assert model.ir_version == max(version, 8)
-    first = model.graph.output[0].type.tensor_type.shape.dim[0]
-    assert (first.dim_value if first.HasField("dim_value") else first.dim_param) == batch
+    for info in (model.graph.input[0], model.graph.output[0]):
+        first = info.type.tensor_type.shape.dim[0]
+        assert (first.dim_value if first.HasField("dim_value") else first.dim_param) == batch
     assert model.graph.node[-1].op_type == "Concat" and (len(model.graph.node) == 2) == (given == 1)
     x = np.float32([[-1, 2]])
     assert small.run_ort(tmp_path / "more.onnx", {"x": x})["y"].tolist() == [[0, 2, 5]]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "scale", "behind"), [(2, 2, 1.0, []), (2, 1, 1.0, ["Reshape"]), (2, 2, 0.5, ["Mul"])])
+def test_behind_a_product_of_heads_stands_what_it_needs(heads, kv_heads, scale, behind, tmp_path):
+    graph = eq.Graph({"q": (4, 3), "k": (2 * kv_heads, 3)}, [eq.Node("y", eq.ops.Scores(heads, kv_heads, scale), ["q", "k"])], ["y"])
+    eqfact.onnx.save(tmp_path / "op.onnx", graph)
+    kinds = [n.op_type for n in onnx.load(tmp_path / "op.onnx").graph.node]
+    assert kinds[kinds.index("MatMul") + 1:] == behind
 
 
 def test_a_file_is_made_in_its_own_folder(tmp_path, monkeypatch):

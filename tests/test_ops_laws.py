@@ -157,6 +157,13 @@ def test_roundings_stay_within_the_bound_in_the_tails_too(case):
         laws.roundings_stay_within_the_bound(case.op, [size * x for x in case.inputs()])
 
 
+@pytest.mark.parametrize("op", [eq.GELU(), eq.GELU(approximate=True)], ids=repr)
+def test_a_rounding_of_its_argument_is_among_those_of_a_gelu(op):
+    x, u = np.linspace(-10, 0, 101)[:, None], 1e-9
+    y = op.forward(x)
+    assert (np.abs(op.forward(x * (1 + u)) - y) <= u * op.rounds([x], y)).all()
+
+
 TAILS = {"sigmoid": -80, "silu": -80, "gelu": -8, "gelu, approximate": -6, "hardsigmoid": -9, "hardswish": -9, "relu": -9, "relu6": 9,
          "clip": 9, "tanh": 1e-20, "erf": 1e-20, "mul": 1e-9, "leaky relu": 1e-20, "maxpool": -9, "pad with a constant": 1e-9}
 
@@ -338,6 +345,24 @@ def test_a_read_only_view_of_the_callers_array_is_copied():
 def test_a_locked_array_of_the_library_is_shared():
     op = eq.Dense(np.ones((2, 3)))
     assert dataclasses.replace(op, bias=np.ones(2)).weight is op.weight
+
+
+@pytest.mark.parametrize("make", [
+    lambda i: eq.MaxPool(i(2), stride=i(1), padding=i(1), dilation=i(1)), lambda i: eq.AvgPool((i(2), i(3)), dilation=(i(1), i(2))),
+    lambda i: eq.Blend(np.ones((2, 2)), axis=i(2)), lambda i: eq.Slice(i(0), i(2)), lambda i: eq.Take((i(0), i(1)), axis=i(1)),
+    lambda i: eq.Extend(np.ones((1, 2)), axis=i(1)), lambda i: eq.Permute((i(1), i(0))), lambda i: eq.Upsample((i(2), i(1))),
+    lambda i: eq.Conv(np.ones((4, 2, 3)), stride=i(2), padding=i(1), dilation=i(1), groups=i(2)), lambda i: eq.Concat(axis=i(1)),
+    lambda i: eq.Unflatten((i(2), i(3))), lambda i: eq.Transpose((i(1), i(0))), lambda i: eq.Scores(i(4), i(2))],
+    ids=lambda make: type(make(int)).__name__)
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_whole_numbers_of_numpy_are_held_as_plain_ones(make, integer):
+    assert repr(make(integer)) == repr(make(int))
+
+
+@pytest.mark.parametrize("op", [eq.Sigmoid(), eq.Tanh(), eq.SiLU(), eq.HardSwish(), eq.GELU(), eq.GELU(approximate=True)], ids=repr)
+def test_the_largest_error_passes_a_curve_as_its_whole_span(op):
+    x, largest, u = np.float32([[-90, -1, 0, 1, 90]]).T, np.finfo(np.float32).max, 2.0**-24
+    assert (op.passes([np.full_like(x, largest)], [x], u) >= min(np.float32(op.span / u), largest)).all()
 
 
 def test_weights_in_fortran_order_rescale_bit_for_bit():

@@ -103,6 +103,8 @@ def with_entry(array, value):
     (lambda: eq.Take((0,), axis=-1), ValueError, "Take axis must be at least 0, got -1"),
     (lambda: eq.Take(()), ValueError, "Take needs at least one index"),
     (lambda: eq.Take((0, -1)), ValueError, "Take indices must be at least 0, got -1"),
+    (lambda: eq.Take((0, 3)).output_shape((3, 4)), ValueError, r"Take of index 3 along axis 0 does not fit a value of shape \(3, 4\)"),
+    (lambda: eq.Take((0,), axis=2).output_shape((3, 4)), ValueError, "Take of index 0 along axis 2 does not fit"),
     (lambda: eq.Permute((0, 0)), ValueError, r"Permute order must name every channel from 0 to 1 once, got \(0, 0\)"),
     (lambda: eq.Permute((1, 2)), ValueError, "Permute order must name every channel from 0 to 1 once"),
     (lambda: eq.Permute((0, 1.9)), TypeError, r"Permute order must hold integers, got \(0, 1.9\)"),

@@ -6,6 +6,7 @@ Expected noise is computed here by loops over the entries of each tensor, not by
 from __future__ import annotations
 
 import itertools
+import math
 
 import handmade
 import numpy as np
@@ -17,6 +18,7 @@ from nets import NETS
 import eqfact as eq
 from eqfact import logsums
 from eqfact import optimal as module
+from eqfact.logsums import safe_log
 from eqfact.noise import Sensitivities, gradient_sensitivities, noise_model, unit_sensitivities
 from eqfact.optimal import Optimum, optimal
 from eqfact.testing.strategies import batches, networks
@@ -451,6 +453,10 @@ def test_constant_activations_and_zero_sensitivities(setting):
     none = Sensitivities({}, {}, 1.0)
     best = optimal(noise_model(net, stats, weights=setting[0], activations=setting[1], sensitivities=none))
     assert best.noise == best.gap_db == 0
+
+
+def test_logarithms_are_taken_in_double_precision():
+    assert safe_log(np.float32([0, 2, 3])).tolist() == [-math.inf, math.log(2), math.log(3)]
 
 
 def test_equal_runs_are_equal_bit_for_bit():

@@ -133,6 +133,15 @@ def test_any_network_is_measured(net):
         assert row.measured == pytest.approx(10 * np.log10(np.mean(shares)))
 
 
+def test_noise_is_measured_beside_an_output_of_zeros():
+    rng = np.random.default_rng(0)
+    weights, x = {"y": rng.normal(size=(2, 3)), "zero": np.zeros((2, 3))}, rng.normal(size=(9, 3))
+    graph = eq.Graph({"x": (3,)}, [eq.Node(name, eq.Dense(w), ["x"]) for name, w in weights.items()], list(weights))
+    (row,) = noise_report(graph, x, weights=W4, activations=None, sensitivities=eq.gradient_sensitivities(graph, x))
+    sqnr = eq.sqnr(*(eq.forward(g, x)["y"] for g in (graph, eq.quantize(graph, weights=W4))))
+    assert row.name == "y.weight" and row.measured == pytest.approx(-sqnr - 10 * np.log10(2))
+
+
 def test_prediction_and_measure_agree_on_the_bundled_network():
     s = eq.gradient_sensitivities(NET, BUNDLE.calibration[:16])
     rows = noise_report(NET, BUNDLE.images[:60], weights=W4, activations=A8, sensitivities=s, stats=STATS)

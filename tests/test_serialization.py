@@ -415,6 +415,7 @@ HOSTILE_JSON = {
     "shape text": (top(inputs={"x": "22"}), "input 'x' needs a shape"),
     "shape empty": (shape(), "input 'x' needs a shape"),
     "shape negative": (shape(-2), "input 'x' needs a shape"),
+    "shape partly negative": (shape(2, -2), "input 'x' needs a shape"),
     "shape float": (shape(2.0), "input 'x' needs a shape"),
     "shape huge": (shape(10**12), "max_channels=16777216"),
     "shape absurd": (shape(10**40), "value 'x' of shape .* is more than an array can be"),

@@ -221,7 +221,7 @@ class Call:
             channel = next((a for a in range(view.ndim) if a not in axes and a != view.batch and view.axes[a]), None)
         if channel is not None:
             return self.standing(view, channel)
-        value, places, back = self.standing(view.with_axes(*view.axes, ()), view.ndim, as_is=False)
+        value, places, back = self.standing(view.with_axes(*view.axes, ()), view.ndim)
         del places[view.ndim]
 
         def without(made: View) -> View:

@@ -158,7 +158,7 @@ class Writer(ABC):
         array = np.asarray(value)
         source = array if key is None else key
         with np.errstate(over="ignore"):  # a bound beyond the largest float leaves its side open
-            written = np.ascontiguousarray(array.astype(self.dtype, copy=False).reshape(array.shape if shape is None else shape))
+            written = np.asarray(array.astype(self.dtype, copy=False).reshape(array.shape if shape is None else shape), order="C")
         return self.constant(written, self.named(node, name), source)
 
     def vector(self, node: Node, name: str, value: AnyArray) -> str:

@@ -237,7 +237,7 @@ class Importer:
             made = READERS[proto.op_type](call)
             tensors = [made] if isinstance(made, (View, Constant, Foreign)) else list(made)
             for name in proto.output[len(tensors):]:
-                if name and self.building.reads.get(name):
+                if self.building.reads.get(name):
                     call.refuse(f"its output '{name}' is read, and eqfact does not compute it")
             return tensors
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -206,7 +206,10 @@ class Patcher(GraphWriter):
     def vector(self, node: Node, name: str, value: AnyArray) -> str:
         assert self._view is not None
         channels = self._view.shape[0]
-        array = self._view.spread(np.broadcast_to(value, (channels,))) if value.size > 1 else value.reshape(())
+        try:
+            array = self._view.spread(np.broadcast_to(value, (channels,))) if value.size > 1 else value.reshape(())
+        except ValueError as error:
+            raise self._refused(node) from error
         return self.parameter(node, name, array)
 
     def channels_second(self, node: Node) -> bool:
@@ -314,10 +317,8 @@ class Patcher(GraphWriter):
         """A layer whose bias is added by a node of its own."""
         proto = self._makers[origin.makes]
         at = self._constant_at(proto)
-        view, product = self._view, str(proto.input[1 - at])
-        self._view = self._tensor(product)
+        product = str(proto.input[1 - at])
         self.write(replace(node, name=product, op=replace(op, bias=None), origin=replace(origin, makes=product)))
-        self._view = view
         inputs = [product]
         if op.bias is not None:
             inputs.insert(at, self.vector(node, "bias", op.bias))

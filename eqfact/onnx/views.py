@@ -129,9 +129,7 @@ class View:
 
     def layout(self) -> tuple[int, ...] | None:
         """The tensor's axes that the axes of the value ``(C, *spatial)`` are, if it differs in no more than their order."""
-        if self.ndim != len(self.shape) + 1 or self.batch not in (None, 0) or (self.batch == 0 and self.axes[0] != (BATCH,)):
-            return None
-        if self.batch is None and self.axes[0]:
+        if self.ndim != len(self.shape) + 1 or self.batch not in (None, 0):
             return None
         left = dict(enumerate(self.axes[1:], 1))
         found = []
@@ -302,7 +300,7 @@ def moves(view: View) -> list[Op]:
             return [Flatten()]
         if len(view.shape) == 1:
             return [Unflatten(sizes)]
-    elif sizes == view.shape and groups[1:] == tuple(run(i, n) for i, n in enumerate(view.shape) if i):
+    elif groups[1:] == tuple(run(i, n) for i, n in enumerate(view.shape) if i):
         return [Permute(channel_order(view))]
     elif len(groups) == 1:
         entries = np.arange(math.prod(view.shape)).reshape([a.size for atoms in split for a in atoms]).transpose(order)
