@@ -357,7 +357,7 @@ def _run(path: str, network: files.Network, graph: Graph, quantized: Graph, imag
     if not running.runtime().startswith("onnxruntime"):
         return None
     facts: Facts = {"with": running.runtime(), "data": images.source}
-    if network.file is not None and not network.file.alone:
+    if network.file is not None and not network.file.alone_quantized:
         feeds = network.file.parts(images.feeds, VERIFIED)
         ours = {} if network.partly else _joined([network.file.shown(_outputs(quantized, network.file.boundary(feed))) for feed in feeds])
         truth = _joined([running.run(network.path, feed) for feed in feeds])

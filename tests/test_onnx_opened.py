@@ -699,3 +699,16 @@ def test_a_split_of_which_a_part_is_kept_makes_that_part_still(tmp_path):
     opened.save_qdq(tmp_path / "q.onnx", eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, opened.boundary(feeds)), **EIGHT))
     truth, made = (small.run_ort(tmp_path / name, feeds) for name in ("net.onnx", "q.onnx"))
     assert np.array_equal(made["z"], truth["z"]) and eq.sqnr(truth["y"], made["y"]) > 30
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_quantized_files_take_and_make_the_type_of_the_file_read(dtype, tmp_path):
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [node("Gemm", ["x", "w"], ["h"]), node("Relu", ["h"], ["r"]), node("Gemm", ["r", "v"], ["y"])]
+    weights = {"w": floats(6, 5).astype(dtype), "v": floats(5, 3).astype(dtype)}
+    onnx.save(model(nodes, {"x": (kind, ["N", 6])}, {"y": (kind, ["N", 3])}, weights), tmp_path / "net.onnx")
+    feeds = {"x": floats(4, 6).astype(dtype)}
+    opened = eqfact.onnx.open(tmp_path / "net.onnx", feeds)
+    opened.save_qdq(tmp_path / "q.onnx", eq.quantize(opened.graph, stats=eq.calibrate(opened.graph, opened.boundary(feeds)), **EIGHT))
+    truth, made = (small.run_ort(tmp_path / name, feeds)["y"] for name in ("net.onnx", "q.onnx"))
+    assert made.dtype == dtype and eq.sqnr(truth, made) > 30

@@ -160,9 +160,9 @@ class Opened:
     def save_qdq(self, path: str | os.PathLike[str], graph: Graph) -> None:
         """Write a quantized form of the graph into the file as :func:`eqfact.onnx.save_qdq` does; what is kept stays as it is.
 
-        The file written takes and makes the tensors of the file read, in their order of axes.
+        The file written takes and makes the tensors of the file read, in their type and order of axes.
         """
-        if self.alone:
+        if self.alone_quantized:
             write_model(path, QdqWriter(path, graph).model())
         else:
             write_model(path, spliced(path, graph, self.graph, self.source, QdqWriter), full=False)
@@ -172,6 +172,11 @@ class Opened:
         """Whether the graph, written without the file around it, takes and makes the file's own tensors."""
         tensors = [self.source.tensors.get(name) for name in (*self.graph.inputs, *self.graph.outputs)]
         return self.whole and all(isinstance(tensor, View) and tensor.plain for tensor in tensors)
+
+    @property
+    def alone_quantized(self) -> bool:
+        """The same of the quantized graph, which is computed in float32."""
+        return self.alone and self.source.dtype() == np.float32
 
 
 def finite(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
