@@ -244,16 +244,20 @@ def test_operators_over_features(kind, opset, beta, layout, tmp_path):
     assert [n.op_type for n in again.graph.node] == [n.op_type for n in net.nodes]
 
 
-def as_tensorflow(net, x, axis, gamma, scale, center, inverse):
-    """``x s + (beta - mean s)``, with ``s = gamma / sqrt(var + eps)``."""
-    mean = net.mean(x, [axis])
+def as_tensorflow(net, x, axis, gamma, scale, center, inverse, *, keras=False, pooled=False):
+    """``x s + (beta - mean s)``, with ``s = gamma / sqrt(var + eps)``; Keras adds ``(-mean) s + beta``."""
+    def mean_of(y):
+        return net("GlobalAveragePool", y) if pooled else net.mean(y, [axis])
+    mean = mean_of(x)
     d = net("Sub", x, mean)
-    v = net("Add", net.mean(net("Mul", d, d), [axis]), EPS)
+    v = net("Add", mean_of(net("Mul", d, d)), EPS)
     s = net("Pow", v, -0.5) if inverse == "Pow" else net(inverse, *([1.0] if inverse == "Div" else []), net("Sqrt", v))
     if scale:
         s = net("Mul", s, net.normal(*gamma))
-    scaled, moved = net("Mul", x, s), net("Mul", mean, s)
-    if center:
+    scaled, moved = net("Mul", x, s), net("Mul", net("Neg", mean) if keras else mean, s)
+    if keras:
+        net("Add", scaled, net("Add", moved, net.normal(*gamma)) if center else moved)
+    elif center:
         net("Add", scaled, net("Sub", net.normal(*gamma), moved))
     elif inverse == "Div":
         net("Sub", scaled, moved)
@@ -263,17 +267,26 @@ def as_tensorflow(net, x, axis, gamma, scale, center, inverse):
 
 @pytest.mark.parametrize("scale, center, inverse, opset", [
     (True, True, "Reciprocal", 13), (True, True, "Pow", 18), (True, False, "Div", 18), (False, False, "Reciprocal", 13)])
+@pytest.mark.parametrize("keras", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_norm_as_tensorflow_has_it_is_one_op(layout, scale, center, inverse, opset, tmp_path):
+def test_a_norm_as_tensorflow_has_it_is_one_op(layout, keras, scale, center, inverse, opset, tmp_path):
     """Its factor stands within, before the shift by the mean."""
     net = Net(opset=opset)
     x, shape, axis, gamma, back = LAYOUTS[layout](net)
-    as_tensorflow(net, x, axis, gamma, scale, center, inverse)
+    as_tensorflow(net, x, axis, gamma, scale, center, inverse, keras=keras)
     back()
     graph, again = proven(tmp_path, net.model(*shape), eq.LayerNorm, 1 + 4)
     (op,) = (n.op for n in graph.nodes if isinstance(n.op, eq.LayerNorm))
     assert (op.gamma != 1).any() == scale and (op.beta is not None) == center
     assert len(again.graph.node) - len(net.nodes) == (not scale)
+
+
+@pytest.mark.parametrize("keras", [False, True])
+def test_a_mean_over_the_last_of_three_axes_may_be_a_pool(keras, tmp_path):
+    net = Net()
+    as_tensorflow(net, net("MatMul", None, net.normal(3, 4)), -1, (4,), True, True, "Reciprocal", keras=keras, pooled=True)
+    net("MatMul", None, net.normal(4, 2))
+    proven(tmp_path, net.model(5, 3), eq.LayerNorm, 1 + 4)
 
 
 @pytest.mark.parametrize("gamma", [(5, 1), (5, 4), (1, 1, 1, 4)])

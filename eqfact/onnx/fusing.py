@@ -45,7 +45,7 @@ def _tanh() -> tuple[Any, ...]:
 
 
 def _mean(x: Any) -> list[Any]:
-    return [("ReduceMean", x), ("Mul", ("ReduceSum", x), "share")]
+    return [("ReduceMean", x), ("Mul", ("ReduceSum", x), "share"), ("GlobalAveragePool", x)]
 
 
 def _power(x: Any) -> tuple[Any, ...]:
@@ -67,11 +67,14 @@ def _divided(x: Any) -> list[Any]:
 
 
 def _shifted(scale: Any, *betas: str) -> list[Any]:
-    """``x s + (beta - mean(x) s)``, as TensorFlow has it."""
-    moved, scaled = ("Mul", _mean("x"), scale), ("Mul", "x", scale)
-    return [("Add", scaled, [("Neg", moved), *(("Sub", beta, moved) for beta in betas)]), ("Sub", scaled, moved)]
+    """``x s + (beta - mean(x) s)``, as TensorFlow has it; Keras takes the minus to the mean."""
+    moved, scaled, less = ("Mul", _mean("x"), scale), ("Mul", "x", scale), ("Mul", ("Neg", _mean("x")), scale)
+    shifts = [("Neg", moved), less, *(shift for beta in betas for shift in (("Sub", beta, moved), ("Add", less, beta)))]
+    return [("Add", scaled, shifts), ("Sub", scaled, moved)]
 
 
+#: What these are made of; the last one has its axes from where it stands, as converters write a mean over the last of three.
+MEANS = ("ReduceMean", "ReduceSum", "GlobalAveragePool")
 CENTRED = ("Sub", "x", _mean("x"))
 
 #: What is looked for, in this order: the reader's name (:data:`eqfact.onnx.nodes.FUSED`), and the pattern of the last node.
@@ -116,8 +119,12 @@ class Group:
         last = self.nodes[self.last]
         ties = [self.names.get(name, Tie("", ("", 0))) for name in ("x", "eps", "share", "gamma", "beta")]
         node = helper.make_node(self.kind, [tie.tensor for tie in ties], list(last.output), name=last.name)
-        means = [Call(building, proto, opset) for proto in self.nodes.values() if proto.op_type in ("ReduceMean", "ReduceSum")]
-        axes = {tuple(mean.listed("axes", 1, ()) or ()) if mean.integer("keepdims", 1) else () for mean in means}
+        means = [Call(building, proto, opset) for proto in self.nodes.values() if proto.op_type in MEANS]
+        pooled = [mean for mean in means if mean.node.op_type == MEANS[-1]]
+        axes = {tuple(mean.listed("axes", 1, ()) or ()) if mean.integer("keepdims", 1) else () for mean in means if mean not in pooled}
+        if pooled:
+            ndim = building.view(self.names["x"].tensor).ndim
+            axes = {tuple(a % ndim for a in some) for some in axes} | {tuple(range(2, ndim))}
         if means:
             if len(axes) > 1 or () in axes:
                 return None
