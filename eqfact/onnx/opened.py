@@ -278,7 +278,8 @@ def _parts(path: Path, source: Source, feeds: Feeds, first: int | None = None, a
         if array.size == 0 or (info.type.tensor_type.HasField("shape") and not (
                 fits and (not dims or dims[0] in (None, array.shape[0]) or array.shape[0] % dims[0] == 0))):
             said = ", ".join("?" if d is None else str(d) for d in dims)
-            raise OnnxError(f"{path}: input '{info.name}' has the shape ({said}), got {array.shape}")
+            several = f"; give a multiple of {dims[0]} along the first axis" if fits and dims and array.size else ""
+            raise OnnxError(f"{path}: input '{info.name}' has the shape ({said}), got {array.shape}{several}")
         arrays[info.name] = array.astype(dtype, copy=False)
         runs[info.name] = array.shape[0] // dims[0] if dims and dims[0] is not None else 1
     at = _batches(inputs)
