@@ -1,10 +1,11 @@
 """Would the tests notice? Small changes to eqfact, one at a time, each of which some test should fail for.
 
-A change turns a comparison, an operator, a condition or a constant, drops an end of a slice, a named argument or a statement, or returns
-an argument instead of what is called with it: never a docstring, an annotation, an assertion or the text of an error. All tests are run
-once to see which functions each of them enters (some ten minutes, remembered until eqfact or the test changes); then a changed function is
-asked of the tests that enter it. ``docs/mutants.md`` lists changes that change nothing, and says why. A change that no test notices within
-``--budget`` seconds of tests is printed; an error that is raised counts as noticed, as does a test that runs for ever.
+A change turns a comparison, an operator, a condition or a constant, takes the next for an index, drops an end of a slice, a named argument
+or a statement, or returns an argument instead of what is called with it: never a docstring, an annotation, an assertion or the text of an
+error. All tests are run once to see which functions each of them enters (some ten minutes, remembered until eqfact or the test changes);
+then a changed function is asked of the tests that enter it. ``docs/mutants.md`` lists changes that change nothing, and says why. A change
+that no test notices within ``--budget`` seconds of tests is printed; an error that is raised counts as noticed, as does a test that runs for
+ever.
 
     python -m benchmarks mutation --sample 600 --seed 0
     python -m benchmarks mutation --only onnx/moving.py metrics.py
@@ -85,6 +86,16 @@ class Change:
         return self.module, self.function, self.text
 
 
+def index(node: object) -> int | None:
+    """The number that an index is, if it is one."""
+    match node:
+        case ast.Constant(value=int() as place) if not isinstance(place, bool):
+            return place
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as place)):
+            return -place
+    return None
+
+
 class Changes:
     """All changes of one module."""
 
@@ -136,6 +147,8 @@ class Changes:
                 continue
             if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
                 continue
+            if isinstance(node, ast.Subscript) and field == "slice" and index(value) is not None:
+                continue
             if isinstance(node, ast.Call) and self.text(node.func).endswith("reshape"):  # any negative size is numpy's -1
                 value = [node.func, *(a for a in node.args if self.text(a) != "-1")] if field == "args" else []
             for child in value if isinstance(value, list) else [value]:
@@ -171,6 +184,8 @@ class Changes:
                 yield *self.span(test), f"not ({self.text(test)})"
             case ast.comprehension():
                 yield from ((*self.span(test), f"not ({self.text(test)})") for test in node.ifs)
+            case ast.Subscript(slice=end) if (place := index(end)) is not None:  # 0 and -1 are often the same
+                yield *self.span(end), repr(place + 1 if place >= 0 else place - 1)
             case ast.Slice():
                 yield from ((*self.span(end), "") for end in (node.lower, node.upper) if end is not None)
             case ast.Call(func=ast.Name() | ast.Attribute()):
