@@ -4,8 +4,7 @@ A change turns a comparison, an operator, a condition or a constant, takes the n
 or a statement, or returns an argument instead of what is called with it: never a docstring, an annotation, an assertion or the text of an
 error. All tests are run once to see which functions each of them enters (some ten minutes, remembered until eqfact or the test changes);
 then a changed function is asked of the tests that enter it. ``docs/mutants.md`` lists changes that change nothing, and says why. A change
-that no test notices within ``--budget`` seconds of tests is printed; an error that is raised counts as noticed, as does a test that runs for
-ever.
+that no test notices within ``--budget`` seconds of tests is printed; an error counts as noticed, as does a test that runs for ever.
 
     python -m benchmarks mutation --sample 600 --seed 0
     python -m benchmarks mutation --only onnx/moving.py metrics.py
