@@ -119,16 +119,11 @@ REFUSED = {
         "Softmax of the last axis", "Mul by its own mean", "Concat and Slice of the last axis", "Gather of the last axis",
         "Pad that reflects, and Slice", "Pad, and Slice", "MatMul", "Reshape to the shape of a MatMul",
         "Split and Concat of the last axis")},
-    **{(arrangement, kind): "leaves no channel" for kind in ("Mul by its own mean", "Add of its largest on the second axis")
-       for arrangement in (
-        "one axis", "one axis, and one of one in front", "rows and samples in one axis, the rest in another",
-        "samples and pixels in one axis", "pixels and samples in one axis", "samples between pixels in one axis",
-        "columns, rows and samples in one axis", "samples, columns and rows in one axis")},
     **{(arrangement, f"{kind} the second axis"): "axis 1 is the batch" for kind in ("Softmax of", "Gather of", "Add of its largest on")
        for arrangement in ("batch second", "an axis of one in front", "one axis, and one of one in front")},
     **{("samples between pixels in one axis", kind): "samples lie between entries of one axis" for kind in (
         "Concat and Slice of the last axis", "MatMul", "Pad, and Slice", "Reshape to the shape of a MatMul",
-        "Split and Concat of the last axis")},
+        "Split and Concat of the last axis", "Mul by its own mean", "Add of its largest on the second axis")},
     ("an axis of one behind", "Pad that reflects, and Slice"): "reflects along axis 3, which has 1 entries",
     ("an axis of one behind", "Split and Concat of the last axis"): "splits 1 entries",
 }

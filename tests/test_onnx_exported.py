@@ -51,6 +51,11 @@ ROWS = {
                        "r = Relu(b) y = MatMul(r, v)", {"w": (6, 4), "v": (4, 7)}, {"zero": [0], "four": [4], "big": [99], "two": [2]}, 4),
     "nothing among three": (X, "a = MatMul(x, w) q = Slice(a, four, big, two) b = Concat<axis=-1>(x, q, a) r = Relu(b) y = MatMul(r, v)",
                             {"w": (6, 4), "v": (10, 7)}, {"four": [4], "big": [99], "two": [2]}, 4),
+    **{f"{kind} of all": ("float[N,3,4,4] x", f"a = Conv(x, w) r = Relu(a) p = {kind}(r, axes) q = Mul(r, p) y = Conv(q, v)",
+                          {"w": (4, 3, 1, 1), "v": (7, 4, 1, 1)}, {"axes": [1, 2, 3]}, 1)
+       for kind in ("ReduceMean", "ReduceMax", "ReduceL2")},
+    "ReduceSum of all": ("float[N,6] x", "a = MatMul(x, w) r = Abs(a) p = ReduceSum(r, axes) y = MatMul(p, v)", {"w": (6, 4), "v": (1, 7)},
+                         {"axes": [1]}, 1),
     "a square": (X, "two = Constant<value_float=2.0>() a = MatMul(x, w) r = Relu(a) q = Pow(r, two) y = MatMul(q, v)",
                  {"w": (6, 4), "v": (4, 7)}, {}, 4),
     "a cube": (X, "three = Constant<value_int=3>() a = MatMul(x, w) r = Pow(a, three) y = MatMul(r, v)", {"w": (6, 4), "v": (4, 7)}, {}, 4),

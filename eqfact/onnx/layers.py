@@ -169,12 +169,10 @@ def reduce_space(make: Callable[..., Op] | None) -> Reader:
             view.size(axis)
         kept = [a for a in range(view.ndim) if a not in reduced and a != view.batch]
         channel = next((a for a in kept if view.axes[a]), None)
-        if channel is None:
-            call.refuse("it reduces the channels with all else, and leaves no channel")
         if make is None:
             made = along(call, view, {a: np.ones((1, view.size(a))) for a in reduced if view.axes[a]})
             return made if call.integer("keepdims", 1) else made.with_axes(*(axis for i, axis in enumerate(made.axes) if i not in reduced))
-        x, axes, back = call.standing(view, view.home if view.home in kept else channel)
+        x, axes, back = call.apart(view, reduced) if channel is None else call.standing(view, view.home if view.home in kept else channel)
         sizes, space = call.building.shapes[x][1:], {axes[a] for a in reduced if a in axes}
         kernel = tuple(n if i in space else 1 for i, n in enumerate(sizes, 1))
         if not space:
