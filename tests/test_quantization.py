@@ -1104,7 +1104,7 @@ def test_ranges_by_channel_are_those_of_the_channels():
     ({"ghost": (0, 1)}, "a range is given for 'ghost', which is not quantized here; quantized are a, a.weight, act, stem.weight, x"),
     ({"b.weight": (0, 1)}, "given for 'b.weight'"), ({"stem": (0, 1)}, "given for 'stem'"),
     ({"act": 3.0}, r"the range of 'act' must be \(low, high\), got 3.0"),
-    ({"act": (0, 1, 2)}, r"the range of 'act' must be \(low, high\)"),
+    ({"act": "01"}, r"the range of 'act' must be \(low, high\), got '01'"), ({"act": (0, 1, 2)}, r"the range of 'act' must be \(low, high\)"),
     ({"act": (0, math.nan)}, "the range of 'act' must be finite, got NaN or infinity"),
     ({"act": (-math.inf, 1)}, "the range of 'act' must be finite"),
     ({"act": (1, 0.5)}, "the range of 'act' must not be empty, got low 1 above high 0.5"),
