@@ -193,7 +193,7 @@ def test_an_output_that_is_constant(tmp_path):
     (node("Add", ["x", "wide"], ["y"], name="n"), "does not broadcast"),
     (node("BatchNormalization", ["x", "c", "c", "c", "c"], ["y"], name="n", training_mode=1), "training mode"),
     (node("Mul", ["x", "samples"], ["y"], name="n"), "differs between samples"),
-    (node("ReduceMean", ["x"], ["y"], name="n", axes=[1, 2]), "no channel"),
+    (node("ReduceMean", ["x"], ["y"], name="n", axes=[0, 1]), "axis 0 is the batch"),
     (node("Resize", ["x", "roi", "scales"], ["y"], name="n", mode="linear", coordinate_transformation_mode="tf_crop_and_resize",
           extrapolation_value=7.0), "outside is 7"),
     (node("Softmax", ["x"], ["y"], name="n", axis=0), "batch"),
