@@ -47,13 +47,14 @@ def check(path: str | os.PathLike[str], graph: Graph, data: Mapping[str, npt.Arr
 def checked(opened: Opened, graph: Graph, data: Mapping[str, npt.ArrayLike], path: str | os.PathLike[str] | None = None) -> Verification:
     """The same for a file that is open, or for another one, at ``path``, that was written with its names."""
     path = opened.path if path is None else path
-    verdicts = [_checked(opened, graph, part, path) for part in opened.parts(data, CHECKED)]
+    views = _views(opened, graph, path)
+    verdicts = [_checked(opened, graph, part, path, views) for part in opened.parts(data, CHECKED)]
     return next((v for v in verdicts if not v.equal), max(verdicts, key=lambda v: v.apart))
 
 
-def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLike[str]) -> Verification:
+def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLike[str],
+             views: Mapping[str, tuple[str, View]]) -> Verification:
     """The verdict on data that the file takes in one run."""
-    views = _views(opened, graph, path)
     compared = [node for node in graph.nodes if node.name in views]
     if not compared:
         raise OnnxError(f"{opened.path}: the file has none of the values of the network to compare with")
@@ -77,7 +78,7 @@ def _checked(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLik
                 held[node.name] = y
     message = (f"equal: {len(compared)} values, each computed from {runtime()}'s own inputs, differ by at most {worst.max_error:.3g} of "
                f"{worst.bound:.3g} allowed, at '{worst.worst}'")
-    return Verification(True, worst.max_error, worst.bound, worst.worst, message, _end_to_end(opened, graph, feeds, boundary, path))
+    return Verification(True, worst.max_error, worst.bound, worst.worst, message, _end_to_end(graph, feeds, boundary, path, views))
 
 
 def _boundary(opened: Opened, graph: Graph, feeds: Arrays, path: str | os.PathLike[str]) -> Arrays:
@@ -146,16 +147,16 @@ def _apart(node: Node, y: Array, truth: Array, inputs: list[Array]) -> tuple[flo
     return float(error[channel]), float(bound[channel])
 
 
-def _end_to_end(opened: Opened, graph: Graph, feeds: Arrays, boundary: Arrays,
-                path: str | os.PathLike[str]) -> float:
+def _end_to_end(graph: Graph, feeds: Arrays, boundary: Arrays, path: str | os.PathLike[str],
+                views: Mapping[str, tuple[str, View]]) -> float:
     """How far the graph's outputs end apart from the file's, from end to end, in units of each output's largest entry."""
-    views = {value: found for value, found in _views(opened, graph, path).items() if value in graph.outputs}
-    inner = [name for name, _ in views.values()]
+    ends = {value: found for value, found in views.items() if value in graph.outputs}
+    inner = [name for name, _ in ends.values()]
     file = Running(path, inner)(feeds, inner)
     ours = forward(graph, boundary)
     ours = ours if isinstance(ours, dict) else {graph.outputs[0]: ours}
     apart = 0.0
-    for value, (name, view) in views.items():
+    for value, (name, view) in ends.items():
         truth = finite(view.value_of(file[name]))
         apart = max(apart, float(np.abs(ours[value] - truth).max() / (np.abs(truth).max() or 1.0)))
     return apart
